@@ -1,0 +1,1 @@
+"""What is trained: named blocks of values, layer by layer."""

@@ -1,0 +1,94 @@
+"""`AdapterLayout` names every trainable value once.
+
+A trainable value belongs to a block: a transformer layer ("0", "1", ...) or "head". All values lie
+in one flat fp32 vector, block after block, so a block is a slice, and packing the selected blocks
+is a concatenation of slices. Masks, Fisher, states, export and byte counts all speak layout;
+nothing else matches parameter names.
+"""
+
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+
+HEAD = "head"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One trainable parameter: values [offset, offset + size) of the flat vector."""
+
+    block: str
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def values(self) -> slice:
+        return slice(self.offset, self.offset + self.size)
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """The trainable values of a model, in order of layers, the head last."""
+
+    entries: tuple[Entry, ...]
+
+    @staticmethod
+    def build(parameters: Collection[tuple[str, str, tuple[int, ...]]]) -> "AdapterLayout":
+        """From (block, name, shape) in any order; names must be unique."""
+        ordered = sorted(parameters, key=lambda p: (p[0] == HEAD, int(p[0]) if p[0] != HEAD else 0))
+        entries, offset = [], 0
+        for block, name, shape in ordered:
+            entries.append(Entry(block, name, shape, offset))
+            offset += math.prod(shape)
+        return AdapterLayout(tuple(entries))
+
+    @property
+    def size(self) -> int:
+        """Number of trainable values."""
+        last = self.entries[-1]
+        return last.offset + last.size
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Block names in order."""
+        return tuple(dict.fromkeys(entry.block for entry in self.entries))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Block names without the head."""
+        return tuple(block for block in self.blocks if block != HEAD)
+
+    def span(self, block: str) -> slice:
+        """The block's slice of the flat vector."""
+        own = [entry for entry in self.entries if entry.block == block]
+        return slice(own[0].offset, own[-1].offset + own[-1].size)
+
+    def spans(self, blocks: Collection[str]) -> Iterator[slice]:
+        """Slices of the named blocks, in layout order."""
+        return (self.span(block) for block in self.blocks if block in blocks)
+
+    def count(self, blocks: Collection[str]) -> int:
+        """Number of values in the named blocks."""
+        return sum(span.stop - span.start for span in self.spans(blocks))
+
+    def pack(self, vector: torch.Tensor, blocks: Collection[str]) -> torch.Tensor:
+        """The named blocks' values (count(blocks),) of a flat vector (size,)."""
+        parts = [vector[span] for span in self.spans(blocks)]
+        return torch.cat(parts) if parts else vector[:0].clone()
+
+    def unpack(self, packed: torch.Tensor, blocks: Collection[str], into: torch.Tensor) -> None:
+        """Write packed values (count(blocks),) to their places in a flat vector (size,)."""
+        start = 0
+        for span in self.spans(blocks):
+            length = span.stop - span.start
+            into[span] = packed[start : start + length]
+            start += length
+        if start != len(packed):
+            raise ValueError(f"{len(packed)} packed values for blocks of {start}")

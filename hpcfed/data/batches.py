@@ -1,0 +1,103 @@
+"""Token ids of a split, and batches formed so that little is padding.
+
+A batch is an array of row numbers. How a client's batch is cut into micro-batches for its ranks
+(`split_batch`) depends on nothing but the batch, the ranks and the micro-batch size, so all ranks
+of a client agree without talking.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hpcfed.data.sources import Split
+from hpcfed.errors import UserError
+
+Ids = npt.NDArray[np.int64]
+
+# Batches are cut from pools of this many batches, sorted by length: rows of one batch have about
+# the same length, and which rows meet still changes from epoch to epoch.
+POOL = 16
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """All rows of a split, tokenized: `ids` and `types` flat (total,), row i at offsets[i:i+2]."""
+
+    ids: npt.NDArray[np.int32]
+    types: npt.NDArray[np.int8] | None
+    offsets: Ids
+    labels: Ids
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> Ids:
+        """(n,) tokens of each row, special tokens included."""
+        return np.diff(self.offsets)
+
+    def collate(self, rows: Ids, device: torch.device) -> dict[str, torch.Tensor]:
+        """input_ids, attention_mask (and token_type_ids): (len(rows), longest row) int64, padded
+        on the right; labels: (len(rows),) int64."""
+        lengths = self.lengths[rows]
+        mask = np.arange(int(lengths.max())) < lengths[:, None]
+        ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
+        flat = np.concatenate([np.arange(self.offsets[r], self.offsets[r + 1]) for r in rows])
+        ids[mask] = self.ids[flat]
+        batch = {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
+        if self.types is not None:
+            types = np.zeros(mask.shape, dtype=np.int64)
+            types[mask] = self.types[flat]
+            batch["token_type_ids"] = types
+        batch["labels"] = self.labels[rows]
+        return {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
+
+
+def tokenize(split: Split, tokenizer: Any, max_length: int) -> Tokens:
+    """Tokenize a split with a Hugging Face tokenizer; pairs are cut longest-first."""
+    encoded = tokenizer(split.texts, split.pairs, truncation=True, max_length=max_length)
+    rows = encoded["input_ids"]
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    if lengths.min() == 0:
+        raise UserError(
+            f"The tokenizer makes no token of the text {split.texts[int(lengths.argmin())]!r}; "
+            "remove that row."
+        )
+    types = encoded.get("token_type_ids") if split.pairs is not None else None
+    return Tokens(
+        ids=np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]),
+        types=np.concatenate([np.asarray(row, dtype=np.int8) for row in types]) if types else None,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        labels=split.labels,
+        pad_id=tokenizer.pad_token_id,
+    )
+
+
+def form_batches(rows: Ids, lengths: Ids, size: int, rng: np.random.Generator) -> list[Ids]:
+    """One epoch over `rows`: batches of `size` (one may be smaller) of rows of similar length, in
+    random order. lengths: tokens per row of the split."""
+    shuffled = rng.permutation(rows)
+    batches: list[Ids] = []
+    for start in range(0, len(shuffled), size * POOL):
+        pool = shuffled[start : start + size * POOL]
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        batches.extend(pool[i : i + size] for i in range(0, len(pool), size))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def split_batch(batch: Ids, ranks: int, micro_batch: int | None) -> list[list[Ids]]:
+    """Cut a batch into micro-steps; steps[s][r] are the rows of rank r in micro-step s.
+
+    Every rank has the same number of micro-steps (ZeRO's collectives need it); a rank's share may
+    be empty. Rows are dealt evenly: shares of one micro-step differ by one row at most.
+    """
+    per_step = len(batch) if micro_batch is None else micro_batch * ranks
+    steps = -(-len(batch) // per_step)
+    return [
+        [np.asarray(share, dtype=np.int64) for share in np.array_split(part, ranks)]
+        for part in np.array_split(batch, steps)
+    ]

@@ -1,0 +1,30 @@
+"""Metrics of the ten tasks, from predicted and true class ids."""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from hpcfed.data.tasks import Metric
+
+Ids = npt.NDArray[np.int64]
+
+
+def score(predicted: Ids, true: Ids, metric: Metric, positive: int) -> dict[str, float]:
+    """`accuracy` always; `f1`, `matthews` where the task asks; `score` is the task's headline.
+
+    predicted, true: (n,) class ids, n >= 1. positive: the class whose F1 and Matthews count.
+    """
+    accuracy = float(np.mean(predicted == true))
+    result = {"accuracy": accuracy, "score": accuracy}
+    if metric == "accuracy":
+        return result
+    hit, truth = predicted == positive, true == positive
+    tp, fp = int(np.sum(hit & truth)), int(np.sum(hit & ~truth))
+    fn, tn = int(np.sum(~hit & truth)), int(np.sum(~hit & ~truth))
+    if metric == "accuracy_f1":
+        f1 = 2 * tp / (2 * tp + fp + fn) if tp else 0.0
+        return {**result, "f1": f1, "score": (accuracy + f1) / 2}
+    spread = math.sqrt(float(tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    matthews = (tp * tn - fp * fn) / spread if spread else 0.0
+    return {**result, "matthews": matthews, "score": matthews}
