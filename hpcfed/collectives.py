@@ -8,6 +8,7 @@ how clients fell to slots. A failed client's update is left out, never multiplie
 The only file that calls MPI collectives on values.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,45 +76,48 @@ class MaskedSum:
         old: (size,) fp32 on the CPU. Collective over all ranks; one logical Allreduce, in pieces
         that the ranks of a slot share among themselves.
         """
-        share, counts = self._my_share(topology)
+        mean = np.empty(self.size, dtype=np.float32)
         before = old.numpy()
-        if topology.slots > 1:
-            mean = self._exchange(share, before, topology)
-        else:
-            mean = np.empty(self.size, dtype=np.float32)
-            self._divide(mean, before, 0, self.size)
-        if topology.slots > 1 and topology.ranks_per_client > 1:
+        if topology.slots == 1:
+            self._divide(mean, before, slice(0, self.size))
+            return Mean(torch.from_numpy(mean), self.stats.astype(np.float64), 0)
+        # All ranks of a slot hold the same sums; each exchanges its share of them.
+        ranks, rank = topology.ranks_per_client, topology.rank_in_slot
+        edges = [self.size * r // ranks for r in range(ranks + 1)]
+        sent = self._exchange(slice(edges[rank], edges[rank + 1]), mean, before, topology)
+        if ranks > 1:
+            counts = [stop - start for start, stop in itertools.pairwise(edges)]
             self._gather_in_slot(mean, counts, topology)
-        wire = self._buffer.nbytes * topology.slots if topology.slots > 1 else 0
+            sent = topology.slot.allreduce(sent)
+        wire = sent * topology.slots
         return Mean(torch.from_numpy(mean), self.stats.astype(np.float64), wire)
 
-    def _my_share(self, topology: Topology) -> tuple[slice, list[int]]:
-        """The values that this rank exchanges for its slot: all ranks hold the same sums."""
-        ranks = topology.ranks_per_client
-        edges = [self.size * r // ranks for r in range(ranks + 1)]
-        rank = topology.rank_in_slot
-        return slice(edges[rank], edges[rank + 1]), [b - a for a, b in zip(edges, edges[1:])]
+    def _exchange(self, share: slice, mean: npt.NDArray[np.float32],
+                  before: npt.NDArray[np.float32], topology: Topology) -> int:  # fmt: skip
+        """Add up this rank's share over the slots, piece by piece, and fill `mean` there.
 
-    def _exchange(self, share: slice, before: npt.NDArray[np.float32],
-                  topology: Topology) -> npt.NDArray[np.float32]:  # fmt: skip
-        """Allreduce the tail (weights and statistics), then the values piece by piece."""
+        Returns the bytes that this rank handed to MPI.
+        """
         mpi, comm = topology.world.mpi, topology.across
-        mean = np.empty(self.size, dtype=np.float32)
-        tail = self._buffer[self.size :]
-        pieces = [self._buffer[i : i + PIECE] for i in range(share.start, share.stop, PIECE)]
-        pieces = [p[: share.stop - share.start - i * PIECE] for i, p in enumerate(pieces)]
-        for start in range(0, len(tail), PIECE):
-            comm.Allreduce(mpi.IN_PLACE, tail[start : start + PIECE], op=mpi.SUM)
-        for index, piece in enumerate(pieces):
+
+        def add_up(piece: npt.NDArray[np.floating[Any]]) -> int:
             comm.Allreduce(mpi.IN_PLACE, piece, op=mpi.SUM)
-            start = share.start + index * PIECE
-            self._divide(mean, before, start, start + len(piece))
-        return mean
+            return piece.nbytes
+
+        sent = add_up(self.stats) if len(self.stats) else 0
+        if not self.per_value_weights:
+            sent += add_up(self.weights)
+        for start in range(share.start, share.stop, PIECE):
+            piece = slice(start, min(start + PIECE, share.stop))
+            if self.per_value_weights:
+                sent += add_up(self.weights[piece])
+            sent += add_up(self.sums[piece])
+            self._divide(mean, before, piece)
+        return sent
 
     def _divide(self, mean: npt.NDArray[np.float32], before: npt.NDArray[np.float32],
-                start: int, stop: int) -> None:  # fmt: skip
-        """mean[start:stop] = sums / weights there, or the old value where the weight is zero."""
-        span = slice(start, stop)
+                span: slice) -> None:  # fmt: skip
+        """mean[span] = sums / weights there, or the old value where the weight is zero."""
         if self.per_value_weights:
             has = self.weights[span] > 0
             mean[span] = before[span]
@@ -136,3 +140,14 @@ class MaskedSum:
             for begin in range(start, start + count, PIECE):
                 comm.Bcast(mean[begin : min(begin + PIECE, start + count)], root=rank)
             start += count
+
+
+def sum_over_ranks(array: npt.NDArray[np.float64], topology: Topology) -> npt.NDArray[np.float64]:
+    """Element-wise sum over all ranks of the world, in place; for results that each rank computed
+    a disjoint part of, with zeros elsewhere, so the sum is exact."""
+    flat = array.reshape(-1)
+    for start in range(0, len(flat), PIECE):
+        topology.world.comm.Allreduce(
+            topology.world.mpi.IN_PLACE, flat[start : start + PIECE], op=topology.world.mpi.SUM
+        )
+    return array

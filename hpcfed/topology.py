@@ -9,6 +9,7 @@ when a world is connected: a process that merely imports hpcfed never starts MPI
 """
 
 import contextlib
+import io
 import os
 import socket
 import sys
@@ -219,6 +220,7 @@ def _start_distributed(slot: Any, local_rank: int, device: torch.device, minutes
     dist.init_process_group(
         backend, store=store, rank=slot.rank, world_size=slot.size, timeout=timeout
     )
-    import deepspeed
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces each operator it loads
+        import deepspeed
 
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

@@ -1,0 +1,145 @@
+"""The command line: parse, call, print."""
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+
+from hpcfed import launcher
+from hpcfed.errors import UserError
+from hpcfed.resolve import Resolved, describe, presets, resolve
+
+_EPILOG = """examples:
+  hpcfed run demo --ranks 4                         a first run, nothing to download
+  hpcfed run my.yaml local.lr=1e-3 seed=7           a configuration and two overrides
+  mpirun -n 8 hpcfed run my.yaml                    inside an MPI world that you start
+  srun --mpi=pmix hpcfed run my.yaml                the same under Slurm
+  hpcfed config my.yaml local.lr=1e-3               what would run, and where each value is from
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `hpcfed`."""
+    parser = argparse.ArgumentParser(
+        prog="hpcfed",
+        description="Federated fine-tuning of large language models on HPC clusters.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser(
+        "run",
+        help="run a federation",
+        description="Run a federation. Inside an MPI world this process takes part in it; with "
+        "--ranks N it starts mpiexec on this machine; alone it is a world of one.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_source(run)
+    run.add_argument("--ranks", type=int, metavar="N", help="start N MPI ranks on this machine")
+    run.add_argument(
+        "--live", action=argparse.BooleanOptionalAction, default=None,
+        help="draw a live bar (default: on a terminal)",
+    )  # fmt: skip
+    commands.add_parser("presets", help="list the presets")
+    config = commands.add_parser(
+        "config", help="print the resolved configuration, and where each value comes from"
+    )
+    _add_source(config)
+    return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="CONFIG-or-PRESET", help="a YAML file, or a preset")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values that win over the file's"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 2 for anything the user can mend."""
+    started = time.monotonic()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser()
+    options, rest = parser.parse_known_args(words)
+    if any(word.startswith("-") or options.command == "presets" for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse stops collecting overrides at the first option
+        options.overrides = [*options.overrides, *rest]
+    try:
+        if options.command == "presets":
+            width = max(map(len, presets()))
+            print("\n".join(f"{name:<{width}}  {text}" for name, text in presets().items()))
+            return 0
+        resolved = resolve(options.source, options.overrides)
+        if options.command == "config":
+            print(describe(resolved))
+            return 0
+        live = sys.stderr.isatty() if options.live is None else options.live
+        if options.ranks is not None:
+            return _start(resolved, options, live)
+    except UserError as error:
+        print(f"hpcfed: {error}", file=sys.stderr)
+        return 2
+    return _take_part(resolved, live, started)
+
+
+def _start(resolved: Resolved, options: argparse.Namespace, live: bool) -> int:
+    """Check what can be checked without MPI, then start the ranks."""
+    from hpcfed import deepspeed_config
+    from hpcfed.topology import check_ranks
+
+    if options.ranks < 1:
+        raise UserError(f"--ranks is {options.ranks}; it must be at least 1.")
+    check_ranks(options.ranks, resolved.config.cluster.ranks_per_client)
+    deepspeed_config.load(resolved.config)
+    words = ["run", options.source, *options.overrides, "--live" if live else "--no-live"]
+    return launcher.start(options.ranks, words)
+
+
+def _take_part(resolved: Resolved, live: bool, started: float) -> int:
+    """This process as one rank of the MPI world."""
+    quiet()
+    from hpcfed.topology import connect_world
+
+    try:
+        world = connect_world()
+    except UserError as error:
+        print(f"hpcfed: {error}", file=sys.stderr)
+        return 2
+    try:
+        from hpcfed.federation import Federation
+        from hpcfed.progress import Progress
+
+        federation = Federation(resolved, world, started)
+        federation.run(Progress(speaks=world.rank == 0, live=live))
+        if world.rank == 0:
+            print(f"everything lies in {federation.run_directory.path}/")
+    except UserError as error:  # raised on all ranks alike
+        if world.rank == 0:
+            print(f"hpcfed: {error}", file=sys.stderr, flush=True)
+        world.comm.Barrier()
+        return 2
+    except BaseException:
+        # A rank that dies alone would leave the others waiting in a collective for ever.
+        if world.size > 1:
+            logging.getLogger("hpcfed").exception("rank %d failed; the job ends", world.rank)
+            sys.stderr.flush()
+            world.comm.Abort(1)
+        raise
+    return 0
+
+
+def quiet() -> None:
+    """Third-party chatter off, unless the user asked for it."""
+    # Deprecations between transformers, PEFT, DeepSpeed and torch; not ours, and not the user's.
+    for module in ("transformers", "torch.distributed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")

@@ -1,0 +1,1 @@
+"""The choices that make a method; no I/O, no MPI."""

@@ -1,0 +1,116 @@
+"""What a person sees of a run: a live bar on a terminal, one plain line a round in a log file."""
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from hpcfed.federation import Federation
+
+
+class Progress:
+    """Prints on rank 0 and is silent elsewhere; `live` draws a bar that follows the clients."""
+
+    def __init__(self, speaks: bool, live: bool = False) -> None:
+        self._speaks = speaks
+        self._live = live
+        self._bar: Any = None
+        self._rounds = 0
+        self._up = 0
+        self._began = time.monotonic()
+
+    def start(self, federation: "Federation") -> None:
+        """Say what runs where."""
+        if not self._speaks:
+            return
+        config, topology = federation.config, federation.topology
+        layout = federation.layout
+        self._rounds = config.federation.rounds
+        self._began = time.monotonic()
+        shared = layout.count(federation.shared_blocks)
+        per_client = topology.ranks_per_client
+        print(
+            f"{config.method} on {config.task.name}: {len(federation.task.train)} training rows, "
+            f"{config.federation.clients} clients, {config.federation.per_round} a round, "
+            f"{self._rounds} rounds\n"
+            f"{config.model.name}: {federation.prepared.backbone_values / 1e6:.1f}M frozen values, "
+            f"{layout.size:,} trainable, {shared:,} shared "
+            f"({shared * 4 / 1e6:.2f} MB an upload)\n"
+            f"{topology.world.size} ranks = {topology.slots} slots x {per_client} ZeRO "
+            f"rank{'s'[: per_client > 1]}, {topology.threads} thread"
+            f"{'s'[: topology.threads > 1]} a rank, {topology.device}; "
+            f"ready after {federation.init_seconds:.1f} s -> {federation.run_directory.path}",
+            flush=True,
+        )
+        if self._live:
+            self._bar = tqdm(
+                total=self._rounds * config.federation.per_round, unit="client", leave=False,
+                file=sys.stderr, dynamic_ncols=True,
+            )  # fmt: skip
+            self._slots = topology.slots
+
+    def client(self, client: int) -> None:
+        """One client of this slot is done."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"client {client}", refresh=False)
+            self._bar.update(1)
+
+    def round(self, line: dict[str, Any]) -> None:
+        """One round is done."""
+        if not self._speaks:
+            return
+        self._up += line["bytes"]["up"]
+        done = line["round"]
+        left = (time.monotonic() - self._began) / done * (self._rounds - done)
+        loss = "  n/a " if line["train_loss"] is None else f"{line['train_loss']:.4f}"
+        text = f"round {done:>3}/{self._rounds}  loss {loss}"
+        if "validation" in line:
+            text += f"  validation {line['validation']['personal']['score']:.4f}"
+        else:
+            text += " " * 19
+        took = sum(line["seconds"].values())
+        text += f"  up {self._up / 1e6:8.2f} MB  {took:6.1f} s  {_clock(left)} left"
+        for client, reason in line["failed"].items():
+            text += f"\n  client {client} failed and was left out: {reason}"
+        if self._bar is not None:
+            self._bar.update(done * len(line["clients"]) - self._bar.n)
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        else:
+            print(text, flush=True)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """The result, and where everything lies."""
+        if self._bar is not None:
+            self._bar.close()
+        if not self._speaks:
+            return
+        accuracy, sent, spent = summary["accuracy"], summary["bytes"], summary["seconds"]
+        best = summary["best"]
+        print(
+            f"\ntest accuracy  personal {accuracy['personal']:.4f}  global {accuracy['global']:.4f}"
+            f"  (majority class {summary['majority']:.4f})"
+        )
+        if summary["metric"] != "accuracy":
+            print(f"test {summary['metric']}  personal {summary['score']['personal']:.4f}")
+        if best is not None:
+            print(
+                f"best round by validation: {best['round']}"
+                f" (test accuracy {best['personal']['accuracy']:.4f})"
+            )
+        print(
+            f"bytes          up {sent['up'] / 1e6:.2f} MB  down {sent['down'] / 1e6:.2f} MB"
+            f"  on the wire {sent['wire'] / 1e6:.2f} MB\n"
+            f"work           {summary['samples']:,} samples, {summary['steps']:,} steps,"
+            f" {summary['failures']} failed updates\n"
+            "seconds        " + "  ".join(f"{name} {value:.1f}" for name, value in spent.items()),
+            flush=True,
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

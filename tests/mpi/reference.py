@@ -1,0 +1,69 @@
+"""FedAvg on LoRA as one plain PyTorch loop: no DeepSpeed, no MPI, no accumulation, no slots.
+
+It shares with hpcfed what the comparison holds fixed (rows, batches, initial values) and nothing
+of what it checks (engine, optimizer state, micro-batches, collective).
+"""
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpcfed import model
+from hpcfed.config import Config
+from hpcfed.data import partition, sources
+from hpcfed.data.batches import form_batches, tokenize
+from hpcfed.policies.sampling import sample
+from hpcfed.rng import generator
+
+
+def federated_average(config: Config) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Initial and final values (layout.size,) fp32, and the size of every batch trained."""
+    task = sources.load(config)
+    rows = partition.partition(task, config)
+    tokenizer = model.load_tokenizer(config)
+    tokens = tokenize(task.train, tokenizer, config.task.max_length)
+    prepared = model.prepare(config, task.labels, tokens.pad_id, {})
+    network, parameters = prepared.adapted.model, prepared.adapted.parameters
+    network.train()  # dropout is off by configuration
+    shared = prepared.initial.clone()
+    sizes = []
+    for number in range(config.federation.rounds):
+        total, weight = torch.zeros(len(shared), dtype=torch.float64), 0
+        for client in sample(
+            config.seed, number, config.federation.clients, config.federation.per_round
+        ):
+            _write(parameters, shared)
+            optimizer = _optimizer(config, parameters)
+            for epoch in range(config.local.epochs):
+                rng = generator(config.seed, "batches", number, client, epoch)
+                for batch in form_batches(
+                    rows[client].train, tokens.lengths, config.local.batch_size, rng
+                ):
+                    inputs = tokens.collate(batch, torch.device("cpu"))
+                    labels = inputs.pop("labels")
+                    loss = nn.functional.cross_entropy(network(**inputs).logits, labels)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    if config.local.clip:
+                        nn.utils.clip_grad_norm_(parameters, config.local.clip)
+                    optimizer.step()
+                    sizes.append(len(batch))
+            total += len(rows[client].train) * _read(parameters).double()
+            weight += len(rows[client].train)
+        shared = (total / weight).float()
+    return prepared.initial, shared, sizes
+
+
+def _optimizer(config: Config, parameters: tuple[nn.Parameter, ...]) -> torch.optim.Optimizer:
+    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.local.optimizer]
+    return kind(parameters, lr=config.local.lr, weight_decay=config.local.weight_decay)
+
+
+def _write(parameters: tuple[nn.Parameter, ...], vector: torch.Tensor) -> None:
+    sizes = [p.numel() for p in parameters]
+    for parameter, value in zip(parameters, vector.split(sizes), strict=True):
+        parameter.data.copy_(value.view_as(parameter))
+
+
+def _read(parameters: tuple[nn.Parameter, ...]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([p.detach().numpy().ravel() for p in parameters]))

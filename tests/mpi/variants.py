@@ -1,0 +1,26 @@
+"""The configurations of the equivalence test: MiniLM, dropout off, 3 rounds, ragged batches."""
+
+from tests.support import MODEL
+
+STAGES = ("zero0", "zero1", "zero2", "zero3", "offload")
+
+COMMON = [
+    f"model.name={MODEL}", "model.dropout=0", "task.name=questions", "task.max_train=60",
+    "task.max_length=32", "seed=5", "data.validation=0", "federation.clients=5",
+    "federation.per_round=4", "federation.rounds=3", "local.epochs=1", "local.batch_size=8",
+    "evaluation.every=3", "evaluation.batch_size=256", "cluster.threads=1",
+]  # fmt: skip
+
+VARIANTS = {
+    "sgd": ["local.optimizer=sgd", "local.lr=0.5", "local.clip=1.0"],
+    "decay": ["local.optimizer=sgd", "local.lr=0.5", "local.clip=0", "local.weight_decay=0.01"],
+    "adamw": ["local.optimizer=adamw", "local.lr=1e-3", "local.weight_decay=0.01"],
+    "accumulate": ["local.optimizer=sgd", "local.lr=0.5", "local.micro_batch=3"],
+    "accumulate-adamw": ["local.optimizer=adamw", "local.lr=1e-3", "local.micro_batch=3"],
+    "checkpointing": ["local.optimizer=sgd", "local.lr=0.5", "model.gradient_checkpointing=true"],
+}
+
+
+def overrides(name: str, stage: str = "zero0") -> list[str]:
+    """Command-line overrides of a variant at a ZeRO stage."""
+    return [*COMMON, *VARIANTS[name], f"deepspeed=ds_configs/{stage}.json"]

