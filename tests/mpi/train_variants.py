@@ -26,7 +26,7 @@ def main() -> None:
     for run in runs:
         name, stage = run.split(":")
         extra = [f"cluster.ranks_per_client={ranks_per_client}", f"output={out}/run-{name}-{stage}"]
-        resolved = resolve("lora-fedavg", overrides(name, stage) + extra)
+        resolved = resolve("lora-fedavg", overrides(out, name, stage) + extra)
         topology = topology or connect_slots(world, resolved.config.cluster)
         began = time.monotonic()
         federation = Federation(resolved, world, began, topology)

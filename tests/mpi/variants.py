@@ -1,13 +1,16 @@
 """The configurations of the equivalence test: MiniLM, dropout off, 3 rounds, ragged batches."""
 
+import json
+from pathlib import Path
+
+from hpcfed.data import corpus
 from tests.support import MODEL
 
 STAGES = ("zero0", "zero1", "zero2", "zero3", "offload")
 
 COMMON = [
-    f"model.name={MODEL}", "model.dropout=0", "task.name=questions", "task.max_train=60",
-    "task.max_length=32", "seed=5", "data.validation=0", "federation.clients=5",
-    "federation.per_round=4", "federation.rounds=3", "local.epochs=1", "local.batch_size=8",
+    f"model.name={MODEL}", "model.dropout=0", "task.name=few", "task.max_length=32",
+    "seed=17", "data.validation=0", "federation.clients=5", "federation.per_round=4", "federation.rounds=3", "local.epochs=1", "local.batch_size=8",
     "evaluation.every=3", "evaluation.batch_size=256", "cluster.threads=1",
 ]  # fmt: skip
 
@@ -21,6 +24,15 @@ VARIANTS = {
 }
 
 
-def overrides(name: str, stage: str = "zero0") -> list[str]:
-    """Command-line overrides of a variant at a ZeRO stage."""
-    return [*COMMON, *VARIANTS[name], f"deepspeed=ds_configs/{stage}.json"]
+def overrides(out: str | Path, name: str, stage: str = "zero0") -> list[str]:
+    """Command-line overrides of a variant at a ZeRO stage; its data lies in out."""
+    return [*COMMON, *VARIANTS[name], f"deepspeed=ds_configs/{stage}.json", f"data.root={out}"]
+
+
+def write_data(out: Path) -> None:
+    """out/few/train.jsonl and test.jsonl: a few real rows of the built-in corpus."""
+    (out / "few").mkdir()
+    for split, rows in zip(("train", "test"), corpus.generate(), strict=True):
+        lines = [json.dumps({"text": text, "label": label}) for text, label in rows[:48]]
+        keep = lines if split == "train" else lines[:8]
+        (out / "few" / f"{split}.jsonl").write_text("\n".join(keep) + "\n")

@@ -1,0 +1,109 @@
+"""Program: what is written into a ZeRO engine is there, survives steps, and leaks nowhere.
+
+usage: engine.py MODEL_FOLDER DTYPE DEEPSPEED_JSON...     one world = one client of all ranks
+"""
+
+import sys
+from dataclasses import replace
+
+import deepspeed
+import numpy as np
+import torch
+
+from hpcfed import deepspeed_config, model
+from hpcfed.cli import quiet
+from hpcfed.client import Client
+from hpcfed.config import Config, Local
+from hpcfed.data.batches import Tokens
+from hpcfed.resolve import resolve
+from hpcfed.topology import Topology, connect_slots, connect_world
+
+LABELS = ("a", "b", "c")  # an odd number: partitions of the head are uneven
+
+
+def main() -> None:
+    """Check every given DeepSpeed configuration."""
+    quiet()
+    folder, dtype, *files = sys.argv[1:]
+    world = connect_world()
+    topology = None
+    for file in files:
+        config = resolve(
+            "lora-fedavg",
+            [f"model.name={folder}", f"model.dtype={dtype}", f"deepspeed={file}", "adapter.rank=3",
+             f"cluster.ranks_per_client={world.size}", "cluster.threads=1"],
+        ).config  # fmt: skip
+        topology = topology or connect_slots(world, config.cluster)
+        check_values(config, topology)
+        check_leaks(config, topology)
+        if world.rank == 0:
+            print(f"{dtype} {file}: ok", flush=True)
+
+
+def build(config: Config, local: Local, topology: Topology) -> Client:
+    """A client with these local settings."""
+    settings = deepspeed_config.load(config)
+    prepared = model.prepare(config, LABELS, 0, settings)
+    return Client(prepared, local, settings, topology)
+
+
+def some_tokens() -> Tokens:
+    """20 rows of random token ids, 3 to 9 tokens long."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 10, 20)
+    ids = rng.integers(1000, 2000, lengths.sum()).astype(np.int32)
+    labels = rng.integers(0, len(LABELS), 20)
+    return Tokens(ids, None, np.concatenate([[0], np.cumsum(lengths)]), labels, 0)
+
+
+def check_values(config: Config, topology: Topology) -> None:
+    """Written values read back exactly, before and after real steps with lr 0, and are the ones
+    that the forward pass uses."""
+    client = build(config, replace(config.local, lr=0.0, optimizer="adamw"), topology)
+    tokens = some_tokens()
+    batches = [np.arange(0, 8), np.arange(8, 16), np.arange(16, 17)]
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        vector = torch.randn(client.layout.size) * 0.1
+        client.load(vector)
+        assert torch.equal(client.read(), vector), "read after write"
+        check_working_copy(client, vector, config)
+        client.train(batches, tokens, 0)
+        assert torch.equal(client.read(), vector), "a step with lr 0 changed the values"
+        check_working_copy(client, vector, config)
+    client.close()
+
+
+def check_working_copy(client: Client, vector: torch.Tensor, config: Config) -> None:
+    """The parameters that forward uses equal the written values in the working type."""
+    dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+    parameters = [p for p in client.model.parameters() if p.requires_grad]
+    with deepspeed.zero.GatheredParameters(parameters):
+        total = sum(p.numel() for p in parameters)
+        found = torch.cat([p.detach().flatten().float() for p in parameters]).sort().values
+    assert total == client.layout.size
+    assert torch.equal(found, vector.to(dtype).float().sort().values), "the working copy is old"
+
+
+def check_leaks(config: Config, topology: Topology) -> None:
+    """A client's result is the same bits whoever was trained in the engine before it."""
+    client = build(config, replace(config.local, lr=1e-2, optimizer="adamw"), topology)
+    tokens = some_tokens()
+    first, second = [np.arange(0, 8), np.arange(8, 13)], [np.arange(10, 18)] * 3
+    torch.manual_seed(3)
+    one, two = torch.randn(2, client.layout.size) * 0.1
+    client.load(one)
+    client.train(first, tokens, 0)
+    wanted = client.read()
+    assert not torch.equal(wanted, one), "training moved nothing"
+    client.load(two)
+    client.train(second, tokens, 1)
+    client.predict([np.arange(20)], tokens)
+    client.load(one)
+    client.train(first, tokens, 0)
+    assert torch.equal(client.read(), wanted), "an earlier client left a trace"
+    client.close()
+
+
+if __name__ == "__main__":
+    main()
