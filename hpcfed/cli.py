@@ -41,9 +41,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_source(run)
     run.add_argument("--ranks", type=int, metavar="N", help="start N MPI ranks on this machine")
     run.add_argument(
-        "--live", action=argparse.BooleanOptionalAction, default=None,
+        "--live",
+        action=argparse.BooleanOptionalAction,
+        default=None,
         help="draw a live bar (default: on a terminal)",
-    )  # fmt: skip
+    )
     commands.add_parser("presets", help="list the presets")
     config = commands.add_parser(
         "config", help="print the resolved configuration, and where each value comes from"

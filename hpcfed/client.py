@@ -23,7 +23,7 @@ from hpcfed.model import Prepared
 from hpcfed.topology import Topology
 
 
-class ClientFailure(Exception):
+class ClientError(Exception):
     """This client's update is lost; the federation goes on. All ranks of the slot raise it."""
 
 
@@ -39,8 +39,9 @@ class Trained:
 class Client:
     """The engine of one slot. Every method is collective over the ranks of the slot."""
 
-    def __init__(self, prepared: Prepared, local: Local, settings: dict[str, Any],
-                 topology: Topology) -> None:  # fmt: skip
+    def __init__(
+        self, prepared: Prepared, local: Local, settings: dict[str, Any], topology: Topology
+    ) -> None:
         import deepspeed
 
         self.layout: AdapterLayout = prepared.adapted.layout
@@ -124,7 +125,7 @@ class Client:
         """One optimizer step per batch of row numbers; the mean loss of a batch is over its true
         number of samples, however they fall to ranks and micro-steps.
 
-        Raises ClientFailure on all ranks of the slot if any rank fails outside a collective.
+        Raises ClientError on all ranks of the slot if any rank fails outside a collective.
         """
         torch.manual_seed(dropout_seed)
         self._engine.train()
@@ -162,7 +163,7 @@ class Client:
             failure = error
         if not self._all_ranks(failure is None and math.isfinite(value)):
             self._discard(accumulated)
-            raise ClientFailure(str(failure) if failure else "the loss is not finite")
+            raise ClientError(str(failure) if failure else "the loss is not finite")
         # DeepSpeed averages over the ranks: ranks / len(batch) makes it the mean over the batch.
         scale = self._topology.ranks_per_client / len(batch)
         self._engine.backward(total * scale, scale_wrt_gas=False)

@@ -34,9 +34,11 @@ class Model:
     )
     dtype: Literal["fp32", "bf16"] = option("fp32", "bf16 needs ZeRO stage 1, 2 or 3")
     dropout: float | None = option(
-        None, "overrides every dropout of the backbone; null keeps the model's own",
-        at_least=0, below=1,
-    )  # fmt: skip
+        None,
+        "overrides every dropout of the backbone; null keeps the model's own",
+        at_least=0,
+        below=1,
+    )
     gradient_checkpointing: bool = option(
         False, "recompute activations in backward: less memory, about a third more compute"
     )
@@ -111,9 +113,10 @@ class Local:
     epochs: int = option(2, "local epochs per round", at_least=1)
     batch_size: int = option(8, "samples per optimizer step of the client", at_least=1)
     micro_batch: int | None = option(
-        None, "samples per rank and forward; the rest is accumulated; null = no accumulation",
+        None,
+        "samples per rank and forward; the rest is accumulated; null = no accumulation",
         at_least=1,
-    )  # fmt: skip
+    )
     lr: float = option(4.0e-3, "learning rate", above=0)
     optimizer: Literal["adamw", "sgd"] = option("adamw", "fresh state every round")
     weight_decay: float = option(0.0, "decoupled for adamw, L2 for sgd", at_least=0)
@@ -126,9 +129,11 @@ class Layers:
         "all", "which layers are shared: all, the first, the last, or a random share of them"
     )
     keep: float = option(
-        0.5, "share of the layers that is shared (not for `all`); the rest stays personal",
-        above=0, at_most=1,
-    )  # fmt: skip
+        0.5,
+        "share of the layers that is shared (not for `all`); the rest stays personal",
+        above=0,
+        at_most=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -156,9 +161,10 @@ class Cluster:
         1, "MPI ranks (GPUs) of one client's DeepSpeed world", at_least=1
     )
     threads: int | None = option(
-        None, "CPU threads per rank; null = OMP_NUM_THREADS, else the node's cores / its ranks",
+        None,
+        "CPU threads per rank; null = OMP_NUM_THREADS, else the node's cores / its ranks",
         at_least=1,
-    )  # fmt: skip
+    )
     timeout_minutes: float = option(
         30.0, "a collective inside a client that takes longer ends the job", above=0
     )

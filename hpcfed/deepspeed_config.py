@@ -49,8 +49,12 @@ def load(config: Config) -> dict[str, Any]:
         settings = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
-    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
-        raise UserError(f"{path}: must be a JSON object, with zero_optimization as an object in it.")
+    if not isinstance(settings, dict) or not isinstance(
+        settings.get("zero_optimization", {}), dict
+    ):
+        raise UserError(
+            f"{path}: must be a JSON object, with zero_optimization as an object in it."
+        )
     _refuse_conflicts(path, settings, config)
     ranks = config.cluster.ranks_per_client
     micro = config.local.micro_batch or -(-config.local.batch_size // ranks)
@@ -91,7 +95,9 @@ def _refuse_conflicts(path: Path, settings: dict[str, Any], config: Config) -> N
         )
     for key in ("zero_hpz_partition_size", "mics_shard_size"):
         if zero.get(key, 1) not in (1, -1):
-            raise UserError(f"{path} sets {key}: a client is sharded over all its ranks; remove it.")
+            raise UserError(
+                f"{path} sets {key}: a client is sharded over all its ranks; remove it."
+            )
     for key in ("offload_optimizer", "offload_param"):
         if zero.get(key, {}).get("device") == "nvme":
             raise UserError(f"{path}: {key} to nvme is not supported; use device cpu.")

@@ -29,8 +29,13 @@ class Evaluator:
     topology: Topology
     batch_size: int
 
-    def personal(self, rows: Sequence[Ids], tokens: Tokens, states: Mapping[int, int],
-                 vector_of: Callable[[int | None], torch.Tensor]) -> dict[str, Any]:  # fmt: skip
+    def personal(
+        self,
+        rows: Sequence[Ids],
+        tokens: Tokens,
+        states: Mapping[int, int],
+        vector_of: Callable[[int | None], torch.Tensor],
+    ) -> dict[str, Any]:
         """rows[k]: rows of client k. states: clients with values of their own; all others have
         the same model, vector_of(None), and their rows are evaluated together."""
         results = np.zeros((2, len(tokens)))
@@ -55,14 +60,20 @@ class Evaluator:
         ordered = rows[np.argsort(tokens.lengths[rows], kind="stable")]
         return [ordered[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
 
-    def _run(self, batches: list[Ids], tokens: Tokens, vector: torch.Tensor,
-             results: np.ndarray[Any, np.dtype[np.float64]]) -> None:  # fmt: skip
+    def _run(
+        self,
+        batches: list[Ids],
+        tokens: Tokens,
+        vector: torch.Tensor,
+        results: np.ndarray[Any, np.dtype[np.float64]],
+    ) -> None:
         if batches:
             self.client.load(vector)
             results += self.client.predict(batches, tokens)
 
-    def _score(self, rows: Ids, tokens: Tokens,
-               results: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, Any]:  # fmt: skip
+    def _score(
+        self, rows: Ids, tokens: Tokens, results: np.ndarray[Any, np.dtype[np.float64]]
+    ) -> dict[str, Any]:
         predicted, losses = sum_over_ranks(results, self.topology)
         ids = predicted[rows].astype(np.int64) - 1
         if (ids < 0).any():

@@ -1,8 +1,8 @@
 """The round loop: the program's story.
 
-    state(k) + shared values -> slot's engine -> batches -> local steps -> new values
-      -> packed, only the shared blocks, times n_k, added up over the slot's clients
-      -> one Allreduce between slots -> server step (the same on every rank) -> next round
+state(k) + shared values -> slot's engine -> batches -> local steps -> new values
+  -> packed, only the shared blocks, times n_k, added up over the slot's clients
+  -> one Allreduce between slots -> server step (the same on every rank) -> next round
 """
 
 import time
@@ -14,7 +14,7 @@ import torch
 
 from hpcfed import deepspeed_config, model, server
 from hpcfed.adapters.layout import HEAD
-from hpcfed.client import Client, ClientFailure
+from hpcfed.client import Client, ClientError
 from hpcfed.collectives import MaskedSum
 from hpcfed.config import Config
 from hpcfed.data import partition, sources
@@ -46,8 +46,9 @@ class Totals:
 class Federation:
     """All rounds of one run, on all ranks."""
 
-    def __init__(self, resolved: Resolved, world: World, started: float,
-                 topology: Topology | None = None) -> None:  # fmt: skip
+    def __init__(
+        self, resolved: Resolved, world: World, started: float, topology: Topology | None = None
+    ) -> None:
         """Check and load everything; nothing is written before all of it succeeded.
 
         topology: for callers that run several configurations in one MPI world.
@@ -89,9 +90,11 @@ class Federation:
         """The method: which blocks are shared, and the values everyone starts from."""
         config, layout = self.config, self.prepared.adapted.layout
         chosen = layers.choose(
-            config.layers.score, config.layers.keep, layout.layers,
+            config.layers.score,
+            config.layers.keep,
+            layout.layers,
             generator(config.seed, "layers"),
-        )  # fmt: skip
+        )
         self.layout = layout
         self.shared_blocks = (*chosen, HEAD)
         self.personal_blocks = tuple(b for b in layout.blocks if b not in self.shared_blocks)
@@ -146,9 +149,10 @@ class Federation:
 
         clock = time.monotonic()
         total = MaskedSum(
-            self.layout.count(self.shared_blocks), 4 * len(sampled) + topology.slots,
+            self.layout.count(self.shared_blocks),
+            4 * len(sampled) + topology.slots,
             wire=config.collective.wire,
-        )  # fmt: skip
+        )
         stats = np.zeros((len(sampled), 4))  # loss sum, samples, steps, failed
         reasons: dict[int, str] = {}
         for k in lane:
@@ -182,13 +186,21 @@ class Federation:
             batch
             for epoch in range(config.local.epochs)
             for batch in form_batches(
-                self.rows[client].train, self.train_tokens.lengths, config.local.batch_size,
+                self.rows[client].train,
+                self.train_tokens.lengths,
+                config.local.batch_size,
                 generator(config.seed, "batches", number, client, epoch),
             )
-        ]  # fmt: skip
+        ]
 
-    def _train(self, client: int, number: int, batches: list[Ids], total: MaskedSum,
-               stats: np.ndarray[Any, np.dtype[np.float64]]) -> str:  # fmt: skip
+    def _train(
+        self,
+        client: int,
+        number: int,
+        batches: list[Ids],
+        total: MaskedSum,
+        stats: np.ndarray[Any, np.dtype[np.float64]],
+    ) -> str:
         """Train one client in this slot and add its update; returns why it failed, or ""."""
         self.client.load(self._vector(client))
         seed = derive(self.config.seed, "dropout", number, client, self.topology.rank_in_slot)
@@ -206,7 +218,7 @@ class Federation:
                     personal = self.layout.pack(values, self.personal_blocks)
                     self.run_directory.save_personal(client, number, personal)
             stats[1:3] = done.samples, done.steps
-        except ClientFailure as failure:
+        except ClientError as failure:
             reason = str(failure)
         stats[3] = bool(reason)
         return reason
@@ -215,8 +227,9 @@ class Federation:
         """All trainable values of a client: the shared ones, and its personal or initial ones."""
         return self._vector_at(client, self.shared, self.states)
 
-    def _vector_at(self, client: int | None, shared: torch.Tensor,
-                   states: dict[int, int]) -> torch.Tensor:  # fmt: skip
+    def _vector_at(
+        self, client: int | None, shared: torch.Tensor, states: dict[int, int]
+    ) -> torch.Tensor:
         vector = self.initial.clone()
         self.layout.unpack(shared, self.shared_blocks, vector)
         if client is not None and client in states:
@@ -237,9 +250,16 @@ class Federation:
     def _best_uses(self, client: int, number: int) -> bool:
         return self.best is not None and self.best[3].get(client) == number
 
-    def _line(self, number: int, sampled: list[int], failed: list[int], reasons: dict[int, str],
-              stats: np.ndarray[Any, np.dtype[np.float64]], wire: int,
-              seconds: dict[str, float]) -> dict[str, Any]:  # fmt: skip
+    def _line(
+        self,
+        number: int,
+        sampled: list[int],
+        failed: list[int],
+        reasons: dict[int, str],
+        stats: np.ndarray[Any, np.dtype[np.float64]],
+        wire: int,
+        seconds: dict[str, float],
+    ) -> dict[str, Any]:
         """The round's line in metrics.jsonl, and its share of the totals."""
         if failed:
             gathered = self.topology.world.comm.allgather(reasons)
@@ -250,9 +270,13 @@ class Federation:
         samples, steps = int(stats[:, 1].sum()), int(stats[:, 2].sum())
         trained = float(stats[:, 1] @ (1 - stats[:, 3]))
         for name, amount in (
-            ("samples", samples), ("steps", steps), ("failures", len(failed)),
-            ("up", up * FP32_BYTES), ("down", down * FP32_BYTES), ("wire", wire),
-        ):  # fmt: skip
+            ("samples", samples),
+            ("steps", steps),
+            ("failures", len(failed)),
+            ("up", up * FP32_BYTES),
+            ("down", down * FP32_BYTES),
+            ("wire", wire),
+        ):
             setattr(self.totals, name, getattr(self.totals, name) + amount)
         for phase, value in seconds.items():
             self.seconds[phase] += value
@@ -266,11 +290,13 @@ class Federation:
             "shared_layers": [b for b in self.shared_blocks if b != HEAD],
             "values": {"up": up, "down": down, "head": head},
             "bytes": {
-                "up": up * FP32_BYTES, "down": down * FP32_BYTES, "wire": wire,
+                "up": up * FP32_BYTES,
+                "down": down * FP32_BYTES,
+                "wire": wire,
                 "up_without_head": (up - (len(sampled) - len(failed)) * head) * FP32_BYTES,
             },
             "seconds": {**seconds, "evaluate": 0.0},
-        }  # fmt: skip
+        }
 
     def _validate(self, number: int, line: dict[str, Any]) -> None:
         """Validation metrics of the current values; remembers the best round."""
@@ -346,9 +372,12 @@ class Federation:
         }
         if self.topology.is_root:
             self.run_directory.save_adapter(
-                self.prepared.adapted, self._vector(None), self.prepared.fresh, self.task.labels,
+                self.prepared.adapted,
+                self._vector(None),
+                self.prepared.fresh,
+                self.task.labels,
                 self.prepared.source,
-            )  # fmt: skip
+            )
             self.run_directory.save_summary(summary)
         self.topology.world.comm.Barrier()
         return summary

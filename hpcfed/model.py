@@ -16,10 +16,18 @@ from hpcfed.errors import UserError
 from hpcfed.rng import generator
 
 _DROPOUTS = (
-    "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attn_pdrop",
-    "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout", "activation_dropout",
-    "dropout", "summary_first_dropout",
-)  # fmt: skip
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+    "attention_dropout",
+    "hidden_dropout",
+    "activation_dropout",
+    "dropout",
+    "summary_first_dropout",
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ def resolve_name(name: str) -> str:
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The model's tokenizer, padding on the right; decoders without a padding token pad with EOS."""
+    """The model's tokenizer, padding on the right; without a padding token it pads with EOS."""
     from transformers import AutoTokenizer
 
     source = resolve_name(config.model.name)
@@ -76,8 +84,9 @@ def _unreachable(config: Config, what: str, error: Exception) -> UserError:
     )
 
 
-def prepare(config: Config, labels: tuple[str, ...], pad_id: int,
-            ds_settings: dict[str, Any]) -> Prepared:  # fmt: skip
+def prepare(
+    config: Config, labels: tuple[str, ...], pad_id: int, ds_settings: dict[str, Any]
+) -> Prepared:
     """Load the backbone for sequence classification and add the adapter.
 
     Values that the checkpoint does not hold (the head, and for some checkpoints a pooler) are
@@ -91,9 +100,12 @@ def prepare(config: Config, labels: tuple[str, ...], pad_id: int,
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.dtype]
     try:
         hf_config = AutoConfig.from_pretrained(
-            source, trust_remote_code=False, num_labels=len(labels),
-            id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)},
-        )  # fmt: skip
+            source,
+            trust_remote_code=False,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={n: i for i, n in enumerate(labels)},
+        )
         if config.model.dropout is not None:
             for attribute in _DROPOUTS:
                 if isinstance(getattr(hf_config, attribute, None), float):
@@ -102,9 +114,12 @@ def prepare(config: Config, labels: tuple[str, ...], pad_id: int,
         hf_config.use_cache = False
         handle = HfDeepSpeedConfig(ds_settings) if zero_stage(ds_settings) == 3 else None
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            source, config=hf_config, dtype=dtype, output_loading_info=True,
+            source,
+            config=hf_config,
+            dtype=dtype,
+            output_loading_info=True,
             trust_remote_code=False,
-        )  # fmt: skip
+        )
     except Exception as error:
         raise _unreachable(config, "model", error) from None
     layers = int(hf_config.num_hidden_layers)
@@ -124,13 +139,18 @@ def prepare(config: Config, labels: tuple[str, ...], pad_id: int,
     adapted = lora.adapt(model, config.adapter, layers, len(labels))
     backbone = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     return Prepared(
-        adapted, lora.initial_values(adapted.layout, config.seed, std), fresh,
-        config.model.name, backbone - adapted.layout.size, handle,
-    )  # fmt: skip
+        adapted,
+        lora.initial_values(adapted.layout, config.seed, std),
+        fresh,
+        config.model.name,
+        backbone - adapted.layout.size,
+        handle,
+    )
 
 
-def _draw_missing(model: nn.Module, names: list[str], seed: int,
-                  std: float) -> dict[str, torch.Tensor]:  # fmt: skip
+def _draw_missing(
+    model: nn.Module, names: list[str], seed: int, std: float
+) -> dict[str, torch.Tensor]:
     """Seeded values for frozen weights that the checkpoint lacks; also returned, for export."""
     parameters = dict(model.named_parameters())
     drawn: dict[str, torch.Tensor] = {}

@@ -46,9 +46,12 @@ class Progress:
         )
         if self._live:
             self._bar = tqdm(
-                total=self._rounds * config.federation.per_round, unit="client", leave=False,
-                file=sys.stderr, dynamic_ncols=True,
-            )  # fmt: skip
+                total=self._rounds * config.federation.per_round,
+                unit="client",
+                leave=False,
+                file=sys.stderr,
+                dynamic_ncols=True,
+            )
             self._slots = topology.slots
 
     def client(self, client: int) -> None:

@@ -4,8 +4,10 @@ Later sources win: defaults < presets < YAML file < command line. Everything is 
 key names its nearest legal one, a wrong type says what is wanted, a value out of range the range.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import operator
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -19,6 +21,12 @@ from hpcfed.config import Config
 from hpcfed.errors import UserError
 
 DEFAULT = "default"
+_BOUNDS = {
+    "at_least": operator.ge,
+    "at_most": operator.le,
+    "above": operator.gt,
+    "below": operator.lt,
+}
 COMMAND_LINE = "command line"
 
 
@@ -98,7 +106,9 @@ def _read_yaml(text: str, name: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
-        raise UserError(f"{name}{line}: not valid YAML ({getattr(error, 'problem', error)}).") from None
+        raise UserError(
+            f"{name}{line}: not valid YAML ({getattr(error, 'problem', error)})."
+        ) from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -119,8 +129,9 @@ def _parse_override(text: str) -> dict[str, Any]:
     return typing.cast(dict[str, Any], tree)
 
 
-def _merge(into: dict[str, Any], tree: dict[str, Any], name: str, origin: dict[str, str],
-           prefix: str = "") -> None:  # fmt: skip
+def _merge(
+    into: dict[str, Any], tree: dict[str, Any], name: str, origin: dict[str, str], prefix: str = ""
+) -> None:
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
         if isinstance(value, dict) and isinstance(into.get(key, {}), dict):
@@ -186,23 +197,17 @@ def _check(value: Any, hint: Any, bounds: dict[str, float], label: str) -> Any:
     return _check_scalar(value, kind, kinds, bounds, label)
 
 
-def _check_scalar(value: Any, kind: Any, kinds: tuple[Any, ...], bounds: dict[str, float],
-                  label: str) -> Any:  # fmt: skip
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 4e-3, without a dot, as a string
-        try:
+def _check_scalar(
+    value: Any, kind: Any, kinds: tuple[Any, ...], bounds: dict[str, float], label: str
+) -> Any:
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 4e-3, with no dot, as a text
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{label} must be {_wanted(kinds)}, not {value!r}.")
-    for name, holds in (
-        ("at_least", lambda v, b: v >= b),
-        ("at_most", lambda v, b: v <= b),
-        ("above", lambda v, b: v > b),
-        ("below", lambda v, b: v < b),
-    ):
+    for name, holds in _BOUNDS.items():
         if name in bounds and not holds(value, bounds[name]):
             span = " and ".join(f"{n.replace('_', ' ')} {b:g}" for n, b in bounds.items())
             raise UserError(f"{label} is {value!r}, out of range: it must be {span}.")
@@ -233,8 +238,9 @@ def describe(resolved: Resolved) -> str:
     return "\n".join(f"{text:<{width}}  # {source}" if source else text for text, source in lines)
 
 
-def _lines(tree: dict[str, Any], origin: dict[str, str], prefix: str,
-           depth: int) -> Iterator[tuple[str, str]]:  # fmt: skip
+def _lines(
+    tree: dict[str, Any], origin: dict[str, str], prefix: str, depth: int
+) -> Iterator[tuple[str, str]]:
     for key, value in tree.items():
         if isinstance(value, dict):
             yield f"{'  ' * depth}{key}:", ""

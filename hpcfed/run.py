@@ -1,12 +1,12 @@
 """The run directory: the only file that writes files.
 
-    config.yaml        the resolved configuration, each value with its source
-    run.json           versions of everything, ranks, slots, model, labels
-    partition.json     clients x classes
-    metrics.jsonl      one line per round
-    clients/           personal values of clients, where a method keeps some layers at home
-    adapter/           the shared adapter, as a PEFT folder
-    summary.json       the result
+config.yaml        the resolved configuration, each value with its source
+run.json           versions of everything, ranks, slots, model, labels
+partition.json     clients x classes
+metrics.jsonl      one line per round
+clients/           personal values of clients, where a method keeps some layers at home
+adapter/           the shared adapter, as a PEFT folder
+summary.json       the result
 """
 
 import importlib.metadata
@@ -85,9 +85,14 @@ class RunDirectory:
     def _personal(self, client: int, round_number: int) -> Path:
         return self.path / "clients" / f"{client:06d}" / f"round-{round_number:05d}.safetensors"
 
-    def save_adapter(self, adapted: Adapted, values: torch.Tensor,
-                     fresh: dict[str, torch.Tensor], labels: tuple[str, ...],
-                     source: str) -> None:  # fmt: skip
+    def save_adapter(
+        self,
+        adapted: Adapted,
+        values: torch.Tensor,
+        fresh: dict[str, torch.Tensor],
+        labels: tuple[str, ...],
+        source: str,
+    ) -> None:
         """The adapter as a folder that `PeftModel.from_pretrained` loads.
 
         values: (layout.size,) fp32. fresh: frozen weights that the checkpoint lacked; without them

@@ -200,17 +200,20 @@ def _start_distributed(slot: Any, local_rank: int, device: torch.device, minutes
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     host = slot.bcast("127.0.0.1" if one_node else socket.gethostname(), root=0)
     timeout = timedelta(minutes=minutes)
+    make_store: Any = dist.TCPStore  # type: ignore[attr-defined]
     store = None
     if slot.rank == 0:
-        store = dist.TCPStore(host, 0, slot.size, is_master=True, timeout=timeout,
-                              wait_for_workers=False)  # fmt: skip
+        store = make_store(host, 0, slot.size, True, timeout, wait_for_workers=False)
     port = slot.bcast(store.port if store else None, root=0)
     if store is None:
-        store = dist.TCPStore(host, port, slot.size, is_master=False, timeout=timeout)
+        store = make_store(host, port, slot.size, False, timeout)
     os.environ.update(
-        RANK=str(slot.rank), WORLD_SIZE=str(slot.size), LOCAL_RANK=str(local_rank),
-        MASTER_ADDR=host, MASTER_PORT=str(port),
-    )  # fmt: skip
+        RANK=str(slot.rank),
+        WORLD_SIZE=str(slot.size),
+        LOCAL_RANK=str(local_rank),
+        MASTER_ADDR=host,
+        MASTER_PORT=str(port),
+    )
     os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
     # DeepSpeed builds its operators with ninja, which lies beside a virtual environment's python.
     binaries = str(Path(sys.executable).parent)

@@ -16,6 +16,7 @@ from hpcfed.errors import UserError
 from hpcfed.rng import generator
 
 Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def partition(task: TaskData, config: Config) -> list[ClientRows]:
     return result
 
 
-def _shape(task: TaskData, config: Config, rng: np.random.Generator):  # type: ignore[no-untyped-def]
+def _shape(task: TaskData, config: Config, rng: np.random.Generator) -> tuple[Floats, Floats]:
     """Share of the rows (K,) and class prior (K, classes) of each client."""
     spec, clients = config.data.partition, config.federation.clients
     classes = len(task.labels)
@@ -86,8 +87,9 @@ def _shape(task: TaskData, config: Config, rng: np.random.Generator):  # type: i
     return shares, priors
 
 
-def _draw(split: Split, shares: npt.NDArray[np.float64], priors: npt.NDArray[np.float64],
-          rng: np.random.Generator, at_least: int) -> list[Ids]:  # fmt: skip
+def _draw(
+    split: Split, shares: Floats, priors: Floats, rng: np.random.Generator, at_least: int
+) -> list[Ids]:
     """Deal the rows out: clients take turns in random order, each turn draws a class by the
     client's prior (restricted to classes with rows left), then the next row of that class."""
     sizes = _sizes(len(split), shares, at_least)
@@ -110,7 +112,7 @@ def _draw(split: Split, shares: npt.NDArray[np.float64], priors: npt.NDArray[np.
     return [np.array(rows, dtype=np.int64) for rows in dealt]
 
 
-def _sizes(total: int, shares: npt.NDArray[np.float64], at_least: int) -> Ids:
+def _sizes(total: int, shares: Floats, at_least: int) -> Ids:
     """Whole numbers that add up to `total`, proportional to shares (largest remainder)."""
     spare = total - at_least * len(shares)
     exact = shares / shares.sum() * spare

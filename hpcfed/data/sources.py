@@ -85,8 +85,7 @@ def _find(folder: Path, split: str) -> Path:
         if path.is_file():
             return path
     raise UserError(
-        f"No data: {folder / split}.jsonl (or .csv) does not exist; "
-        "check data.root and task.name."
+        f"No data: {folder / split}.jsonl (or .csv) does not exist; check data.root and task.name."
     )
 
 
@@ -141,7 +140,9 @@ def _row(record: Mapping[str, Any], columns: Columns, owner: str | None, where: 
     if pair is not None and not isinstance(pair, str):
         raise UserError(f"{where}: {columns.text_pair!r} must be a text, not {pair!r}.")
     if not isinstance(label, (str, int)) or label == "":
-        raise UserError(f"{where}: {columns.label!r} must be a text or whole number, not {label!r}.")
+        raise UserError(
+            f"{where}: {columns.label!r} must be a text or whole number, not {label!r}."
+        )
     return Row(text, pair, str(label), str(record[owner]) if owner else None, where)
 
 
@@ -168,7 +169,11 @@ def rows_from_hub(dataset: Any, source: HubSource, owner: str | None = None) -> 
     rows = []
     for index, record in enumerate(dataset):
         label = record[source.label]
-        if isinstance(label, int) and not isinstance(label, bool) and hasattr(label_feature, "names"):
+        if (
+            isinstance(label, int)
+            and not isinstance(label, bool)
+            and hasattr(label_feature, "names")
+        ):
             label = label_feature.int2str(label)
         columns = {
             "text": record[source.text],
@@ -201,9 +206,13 @@ def _assemble(name: str, train: list[Row], test: list[Row], config: Config) -> T
     positive = spec.positive if spec and spec.positive in labels else labels[-1]
     metric: Metric = spec.metric if spec and len(labels) == 2 else "accuracy"
     return TaskData(
-        name, labels, metric, labels.index(positive or labels[-1]),
-        _columns(train, labels), _columns(test, labels),
-    )  # fmt: skip
+        name,
+        labels,
+        metric,
+        labels.index(positive or labels[-1]),
+        _columns(train, labels),
+        _columns(test, labels),
+    )
 
 
 def _columns(rows: list[Row], labels: tuple[str, ...]) -> Split:

@@ -9,9 +9,10 @@ from tests.support import MODEL
 STAGES = ("zero0", "zero1", "zero2", "zero3", "offload")
 
 COMMON = [
-    f"model.name={MODEL}", "model.dropout=0", "task.name=few", "task.max_length=32",
-    "seed=17", "data.validation=0", "federation.clients=5", "federation.per_round=4", "federation.rounds=3", "local.epochs=1", "local.batch_size=8",
-    "evaluation.every=3", "evaluation.batch_size=256", "cluster.threads=1",
+    f"model.name={MODEL}", "model.dropout=0", "task.name=few", "task.max_length=32", "seed=17",
+    "data.validation=0", "federation.clients=5", "federation.per_round=4", "federation.rounds=3",
+    "local.epochs=1", "local.batch_size=8", "evaluation.every=3", "evaluation.batch_size=256",
+    "cluster.threads=1",
 ]  # fmt: skip
 
 VARIANTS = {
