@@ -85,10 +85,10 @@ class AdapterLayout:
 
     def unpack(self, packed: torch.Tensor, blocks: Collection[str], into: torch.Tensor) -> None:
         """Write packed values (count(blocks),) to their places in a flat vector (size,)."""
+        if len(packed) != self.count(blocks):
+            raise ValueError(f"{len(packed)} packed values for blocks of {self.count(blocks)}")
         start = 0
         for span in self.spans(blocks):
             length = span.stop - span.start
             into[span] = packed[start : start + length]
             start += length
-        if start != len(packed):
-            raise ValueError(f"{len(packed)} packed values for blocks of {start}")

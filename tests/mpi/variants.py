@@ -21,6 +21,7 @@ VARIANTS = {
     "adamw": ["local.optimizer=adamw", "local.lr=1e-3", "local.weight_decay=0.01"],
     "accumulate": ["local.optimizer=sgd", "local.lr=0.5", "local.micro_batch=3"],
     "accumulate-adamw": ["local.optimizer=adamw", "local.lr=1e-3", "local.micro_batch=3"],
+    "dropout": ["model.dropout=0.1", "adapter.dropout=0.1"],
     "checkpointing": ["local.optimizer=sgd", "local.lr=0.5", "model.gradient_checkpointing=true"],
 }
 

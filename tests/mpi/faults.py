@@ -1,0 +1,122 @@
+"""Program: clients that fail cost their own update, are named, and leave no trace in others.
+
+usage: faults.py OUT RANKS_PER_CLIENT     OUT holds the data of tests.mpi.variants
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hpcfed.adapters.layout import HEAD
+from hpcfed.cli import quiet
+from hpcfed.collectives import MaskedSum
+from hpcfed.federation import Federation
+from hpcfed.progress import Progress
+from hpcfed.resolve import resolve
+from hpcfed.topology import connect_slots, connect_world
+from tests.mpi.variants import overrides
+
+Updates = dict[bytes, int]
+
+
+def main() -> None:
+    """A healthy round, and the same round with two faulty clients."""
+    quiet()
+    out, ranks_per_client = sys.argv[1:]
+    world = connect_world()
+    topology = None
+    results = {}
+    for name in ("healthy", "faulty"):
+        resolved = resolve(
+            "lora-fedavg",
+            [*overrides(out, "accumulate", "zero2"), "federation.rounds=1", "federation.clients=5",
+             "federation.per_round=5", f"cluster.ranks_per_client={ranks_per_client}",
+             f"output={out}/{name}-{world.size}"],
+        )  # fmt: skip
+        topology = topology or connect_slots(world, resolved.config.cluster)
+        federation = Federation(resolved, world, time.monotonic(), topology)
+        if name == "faulty":
+            spoil(federation)
+        updates = record(federation)
+        federation.run(Progress(speaks=False))
+        results[name] = (federation, updates)
+    healthy, faulty = results["healthy"], results["faulty"]
+    check(faulty[0], healthy[1], faulty[1], Path(out) / f"faulty-{world.size}")
+    if world.rank == 0:
+        print("faults: ok")
+
+
+def spoil(federation: Federation) -> None:
+    """Client 0: its last row has a label that does not exist, which one rank meets, in some
+    micro-step. Client 2: the loss is not a number, from its second optimizer step on."""
+    federation.train_tokens.labels[federation.rows[0].train[-1]] = 99
+    step = federation.client._micro_step
+    seen = []
+
+    def spoiled(rows, batch, tokens, accumulated):
+        if np.isin(batch, federation.rows[2].train).all():
+            seen.append(accumulated)
+            if seen.count(False) > 1 or len(federation.rows[2].train) <= 8:
+                head = [p for n, p in federation.client.model.named_parameters()
+                        if p.requires_grad and "classifier" in n]  # fmt: skip
+                head[0].data.fill_(float("nan"))
+        return step(rows, batch, tokens, accumulated)
+
+    federation.client._micro_step = spoiled
+
+
+def record(federation: Federation) -> dict[int, tuple[int, np.ndarray]]:
+    """client -> (weight, packed values) of every update that is added up."""
+    updates: dict[int, tuple[int, np.ndarray]] = {}
+    train = federation._train
+    current = []
+
+    def add(self, values, weight, mask=None):
+        updates[current[-1]] = (weight, values.numpy().copy())
+        return original(self, values, weight, mask)
+
+    def watched(client, *arguments):
+        current.append(client)
+        MaskedSum.add = add
+        try:
+            return train(client, *arguments)
+        finally:
+            MaskedSum.add = original
+
+    original = MaskedSum.add
+    federation._train = watched
+    return updates
+
+
+def check(federation: Federation, healthy: dict, faulty: dict, out: Path) -> None:
+    """The others' updates have the same bits, and the mean is theirs alone."""
+    comm = federation.topology.world.comm
+    everyone: dict[int, tuple[int, np.ndarray]] = {}
+    for part in comm.allgather(faulty):
+        everyone |= part
+    assert sorted(everyone) == [1, 3, 4], sorted(everyone)
+    for client, (weight, values) in faulty.items():
+        assert weight == healthy[client][0]
+        assert np.array_equal(values, healthy[client][1]), f"client {client} has other bits"
+    total = sum(weight * values.astype(np.float64) for weight, values in everyone.values())
+    mean = (total / sum(weight for weight, _ in everyone.values())).astype(np.float32)
+    assert torch.equal(federation.shared, torch.from_numpy(mean))
+    assert federation.totals.failures == 2
+    values = federation.layout.count(federation.shared_blocks)
+    assert HEAD in federation.shared_blocks
+    assert federation.totals.up == 3 * values * 4
+    assert federation.totals.down == 5 * values * 4
+    if federation.topology.is_root:
+        line = json.loads((out / "metrics.jsonl").read_text())
+        assert sorted(line["failed"]) == ["0", "2"], line["failed"]
+        assert "out of bounds" in line["failed"]["0"] or "Target" in line["failed"]["0"]
+        assert "not finite" in line["failed"]["2"]
+        assert np.isfinite(line["train_loss"])
+
+
+if __name__ == "__main__":
+    main()

