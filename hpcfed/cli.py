@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 
-from hpcfed import launcher
+from hpcfed import launcher, preflight
 from hpcfed.errors import UserError
 from hpcfed.resolve import Resolved, describe, presets, resolve
 
@@ -91,13 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _start(resolved: Resolved, options: argparse.Namespace, live: bool) -> int:
     """Check what can be checked without MPI, then start the ranks."""
-    from hpcfed import deepspeed_config
-    from hpcfed.topology import check_ranks
-
     if options.ranks < 1:
         raise UserError(f"--ranks is {options.ranks}; it must be at least 1.")
-    check_ranks(options.ranks, resolved.config.cluster.ranks_per_client)
-    deepspeed_config.load(resolved.config)
+    preflight.check(resolved, options.ranks)
     words = ["run", options.source, *options.overrides, "--live" if live else "--no-live"]
     return launcher.start(options.ranks, words)
 
@@ -113,10 +109,12 @@ def _take_part(resolved: Resolved, live: bool, started: float) -> int:
         print(f"hpcfed: {error}", file=sys.stderr)
         return 2
     try:
+        with world.agreement("checking the configuration"):
+            checked = preflight.check(resolved, world.size)
         from hpcfed.federation import Federation
         from hpcfed.progress import Progress
 
-        federation = Federation(resolved, world, started)
+        federation = Federation(checked, world, started)
         federation.run(Progress(speaks=world.rank == 0, live=live))
         if world.rank == 0:
             print(f"everything lies in {federation.run_directory.path}/")

@@ -148,7 +148,7 @@ class Client:
         """Forward and backward; returns this rank's summed loss."""
         # A rank without rows still takes part in the collectives, with a sample of weight zero.
         filled = rows if len(rows) else batch[:1]
-        failure: Exception | None = None
+        problem = ""
         total = torch.zeros(())
         value = math.nan
         try:
@@ -160,19 +160,26 @@ class Client:
                 total = total * 0.0
             value = total.item()
         except Exception as error:
-            failure = error
-        if not self._all_ranks(failure is None and math.isfinite(value)):
+            problem = f"{type(error).__name__}: {error}"
+        if not problem and not math.isfinite(value):
+            problem = "the loss is not finite"
+        problem = self._first_problem(problem)
+        if problem:
             self._discard(accumulated)
-            raise ClientError(str(failure) if failure else "the loss is not finite")
+            raise ClientError(problem)
         # DeepSpeed averages over the ranks: ranks / len(batch) makes it the mean over the batch.
         scale = self._topology.ranks_per_client / len(batch)
         self._engine.backward(total * scale, scale_wrt_gas=False)
         return value
 
-    def _all_ranks(self, fine: bool) -> bool:
-        if self._topology.ranks_per_client == 1:
-            return fine
-        return bool(self._topology.slot.allreduce(fine, op=self._topology.world.mpi.LAND))
+    def _first_problem(self, problem: str) -> str:
+        """What went wrong on the first rank of the slot where something did, or ""."""
+        topology = self._topology
+        if topology.ranks_per_client == 1:
+            return problem
+        if topology.slot.allreduce(not problem, op=topology.world.mpi.LAND):
+            return ""
+        return next(text for text in topology.slot.allgather(problem) if text)
 
     def _discard(self, accumulated: bool) -> None:
         """Clear gradients that micro-steps left in the engine: finish the step with a zero loss.

@@ -56,6 +56,7 @@ def load(config: Config) -> dict[str, Any]:
             f"{path}: must be a JSON object, with zero_optimization as an object in it."
         )
     _refuse_conflicts(path, settings, config)
+    settings = {key: value for key, value in settings.items() if key not in _RULED}  # "auto"
     ranks = config.cluster.ranks_per_client
     micro = config.local.micro_batch or -(-config.local.batch_size // ranks)
     settings |= {

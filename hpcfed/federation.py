@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcfed import deepspeed_config, model, server
+from hpcfed import model, server
 from hpcfed.adapters.layout import HEAD
 from hpcfed.client import Client, ClientError
 from hpcfed.collectives import MaskedSum
 from hpcfed.config import Config
-from hpcfed.data import partition, sources
+from hpcfed.data import partition
 from hpcfed.data.batches import Ids, form_batches, tokenize
-from hpcfed.errors import UserError
+from hpcfed.deepspeed_config import zero_stage
 from hpcfed.evaluation import Evaluator
 from hpcfed.policies import layers, sampling
+from hpcfed.preflight import Checked
 from hpcfed.progress import Progress
-from hpcfed.resolve import Resolved
 from hpcfed.rng import derive, generator
-from hpcfed.run import RunDirectory, output_folder
-from hpcfed.topology import Topology, World, connect_slots
+from hpcfed.run import RunDirectory
+from hpcfed.topology import Topology, World, connect_slots, keep_heap_small
 
 FP32_BYTES = 4
 
@@ -47,23 +47,21 @@ class Federation:
     """All rounds of one run, on all ranks."""
 
     def __init__(
-        self, resolved: Resolved, world: World, started: float, topology: Topology | None = None
+        self, checked: Checked, world: World, started: float, topology: Topology | None = None
     ) -> None:
-        """Check and load everything; nothing is written before all of it succeeded.
+        """Load everything; nothing is written before all of it succeeded.
 
         topology: for callers that run several configurations in one MPI world.
         Raises UserError, on all ranks, for anything the user can mend.
         """
-        self.config: Config = resolved.config
-        config = self.config
-        with world.agreement("checking the configuration"):
-            settings = deepspeed_config.load(config)
-            self.run_directory = RunDirectory(output_folder(config))
-            check_sampling(config)
+        self.config: Config = checked.config
+        config, settings = checked.config, checked.settings
+        self.task, self.rows = checked.task, checked.rows
+        self.run_directory = RunDirectory(checked.output)
         self.topology = topology or connect_slots(world, config.cluster)
-        with world.agreement("reading data"):
-            self.task = sources.load(config)
-            self.rows = partition.partition(self.task, config)
+        if zero_stage(settings) == 3 and self.topology.device.type == "cpu":
+            keep_heap_small()
+        with world.agreement("reading the tokenizer"):
             tokenizer = model.load_tokenizer(config)
             self.train_tokens = tokenize(self.task.train, tokenizer, config.task.max_length)
             self.test_tokens = tokenize(self.task.test, tokenizer, config.task.max_length)
@@ -80,7 +78,7 @@ class Federation:
         self.seconds = {"select": 0.0, "train": 0.0, "exchange": 0.0, "evaluate": 0.0}
         if self.topology.is_root:
             self.run_directory.create(
-                resolved, self._facts(settings), partition.summary(self.task, self.rows)
+                checked.resolved, self._facts(settings), partition.summary(self.task, self.rows)
             )
         world.comm.Barrier()
         self.started = started
@@ -381,13 +379,3 @@ class Federation:
             self.run_directory.save_summary(summary)
         self.topology.world.comm.Barrier()
         return summary
-
-
-def check_sampling(config: Config) -> None:
-    """Raises UserError if more clients are sampled than there are."""
-    spec = config.federation
-    if spec.per_round > spec.clients:
-        raise UserError(
-            f"federation.per_round is {spec.per_round} but federation.clients is {spec.clients}; "
-            "no more can be sampled than there are."
-        )

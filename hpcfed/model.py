@@ -1,7 +1,9 @@
 """Backbone and tokenizer from a hub id, a folder or an installed package; sharded under ZeRO-3
 while it is loaded."""
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,6 @@ class Prepared:
     fresh: dict[str, torch.Tensor]  # frozen weights the checkpoint lacked, by name in the backbone
     source: str
     backbone_values: int
-    zero3_handle: Any  # transformers shards at load as long as this object lives
 
 
 def resolve_name(name: str) -> str:
@@ -93,8 +94,53 @@ def prepare(
     drawn from the configuration's seed, so all slots and all ZeRO stages start from the same.
     Raises UserError for a model that cannot be loaded or adapted.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    with _sharded_at_load(ds_settings):
+        model, missing = _load(config, labels, pad_id)
+        layers = int(model.config.num_hidden_layers)
+        head = lora.final_linear(model, len(labels))
+        blocks = lora.transformer_blocks(model, layers)
+        std = float(getattr(model.config, "initializer_range", 0.02))
+        missing = [name for name in missing if not name.startswith(f"{head}.")]
+        inside = [name for name in missing if any(name.startswith(f"{b}.") for b in blocks)]
+        if inside:
+            raise UserError(
+                f"model.name: the checkpoint {config.model.name!r} holds no weights for "
+                f"{len(inside)} parameters of its transformer blocks (first: {inside[0]})."
+            )
+        fresh = _draw_missing(model, missing, config.seed, std)
+        if config.model.gradient_checkpointing:
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        adapted = lora.adapt(model, config.adapter, layers, len(labels))
+    values = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    return Prepared(
+        adapted,
+        lora.initial_values(adapted.layout, config.seed, std),
+        fresh,
+        config.model.name,
+        values - adapted.layout.size,
+    )
+
+
+@contextlib.contextmanager
+def _sharded_at_load(ds_settings: dict[str, Any]) -> Iterator[None]:
+    """Under ZeRO-3, models that transformers loads inside are sharded; only inside, or the next
+    model of this process would be sharded too, whatever its stage."""
     from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    handle = HfDeepSpeedConfig(ds_settings) if zero_stage(ds_settings) == 3 else None
+    try:
+        yield
+    finally:
+        del handle
+        unset_hf_deepspeed_config()
+
+
+def _load(config: Config, labels: tuple[str, ...], pad_id: int) -> tuple[Any, list[str]]:
+    """The model, and the names of the parameters that its checkpoint lacks."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     source = resolve_name(config.model.name)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.dtype]
@@ -112,7 +158,6 @@ def prepare(
                     setattr(hf_config, attribute, config.model.dropout)
         hf_config.pad_token_id = pad_id
         hf_config.use_cache = False
-        handle = HfDeepSpeedConfig(ds_settings) if zero_stage(ds_settings) == 3 else None
         model, report = AutoModelForSequenceClassification.from_pretrained(
             source,
             config=hf_config,
@@ -120,32 +165,11 @@ def prepare(
             output_loading_info=True,
             trust_remote_code=False,
         )
-    except Exception as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # transformers raises many unrelated types here
         raise _unreachable(config, "model", error) from None
-    layers = int(hf_config.num_hidden_layers)
-    head = lora.final_linear(model, len(labels))
-    blocks = lora.transformer_blocks(model, layers)
-    std = float(getattr(hf_config, "initializer_range", 0.02))
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith(f"{head}."))
-    inside = [name for name in missing if any(name.startswith(f"{b}.") for b in blocks)]
-    if inside:
-        raise UserError(
-            f"model.name: the checkpoint {config.model.name!r} holds no weights for "
-            f"{len(inside)} parameters of its transformer blocks (first: {inside[0]})."
-        )
-    fresh = _draw_missing(model, missing, config.seed, std)
-    if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    adapted = lora.adapt(model, config.adapter, layers, len(labels))
-    backbone = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    return Prepared(
-        adapted,
-        lora.initial_values(adapted.layout, config.seed, std),
-        fresh,
-        config.model.name,
-        backbone - adapted.layout.size,
-        handle,
-    )
+    return model, sorted(report["missing_keys"])
 
 
 def _draw_missing(

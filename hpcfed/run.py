@@ -11,7 +11,6 @@ summary.json       the result
 
 import importlib.metadata
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -20,30 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hpcfed.adapters.lora import Adapted
-from hpcfed.config import Config
-from hpcfed.errors import UserError
 from hpcfed.resolve import Resolved, describe
 
 _PACKAGES = ("hpcfed", "torch", "deepspeed", "transformers", "peft", "mpi4py", "numpy")
-
-
-def output_folder(config: Config) -> Path:
-    """The run directory. Raises UserError if it exists, or could not be made."""
-    try:
-        path = Path(config.output.format(task=config.task.name, method=config.method))
-    except (KeyError, IndexError, ValueError):
-        raise UserError(
-            f"output is {config.output!r}; only {{task}} and {{method}} may stand in braces."
-        ) from None
-    if path.exists():
-        raise UserError(
-            f"The run directory {path} exists already; give another one with output=..., "
-            "or remove it."
-        )
-    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK) or not parent.is_dir():
-        raise UserError(f"The run directory {path} cannot be made: {parent} is not writable.")
-    return path
 
 
 class RunDirectory:

@@ -5,10 +5,14 @@
 
 MPI carries what passes between clients, torch.distributed what passes inside one. This is the only
 file that knows launchers and their variables. mpi4py is imported here and nowhere else, and only
-when a world is connected: a process that merely imports hpcfed never starts MPI.
+when a world is connected: a process that merely imports hpcfed never starts MPI. torch too is
+imported only when slots are connected, so that a wrong launch is refused within a second.
 """
 
+from __future__ import annotations
+
 import contextlib
+import ctypes
 import io
 import os
 import socket
@@ -17,12 +21,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from hpcfed.config import Cluster
 from hpcfed.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 # Launcher variables that give the number of processes it started: (variable, what set it).
 _LAUNCHED = (
@@ -127,18 +132,24 @@ def _launched_rank() -> int:
     return 0
 
 
-def check_ranks(ranks: int, ranks_per_client: int) -> None:
-    """Raises UserError unless the ranks make whole slots."""
-    if ranks % ranks_per_client:
-        raise UserError(
-            f"{ranks} MPI ranks do not divide into slots of cluster.ranks_per_client="
-            f"{ranks_per_client}; start a multiple of {ranks_per_client} ranks."
-        )
+def keep_heap_small() -> None:
+    """Have glibc give freed memory back at once.
+
+    Under ZeRO-3 on the CPU gathered parameters come and go; with the default thresholds the heap
+    keeps them, and a step's peak is that of a model that was never sharded. It costs page faults,
+    so only runs whose goal is to fit ask for it. Without effect where libc is not glibc.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(mmap_threshold, 131072)
+        mallopt(trim_threshold, 131072)
 
 
 def connect_slots(world: World, cluster: Cluster) -> Topology:
     """Split the world into slots and start each slot's torch.distributed world."""
-    check_ranks(world.size, cluster.ranks_per_client)
+    import torch
+
     per_client = cluster.ranks_per_client
     slot_index, rank_in_slot = divmod(world.rank, per_client)
     slot = world.comm.Split(slot_index, rank_in_slot)
@@ -168,6 +179,8 @@ def _threads(node: Any, cluster: Cluster) -> int:
 
 def _device(node: Any, ranks_per_client: int) -> tuple[torch.device, int]:
     """The device of this rank, and the LOCAL_RANK that makes DeepSpeed choose the same one."""
+    import torch
+
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return torch.device("cpu"), node.rank

@@ -13,6 +13,7 @@ import numpy as np
 
 from hpcfed.cli import quiet
 from hpcfed.federation import Federation
+from hpcfed.preflight import check
 from hpcfed.progress import Progress
 from hpcfed.resolve import resolve
 from hpcfed.topology import connect_slots, connect_world
@@ -28,7 +29,7 @@ def main() -> None:
         began = time.monotonic()
         resolved = resolve("lora-fedavg", run["overrides"])
         topology = topology or connect_slots(world, resolved.config.cluster)
-        federation = Federation(resolved, world, began, topology)
+        federation = Federation(check(resolved, world.size), world, began, topology)
         federation.run(Progress(speaks=False))
         if world.rank == 0:
             np.save(file.parent / f"{run['name']}.npy", federation.shared.numpy())

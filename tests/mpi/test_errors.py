@@ -44,8 +44,8 @@ def alone(*words, **variables):
         (["local.lrr=1"], ["'local.lrr'", "did you mean"]),
         (["method=fedavgg"], ["'fedavgg'", "lora-fedavg"]),
         (["local.epochs=two"], ["local.epochs", "whole number"]),
-        (["federation.per_round=9"], ["per_round is 9", "clients is 5"]),
-        (["federation.clients=49", "federation.per_round=1"], ["49", "48 training rows"]),
+        (["federation.per_round=9"], ["per_round is 9", "clients is 4"]),
+        (["federation.clients=35", "federation.per_round=1"], ["35", "34 training rows"]),
         (["deepspeed=pyproject.toml"], ["pyproject.toml", "not valid JSON"]),
         (["adapter.targets=[q_proj]"], ["'q_proj'", "legal targets", "query"]),
         (["task.name=other"], ["train.jsonl", "data.root"]),
@@ -78,7 +78,7 @@ def test_a_malformed_line_is_named_by_file_and_number(tmp_path):
     path = tmp_path / "few" / "train.jsonl"
     path.write_text(path.read_text() + '{"text": "a"}\n')
     output = alone("run", "lora-fedavg", *overrides(tmp_path, "sgd"), f"output={tmp_path}/x")
-    assert f"{path}, line 49" in sentence(output)
+    assert f"{path}, line 35" in sentence(output)
     test = tmp_path / "few" / "test.jsonl"
     path.write_text("")
     output = alone("run", "lora-fedavg", *overrides(tmp_path, "sgd"), f"output={tmp_path}/x")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from tests import models
-from tests.mpi.variants import overrides, write_data
+from tests.mpi.variants import ROWS, overrides, write_data
 from tests.support import many_runs, mpiexec
 
 
@@ -71,17 +71,17 @@ def test_the_run_directory(data, tmp_path):
         assert summary["bytes"][key] == sum(r["bytes"][key] for r in rounds)
     layout = json.loads((out / "run.json").read_text())["adapter_values"]
     values = sum(layout.values())
-    assert rounds[0]["bytes"]["up"] == 4 * values * 4  # 4 clients
-    assert rounds[0]["bytes"]["up_without_head"] == 4 * (values - layout["head"]) * 4
+    assert rounds[0]["bytes"]["up"] == 3 * values * 4  # 3 clients
+    assert rounds[0]["bytes"]["up_without_head"] == 3 * (values - layout["head"]) * 4
     # Two slots hand over float64 values, a weight and the statistics; then the fp32 mean.
-    small = 1 + 4 * 4 + 2
+    small = 1 + 3 * 4 + 2
     assert rounds[0]["bytes"]["wire"] == (values + small) * 8 * 2 + values * 4
     assert summary["accuracy"]["personal"] == summary["accuracy"]["global"]
     assert set(summary["seconds"]) == {
         "init", "select", "train", "exchange", "evaluate", "total",
     }  # fmt: skip
     table = json.loads((out / "partition.json").read_text())
-    assert np.array(table["train"]).sum() + np.array(table["validation"]).sum() == 48
+    assert np.array(table["train"]).sum() + np.array(table["validation"]).sum() == ROWS
 
 
 def test_personal_layers_stay_home(data, tmp_path):
@@ -100,8 +100,8 @@ def test_personal_layers_stay_home(data, tmp_path):
         packed = sum(values[block] for block in ("3", "4", "5", "head"))
         line = metrics[-1][0]
         assert line["shared_layers"] == ["3", "4", "5"]
-        assert line["bytes"]["up"] == 4 * packed * 4
-        small = 1 + 4 * 4 + 2
+        assert line["bytes"]["up"] == 3 * packed * 4
+        small = 1 + 3 * 4 + 2
         assert line["bytes"]["wire"] == ((packed + small) * 16 + packed * 4 if ranks == 2 else 0)
     assert states[0].keys() == states[1].keys()
     assert {len(values) for values in states[0].values()} == {sum(values[b] for b in "012")}

@@ -74,7 +74,8 @@ def settings(tmp_path, content, **config):
 
 def test_deepspeed_settings_are_completed(tmp_path):
     found = settings(
-        tmp_path, {"zero_optimization": {"stage": 2}, "train_batch_size": "auto"},
+        tmp_path,
+        {"zero_optimization": {"stage": 2}, "train_batch_size": "auto", "optimizer": "auto"},
         local=Local(batch_size=9, clip=0.5), cluster=Cluster(ranks_per_client=2),
         model=Model(dtype="bf16"),
     )  # fmt: skip
@@ -82,6 +83,7 @@ def test_deepspeed_settings_are_completed(tmp_path):
     assert found["train_batch_size"] == 10
     assert found["gradient_clipping"] == 0.5
     assert found["bf16"]["enabled"] is True
+    assert "optimizer" not in found
     assert deepspeed_config.zero_stage(found) == 2
 
 

@@ -1,0 +1,153 @@
+"""A federated round on one rank against a plain PyTorch loop over the same batches.
+
+    python benchmarks/round.py [section.key=value ...]
+
+The reference has the same model, adapter, batches and optimizer, and nothing else: no DeepSpeed, no
+MPI, no loading and reading of client values. Rounds and reference take turns; the medians and their
+ratio are printed, then where the difference goes, then what the start-up was spent on.
+"""
+
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpcfed import federation as federation_module
+from hpcfed import model, preflight
+from hpcfed.cli import quiet
+from hpcfed.client import Client
+from hpcfed.collectives import MaskedSum
+from hpcfed.data.batches import Ids
+from hpcfed.federation import Federation
+from hpcfed.policies.sampling import sample
+from hpcfed.progress import Progress
+from hpcfed.resolve import resolve
+from hpcfed.topology import connect_world
+
+ROUNDS = 6
+
+
+class Clock:
+    """Adds up the seconds of wrapped functions by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def wrap(self, owner: Any, attribute: str, name: str) -> None:
+        """Replace owner.attribute by a timed one."""
+        original: Callable[..., Any] = getattr(owner, attribute)
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return original(*arguments, **options)
+            finally:
+                self.seconds[name] += time.perf_counter() - start
+
+        setattr(owner, attribute, timed)
+
+
+def main() -> None:
+    """Measure and print."""
+    began = time.monotonic()
+    quiet()
+    clock = Clock()
+    clock.wrap(federation_module, "connect_slots", "torch.distributed and DeepSpeed's import")
+    clock.wrap(federation_module, "tokenize", "tokenize")
+    clock.wrap(model, "prepare", "load the model")
+    clock.wrap(federation_module, "Client", "DeepSpeed engine")
+    with TemporaryDirectory() as folder:
+        resolved = resolve(
+            "lora-fedavg",
+            ["data.root=../shared/datasets", "task.name=trec", "cluster.threads=1",
+             f"output={Path(folder) / 'run'}", *sys.argv[1:]],
+        )  # fmt: skip
+        imported = time.monotonic()
+        world = connect_world()
+        clock.seconds["MPI"] = time.monotonic() - imported
+        checked = preflight.check(resolved, world.size)
+        federation = Federation(checked, world, began)
+        startup = dict(clock.seconds)
+        plain = Plain(federation)
+        parts = Clock()
+        parts.wrap(Client, "load", "load values, fresh optimizer")
+        parts.wrap(Client, "read", "read values")
+        parts.wrap(MaskedSum, "add", "add to the sum")
+        parts.wrap(MaskedSum, "mean", "exchange")
+        silent = Progress(speaks=False)
+        federation.round(0, silent)
+        plain.round(0)
+        parts.seconds.clear()
+        ours, reference = [], []
+        for number in range(1, ROUNDS + 1):
+            ours.append(_seconds(federation.round, number, silent))
+            reference.append(_seconds(plain.round, number))
+        report(ours, reference, parts, federation)
+        print(f"\nstart-up to the first round: {federation.init_seconds:.1f} s")
+        startup["imports and the rest"] = federation.init_seconds - sum(startup.values())
+        for name, value in sorted(startup.items(), key=lambda item: -item[1]):
+            print(f"  {name:<42} {value:6.2f} s")
+
+
+def report(ours: list[float], reference: list[float], parts: Clock, federation: Federation) -> None:
+    """The ratio, and where the difference goes."""
+    took, base = statistics.median(ours), statistics.median(reference)
+    steps = federation.totals.steps / (ROUNDS + 1)
+    print(
+        f"{federation.config.deepspeed}, {steps:.0f} steps a round\n"
+        f"round {took:.3f} s, plain loop {base:.3f} s, ratio {took / base:.3f}"
+    )
+    extra = (sum(ours) - sum(reference)) / ROUNDS
+    named = {name: value / ROUNDS for name, value in parts.seconds.items()}
+    named["DeepSpeed engine around forward, backward, step"] = extra - sum(named.values())
+    for name, value in named.items():
+        print(f"  {name:<48} {value * 1e3:8.1f} ms a round {value / base:+7.1%}")
+
+
+def _seconds(work: Callable[..., Any], *arguments: Any) -> float:
+    start = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - start
+
+
+class Plain:
+    """The reference: local training of a round's clients in plain PyTorch."""
+
+    def __init__(self, federation: Federation) -> None:
+        self.federation = federation
+        prepared = model.prepare(
+            federation.config, federation.task.labels, federation.train_tokens.pad_id, {}
+        )
+        self.network = prepared.adapted.model.to(federation.topology.device).train()
+        self.parameters = prepared.adapted.parameters
+
+    def round(self, number: int) -> None:
+        """Train every sampled client, one after the other."""
+        config = self.federation.config
+        spec = config.federation
+        for client in sample(config.seed, number, spec.clients, spec.per_round):
+            self.train(self.federation._batches(number, client))
+
+    def train(self, batches: list[Ids]) -> None:
+        """One optimizer step per batch."""
+        local = self.federation.config.local
+        optimizer = torch.optim.AdamW(self.parameters, lr=local.lr, weight_decay=local.weight_decay)
+        for batch in batches:
+            inputs = self.federation.train_tokens.collate(batch, self.federation.topology.device)
+            labels = inputs.pop("labels")
+            loss = nn.functional.cross_entropy(self.network(**inputs).logits, labels)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self.parameters, local.clip)
+            optimizer.step()
+
+
+if __name__ == "__main__":
+    main()

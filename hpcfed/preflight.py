@@ -1,0 +1,78 @@
+"""Everything that can be refused without torch, a model or a GPU: within a second, before anything
+starts and before anything is written."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcfed import deepspeed_config
+from hpcfed.config import Config
+from hpcfed.data import partition, sources
+from hpcfed.data.partition import ClientRows
+from hpcfed.data.sources import TaskData
+from hpcfed.errors import UserError
+from hpcfed.resolve import Resolved
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A configuration whose launch, DeepSpeed JSON, run directory and data are sound."""
+
+    resolved: Resolved
+    settings: dict[str, Any]  # complete DeepSpeed configuration of a client
+    output: Path
+    task: TaskData
+    rows: list[ClientRows]
+
+    @property
+    def config(self) -> Config:
+        """The configuration itself."""
+        return self.resolved.config
+
+
+def check(resolved: Resolved, ranks: int) -> Checked:
+    """Check and load what a run on `ranks` MPI ranks needs besides its model.
+
+    Raises UserError for the first fault found.
+    """
+    config = resolved.config
+    check_ranks(ranks, config.cluster.ranks_per_client)
+    spec = config.federation
+    if spec.per_round > spec.clients:
+        raise UserError(
+            f"federation.per_round is {spec.per_round} but federation.clients is {spec.clients}; "
+            "no more can be sampled than there are."
+        )
+    settings = deepspeed_config.load(config)
+    output = output_folder(config)
+    task = sources.load(config)
+    return Checked(resolved, settings, output, task, partition.partition(task, config))
+
+
+def check_ranks(ranks: int, ranks_per_client: int) -> None:
+    """Raises UserError unless the ranks make whole slots."""
+    if ranks % ranks_per_client:
+        raise UserError(
+            f"{ranks} MPI ranks do not divide into slots of cluster.ranks_per_client="
+            f"{ranks_per_client}; start a multiple of {ranks_per_client} ranks."
+        )
+
+
+def output_folder(config: Config) -> Path:
+    """The run directory. Raises UserError if it exists, or could not be made."""
+    try:
+        path = Path(config.output.format(task=config.task.name, method=config.method))
+    except (KeyError, IndexError, ValueError):
+        raise UserError(
+            f"output is {config.output!r}; only {{task}} and {{method}} may stand in braces."
+        ) from None
+    if path.exists():
+        raise UserError(
+            f"The run directory {path} exists already; give another one with output=..., "
+            "or remove it."
+        )
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK) or not parent.is_dir():
+        raise UserError(f"The run directory {path} cannot be made: {parent} is not writable.")
+    return path
