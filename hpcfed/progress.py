@@ -19,6 +19,7 @@ class Progress:
         self._bar: Any = None
         self._rounds = 0
         self._up = 0
+        self._validation = ""
         self._began = time.monotonic()
 
     def start(self, federation: "Federation") -> None:
@@ -52,12 +53,12 @@ class Progress:
                 file=sys.stderr,
                 dynamic_ncols=True,
             )
-            self._slots = topology.slots
 
     def client(self, client: int) -> None:
         """One client of this slot is done."""
         if self._bar is not None:
-            self._bar.set_postfix_str(f"client {client}", refresh=False)
+            so_far = f"{self._up / 1e6:.1f} MB up"
+            self._bar.set_postfix_str(f"client {client}, {self._validation}{so_far}", refresh=False)
             self._bar.update(1)
 
     def round(self, line: dict[str, Any]) -> None:
@@ -71,6 +72,7 @@ class Progress:
         text = f"round {done:>3}/{self._rounds}  loss {loss}"
         if "validation" in line:
             text += f"  validation {line['validation']['personal']['score']:.4f}"
+            self._validation = f"validation {line['validation']['personal']['score']:.4f}, "
         else:
             text += " " * 19
         took = sum(line["seconds"].values())

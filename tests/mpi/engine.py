@@ -1,6 +1,6 @@
 """Program: what is written into a ZeRO engine is there, survives steps, and leaks nowhere.
 
-usage: engine.py MODEL_FOLDER DTYPE DEEPSPEED_JSON...     one world = one client of all ranks
+usage: engine.py MODEL_FOLDER DTYPE:DEEPSPEED_JSON...     one world = one client of all ranks
 """
 
 import sys
@@ -24,10 +24,11 @@ LABELS = ("a", "b", "c")  # an odd number: partitions of the head are uneven
 def main() -> None:
     """Check every given DeepSpeed configuration."""
     quiet()
-    folder, dtype, *files = sys.argv[1:]
+    folder, *cases = sys.argv[1:]
     world = connect_world()
     topology = None
-    for file in files:
+    for case in cases:
+        dtype, file = case.split(":")
         config = resolve(
             "lora-fedavg",
             [f"model.name={folder}", f"model.dtype={dtype}", f"deepspeed={file}", "adapter.rank=3",

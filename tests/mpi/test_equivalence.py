@@ -17,18 +17,19 @@ from tests.mpi.variants import STAGES, VARIANTS, overrides, write_data
 from tests.support import many_runs
 
 # (slots, ranks per client) -> the runs made in that world; every stage in each kind of world.
-EVERYTHING = [f"{name}:{stage}" for stage in STAGES for name in ("sgd", "adamw")]
+SGD = [f"sgd:{stage}" for stage in STAGES]
+ADAMW = [f"adamw:{stage}" for stage in ("zero0", "zero1", "zero2", "offload")]
 EXTRAS = [
     "decay:zero0", "decay:zero2", "accumulate:zero0", "accumulate:zero1", "accumulate:zero2",
-    "accumulate:zero3", "accumulate-adamw:zero2", "checkpointing:zero0", "checkpointing:zero3",
+    "accumulate-adamw:zero2", "checkpointing:zero0", "accumulate-checkpointing:zero3",
 ]  # fmt: skip
 BITS_ONLY = ["dropout:zero0"]  # compared between numbers of slots, not with the reference
 WORLDS = {
-    (1, 1): EVERYTHING + EXTRAS,
+    (1, 1): SGD + ADAMW + EXTRAS,
     (2, 1): ["sgd:zero0", "adamw:zero0", "sgd:zero2", "accumulate:zero3"],
     (4, 1): ["sgd:zero0", "adamw:zero0", "sgd:zero1", "sgd:zero3"],
-    (1, 2): EVERYTHING + EXTRAS,
-    (2, 2): ["sgd:zero0", "adamw:zero1", "accumulate:zero2", "sgd:zero3", "adamw:offload"],
+    (1, 2): SGD + ADAMW + EXTRAS,
+    (2, 2): ["sgd:zero0", "adamw:zero1", "accumulate:zero2", "adamw:zero3"],
 }
 
 

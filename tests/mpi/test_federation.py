@@ -127,7 +127,7 @@ def test_real_data_on_two_slots(datasets_folder, tmp_path):
     out = tmp_path / "run"
     mpiexec(
         2, "hpcfed", "run", "lora-fedavg", f"data.root={datasets_folder}", "task.name=trec",
-        "task.max_train=600", "federation.clients=10", "federation.per_round=5",
+        "task.max_train=500", "federation.clients=10", "federation.per_round=5",
         "federation.rounds=6", "evaluation.every=3", "cluster.threads=1", f"output={out}",
     )  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())

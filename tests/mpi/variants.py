@@ -25,7 +25,11 @@ VARIANTS = {
     "accumulate-adamw": ["local.optimizer=adamw", "local.lr=1e-3", "local.micro_batch=3"],
     "dropout": ["model.dropout=0.1", "adapter.dropout=0.1"],
     "checkpointing": ["local.optimizer=sgd", "local.lr=0.5", "model.gradient_checkpointing=true"],
-}
+    "accumulate-checkpointing": [
+        "local.optimizer=sgd", "local.lr=0.5", "local.micro_batch=3",
+        "model.gradient_checkpointing=true",
+    ],
+}  # fmt: skip
 
 
 def overrides(out: str | Path, name: str, stage: str = "zero0") -> list[str]:
