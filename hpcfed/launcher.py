@@ -27,11 +27,10 @@ def command(mpiexec: str, ranks: int, program: list[str]) -> tuple[list[str], di
     Ranks may outnumber cores (a laptop, a test), so binding is off and idle ranks yield.
     """
     version = subprocess.run([mpiexec, "--version"], capture_output=True, text=True).stdout
-    extra = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "")}
-    if "Open MPI" not in version and "Open RTE" not in version and "OpenRTE" not in version:
+    if "Open MPI" not in version and "OpenRTE" not in version:
         return [mpiexec, "-n", str(ranks), *program], {}
     flags = ["--oversubscribe", "--bind-to", "none"]
-    extra = {"OMPI_MCA_mpi_yield_when_idle": "1", "PRTE_MCA_quiet": "1"}
+    extra = {"OMPI_MCA_mpi_yield_when_idle": "1"}
     if os.geteuid() == 0:
         for stem in ("OMPI", "PRTE"):
             extra |= {f"{stem}_ALLOW_RUN_AS_ROOT": "1", f"{stem}_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
