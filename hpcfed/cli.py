@@ -80,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "config":
             print(describe(resolved))
             return 0
-        live = sys.stderr.isatty() if options.live is None else options.live
+        on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
+        live = on_terminal if options.live is None else options.live
         if options.ranks is not None:
             return _start(resolved, options, live)
     except UserError as error:

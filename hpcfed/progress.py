@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
@@ -15,7 +15,7 @@ class Progress:
 
     def __init__(self, speaks: bool, live: bool = False) -> None:
         self._speaks = speaks
-        self._live = live
+        self._terminal = _terminal() if speaks and live else None
         self._bar: Any = None
         self._rounds = 0
         self._up = 0
@@ -32,25 +32,25 @@ class Progress:
         self._began = time.monotonic()
         shared = layout.count(federation.shared_blocks)
         per_client = topology.ranks_per_client
-        print(
+        self._say(
             f"{config.method} on {config.task.name}: {len(federation.task.train)} training rows, "
             f"{config.federation.clients} clients, {config.federation.per_round} a round, "
             f"{self._rounds} rounds\n"
             f"{config.model.name}: {federation.prepared.backbone_values / 1e6:.1f}M frozen values, "
             f"{layout.size:,} trainable, {shared:,} shared "
             f"({shared * 4 / 1e6:.2f} MB an upload)\n"
-            f"{topology.world.size} ranks = {topology.slots} slots x {per_client} ZeRO "
+            f"{topology.world.size} rank{'s'[: topology.world.size > 1]} = {topology.slots} "
+            f"slot{'s'[: topology.slots > 1]} x {per_client} ZeRO "
             f"rank{'s'[: per_client > 1]}, {topology.threads} thread"
             f"{'s'[: topology.threads > 1]} a rank, {topology.device}; "
-            f"ready after {federation.init_seconds:.1f} s -> {federation.run_directory.path}",
-            flush=True,
+            f"ready after {federation.init_seconds:.1f} s -> {federation.run_directory.path}"
         )
-        if self._live:
+        if self._terminal is not None:
             self._bar = tqdm(
                 total=self._rounds * config.federation.per_round,
                 unit="client",
                 leave=False,
-                file=sys.stderr,
+                file=self._terminal,
                 dynamic_ncols=True,
             )
 
@@ -81,10 +81,7 @@ class Progress:
             text += f"\n  client {client} failed and was left out: {reason}"
         if self._bar is not None:
             self._bar.update(done * len(line["clients"]) - self._bar.n)
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-        else:
-            print(text, flush=True)
+        self._say(text)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """The result, and where everything lies."""
@@ -94,25 +91,43 @@ class Progress:
             return
         accuracy, sent, spent = summary["accuracy"], summary["bytes"], summary["seconds"]
         best = summary["best"]
-        print(
+        self._say(
             f"\ntest accuracy  personal {accuracy['personal']:.4f}  global {accuracy['global']:.4f}"
             f"  (majority class {summary['majority']:.4f})"
         )
         if summary["metric"] != "accuracy":
-            print(f"test {summary['metric']}  personal {summary['score']['personal']:.4f}")
+            self._say(f"test {summary['metric']}  personal {summary['score']['personal']:.4f}")
         if best is not None:
-            print(
+            self._say(
                 f"best round by validation: {best['round']}"
                 f" (test accuracy {best['personal']['accuracy']:.4f})"
             )
-        print(
+        self._say(
             f"bytes          up {sent['up'] / 1e6:.2f} MB  down {sent['down'] / 1e6:.2f} MB"
             f"  on the wire {sent['wire'] / 1e6:.2f} MB\n"
             f"work           {summary['samples']:,} samples, {summary['steps']:,} steps,"
             f" {summary['failures']} failed updates\n"
-            "seconds        " + "  ".join(f"{name} {value:.1f}" for name, value in spent.items()),
-            flush=True,
+            "seconds        " + "  ".join(f"{name} {value:.1f}" for name, value in spent.items())
         )
+
+    def _say(self, text: str) -> None:
+        """One or more lines, above the bar if there is one."""
+        if self._terminal is not None:
+            tqdm.write(text, file=self._terminal)
+            self._terminal.flush()
+        else:
+            print(text, flush=True)
+
+
+def _terminal() -> TextIO | None:
+    """Where a bar can be drawn. mpiexec holds back what does not end in a new line, so under it
+    the terminal is opened by its own name; there may be none."""
+    if sys.stderr.isatty():
+        return sys.stderr
+    try:
+        return open("/dev/tty", "w")
+    except OSError:
+        return None
 
 
 def _clock(seconds: float) -> str:
