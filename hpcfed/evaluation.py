@@ -37,7 +37,8 @@ class Evaluator:
         vector_of: Callable[[int | None], torch.Tensor],
     ) -> dict[str, Any]:
         """rows[k]: rows of client k. states: clients with values of their own; all others have
-        the same model, vector_of(None), and their rows are evaluated together."""
+        the same model, vector_of(None), and their rows are evaluated together; without states this
+        is the global evaluation."""
         results = np.zeros((2, len(tokens)))
         alike = [rows[k] for k in range(len(rows)) if k not in states]
         if alike:
@@ -48,13 +49,6 @@ class Evaluator:
         for k in lanes[self.topology.slot_index]:
             self._run(self._batches(rows[k], tokens), tokens, vector_of(k), results)
         return self._score(np.concatenate(list(rows)), tokens, results)
-
-    def shared(self, rows: Ids, tokens: Tokens, vector: torch.Tensor) -> dict[str, Any]:
-        """One model on all of `rows`."""
-        results = np.zeros((2, len(tokens)))
-        mine = self._batches(rows, tokens)[self.topology.slot_index :: self.topology.slots]
-        self._run(mine, tokens, vector, results)
-        return self._score(rows, tokens, results)
 
     def _batches(self, rows: Ids, tokens: Tokens) -> list[Ids]:
         ordered = rows[np.argsort(tokens.lengths[rows], kind="stable")]

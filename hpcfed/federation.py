@@ -18,7 +18,7 @@ from hpcfed.client import Client, ClientError
 from hpcfed.collectives import MaskedSum
 from hpcfed.config import Config
 from hpcfed.data import partition
-from hpcfed.data.batches import Ids, form_batches, tokenize
+from hpcfed.data.batches import Ids, Tokens, form_batches, tokenize
 from hpcfed.deepspeed_config import zero_stage
 from hpcfed.evaluation import Evaluator
 from hpcfed.policies import layers, sampling
@@ -139,9 +139,8 @@ class Federation:
         sampled = sampling.sample(
             config.seed, number, config.federation.clients, config.federation.per_round
         )
-        batches = {k: self._batches(number, k) for k in sampled}
-        lengths = self.train_tokens.lengths
-        costs = {k: int(sum(lengths[b].sum() for b in batches[k])) for k in sampled}
+        lengths = self.train_tokens.lengths  # every epoch meets every row once
+        costs = {k: int(lengths[self.rows[k].train].sum()) for k in sampled}
         lane = sampling.spread(costs, topology.slots)[topology.slot_index]
         seconds = {"select": time.monotonic() - clock}
 
@@ -154,7 +153,9 @@ class Federation:
         stats = np.zeros((len(sampled), 4))  # loss sum, samples, steps, failed
         reasons: dict[int, str] = {}
         for k in lane:
-            reason = self._train(k, number, batches[k], total, stats[sampled.index(k)])
+            reason = self._train(
+                k, number, self._batches(number, k), total, stats[sampled.index(k)]
+            )
             if reason:
                 reasons[k] = reason
             progress.client(k)
@@ -267,15 +268,12 @@ class Federation:
         up, down = (len(sampled) - len(failed)) * values, len(sampled) * values
         samples, steps = int(stats[:, 1].sum()), int(stats[:, 2].sum())
         trained = float(stats[:, 1] @ (1 - stats[:, 3]))
-        for name, amount in (
-            ("samples", samples),
-            ("steps", steps),
-            ("failures", len(failed)),
-            ("up", up * FP32_BYTES),
-            ("down", down * FP32_BYTES),
-            ("wire", wire),
-        ):
-            setattr(self.totals, name, getattr(self.totals, name) + amount)
+        self.totals.samples += samples
+        self.totals.steps += steps
+        self.totals.failures += len(failed)
+        self.totals.up += up * FP32_BYTES
+        self.totals.down += down * FP32_BYTES
+        self.totals.wire += wire
         for phase, value in seconds.items():
             self.seconds[phase] += value
         return {
@@ -301,12 +299,8 @@ class Federation:
         clock = time.monotonic()
         rows = [own.validation for own in self.rows]
         if sum(map(len, rows)):
-            personal = self.evaluator.personal(rows, self.train_tokens, self.states, self._vector)
-            line["validation"] = {"personal": personal, "global": personal}
-            if self.personal_blocks:
-                line["validation"]["global"] = self.evaluator.shared(
-                    np.concatenate(rows), self.train_tokens, self._vector(None)
-                )
+            found = self._evaluate(rows, self.train_tokens, self.shared, self.states)
+            line["validation"], personal = found, found["personal"]
             if self.best is None or personal["score"] > self.best[0]:
                 stale = self.best[3] if self.best else {}
                 self.best = (personal["score"], number, self.shared, dict(self.states))
@@ -316,20 +310,23 @@ class Federation:
         line["seconds"]["evaluate"] = time.monotonic() - clock
         self.seconds["evaluate"] += line["seconds"]["evaluate"]
 
-    def _test(self, shared: torch.Tensor, states: dict[int, int]) -> dict[str, Any]:
-        rows = [own.test for own in self.rows]
+    def _evaluate(
+        self, rows: list[Ids], tokens: Tokens, shared: torch.Tensor, states: dict[int, int]
+    ) -> dict[str, Any]:
+        """Personal and global metrics on rows[k] of every client k; one pass if they coincide."""
         personal = self.evaluator.personal(
-            rows, self.test_tokens, states, lambda k: self._vector_at(k, shared, states)
+            rows, tokens, states, lambda k: self._vector_at(k, shared, states)
         )
         if not self.personal_blocks:
             return {"personal": personal, "global": personal}
-        whole = np.arange(len(self.test_tokens))
+        start = self._vector_at(None, shared, states)
         return {
             "personal": personal,
-            "global": self.evaluator.shared(
-                whole, self.test_tokens, self._vector_at(None, shared, states)
-            ),
+            "global": self.evaluator.personal(rows, tokens, {}, lambda _: start),
         }
+
+    def _test(self, shared: torch.Tensor, states: dict[int, int]) -> dict[str, Any]:
+        return self._evaluate([own.test for own in self.rows], self.test_tokens, shared, states)
 
     def _finish(self) -> dict[str, Any]:
         """The test split, used here for the first time; the adapter; the summary."""

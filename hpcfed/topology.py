@@ -18,7 +18,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +86,6 @@ class Topology:
     ranks_per_client: int
     device: torch.device
     threads: int
-    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_root(self) -> bool:

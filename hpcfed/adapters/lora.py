@@ -20,10 +20,7 @@ from hpcfed.rng import generator
 
 @dataclass(frozen=True)
 class Adapted:
-    """A model with its trainable parameters in layout order.
-
-    names: each entry's key in a saved PEFT adapter.
-    """
+    """A model with its trainable parameters in layout order; entry names are PEFT's saved keys."""
 
     model: nn.Module
     layout: AdapterLayout

@@ -6,6 +6,7 @@ of a client agree without talking.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
+    @cached_property
     def lengths(self) -> Ids:
         """(n,) tokens of each row, special tokens included."""
         return np.diff(self.offsets)
