@@ -7,7 +7,7 @@ state. This is the only file that touches the engine.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,17 @@ import torch
 from torch import nn
 
 from hpcfed.adapters.layout import AdapterLayout
+from hpcfed.collectives import sum_in_slot
 from hpcfed.config import Local
 from hpcfed.data.batches import Ids, Tokens, split_batch
 from hpcfed.deepspeed_config import zero_stage
+from hpcfed.freezing import Freezer
+from hpcfed.importance.fisher import FisherSums, PerSampleGradients
+from hpcfed.importance.sensitivity import BlockWatch
 from hpcfed.model import Prepared
 from hpcfed.topology import Topology
+
+Floats = npt.NDArray[np.float64]
 
 # ZeRO-3 replaces this function for good, by one that rounds differently: without putting it back,
 # the next engine of the process would not have the bits it has in a process of its own.
@@ -33,11 +39,18 @@ class ClientError(Exception):
 
 @dataclass
 class Trained:
-    """What local training did: loss summed over samples, samples and optimizer steps."""
+    """What local training did: loss summed over samples, samples and optimizer steps.
+
+    losses, fisher: (len(tokens),) each row's loss and Fisher trace when it was last trained on.
+    neurons: mean squared per-sample gradient per neuron, in the layout's order. On several ranks a
+    """
 
     loss_sum: float = 0.0
     samples: int = 0
     steps: int = 0
+    losses: Floats = field(default_factory=lambda: np.zeros(0))
+    fisher: Floats = field(default_factory=lambda: np.zeros(0))
+    neurons: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 class Client:
@@ -48,28 +61,37 @@ class Client:
     ) -> None:
         import deepspeed
 
-        self.layout: AdapterLayout = prepared.adapted.layout
-        self._parameters = prepared.adapted.parameters
-        self._topology = topology
-        self._local = local
-        self._stage = zero_stage(settings)
+        adapted = prepared.adapted
+        self.layout: AdapterLayout = adapted.layout
+        self.topology = topology
+        self.stage = zero_stage(settings)
+        self.checkpointing = prepared.checkpointing
+        self.micro_batch = local.micro_batch
+        self.parameters = adapted.parameters
+        self.watch = BlockWatch(adapted.blocks)
+        # Modules with trained values -> the entries that are its weight and, if any, its bias.
+        self.linears: dict[nn.Module, list[int]] = {}
+        for index, owner in enumerate(adapted.owners):
+            self.linears.setdefault(owner, []).append(index)
+        self.taps = PerSampleGradients(list(self.linears))
         self._bf16 = bool(settings.get("bf16", {}).get("enabled"))
         optimizer: torch.optim.Optimizer
         if local.optimizer == "adamw":
             optimizer = torch.optim.AdamW(
-                self._parameters, lr=local.lr, weight_decay=local.weight_decay
+                self.parameters, lr=local.lr, weight_decay=local.weight_decay
             )
         else:
             optimizer = torch.optim.SGD(
-                self._parameters, lr=local.lr, weight_decay=local.weight_decay
+                self.parameters, lr=local.lr, weight_decay=local.weight_decay
             )
         self._engine, *_ = deepspeed.initialize(
-            model=prepared.adapted.model,
-            model_parameters=self._parameters,
+            model=adapted.model,
+            model_parameters=self.parameters,
             optimizer=optimizer,
             config=settings,
             dist_init_required=False,
         )
+        self._freezer = Freezer(self.parameters, self._engine, self.stage)
 
     @property
     def model(self) -> nn.Module:
@@ -77,40 +99,58 @@ class Client:
         module: nn.Module = self._engine.module
         return module
 
-    def load(self, vector: torch.Tensor) -> None:
+    def load(self, vector: torch.Tensor, trainable: torch.Tensor | None = None) -> None:
         """Make the trainable values equal `vector` (layout.size,) fp32 on the CPU, with no trace
-        of an earlier client: master copy, working copy, and a fresh optimizer."""
-        values = [
-            vector[entry.values].reshape(entry.shape).to(self._topology.device)
-            for entry in self.layout.entries
-        ]
-        if self._stage == 3:
-            self._load_partitioned(values)
+        of an earlier client: master copy, working copy, and a fresh optimizer.
+
+        trainable: (layout.size,) bool; what is False stays bit for bit as it is until the next
+        load, has no gradient before clipping, no moment and no weight decay. None: all train.
+        """
+        self._freezer.release()
+        if trainable is None or bool(trainable.all()):
+            self._write(vector)
         else:
-            self._load_replicated(values)
+            absent = ~trainable
+            # Written like values, the mask takes the order of the engine's own partitions.
+            self._write(absent.float())
+            where = [master.detach() > 0.5 for master in self._freezer.masters()]
+            self._write(vector)
+            self._freezer.freeze([part > 0.5 for part in self._shaped(absent.float())], where)
         base = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         base.state.clear()
+
+    def _shaped(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            vector[entry.values].reshape(entry.shape).to(self.topology.device)
+            for entry in self.layout.entries
+        ]
+
+    def _write(self, vector: torch.Tensor) -> None:
+        if self.stage == 3:
+            self._load_partitioned(self._shaped(vector))
+        else:
+            self._load_replicated(self._shaped(vector))
 
     def _load_replicated(self, values: list[torch.Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param
 
-        for parameter, value in zip(self._parameters, values, strict=True):
+        for parameter, value in zip(self.parameters, values, strict=True):
             parameter.data.copy_(value)
-            if self._stage > 0:
+            if self.stage > 0:
                 safe_set_full_fp32_param(parameter, value)
 
     def _load_partitioned(self, values: list[torch.Tensor]) -> None:
         import deepspeed
         from deepspeed.utils import safe_set_local_fp32_param
 
-        rank, ranks = self._topology.rank_in_slot, self._topology.ranks_per_client
-        for parameter, value in zip(self._parameters, values, strict=True):
+        rank, ranks = self.topology.rank_in_slot, self.topology.ranks_per_client
+        for parameter, value in zip(self.parameters, values, strict=True):
             # Each rank holds ceil(n / ranks) values; the last one's partition may be padding.
             share = -(-value.numel() // ranks)
             padded = nn.functional.pad(value.flatten(), (0, share * ranks - value.numel()))
             safe_set_local_fp32_param(parameter, padded.narrow(0, share * rank, share))
-        with deepspeed.zero.GatheredParameters(list(self._parameters), modifier_rank=0):
-            for parameter, value in zip(self._parameters, values, strict=True):
+        with deepspeed.zero.GatheredParameters(list(self.parameters), modifier_rank=0):
+            for parameter, value in zip(self.parameters, values, strict=True):
                 parameter.data.copy_(value)
 
     def read(self) -> torch.Tensor:
@@ -119,66 +159,92 @@ class Client:
         from deepspeed.utils import safe_get_full_fp32_param
 
         vector = torch.empty(self.layout.size, dtype=torch.float32)
-        from_master = self._stage == 3 or self._bf16
-        for entry, parameter in zip(self.layout.entries, self._parameters, strict=True):
+        from_master = self.stage == 3 or self._bf16
+        for entry, parameter in zip(self.layout.entries, self.parameters, strict=True):
             value = safe_get_full_fp32_param(parameter) if from_master else parameter.data
             vector[entry.values] = value.detach().flatten()[: entry.size].float().cpu()
         return vector
 
-    def train(self, batches: Sequence[Ids], tokens: Tokens, dropout_seed: int) -> Trained:
+    def train(
+        self, batches: Sequence[Ids], tokens: Tokens, dropout_seed: int, observe: bool = False
+    ) -> Trained:
         """One optimizer step per batch of row numbers; the mean loss of a batch is over its true
         number of samples, however they fall to ranks and micro-steps.
 
+        observe: take each row's loss and Fisher trace, and the neurons' Fisher, along.
         Raises ClientError on all ranks of the slot if any rank fails outside a collective.
         """
+        topology = self.topology
         torch.manual_seed(dropout_seed)
         self._engine.train()
         result = Trained()
+        seen = _Observer(self, len(tokens)) if observe else None
         for batch in batches:
-            micro_steps = split_batch(
-                batch, self._topology.ranks_per_client, self._local.micro_batch
-            )
+            micro_steps = split_batch(batch, topology.ranks_per_client, self.micro_batch)
+            # DeepSpeed averages over the ranks: ranks / len(batch) makes it the batch's mean.
+            scale = topology.ranks_per_client / len(batch)
+            if seen:
+                seen.forget(batch)
             for number, shares in enumerate(micro_steps):
-                rows = shares[self._topology.rank_in_slot]
-                last = number == len(micro_steps) - 1
-                self._engine.set_gradient_accumulation_boundary(last)
-                result.loss_sum += self._micro_step(rows, batch, tokens, number > 0)
+                rows = shares[topology.rank_in_slot]
+                self._engine.set_gradient_accumulation_boundary(number == len(micro_steps) - 1)
+                if seen:
+                    seen.begin(len(rows), scale)
+                try:
+                    losses = self.forward(rows, batch, tokens)
+                except ClientError:
+                    self.taps.listen(None)
+                    self._discard(number > 0)
+                    raise
+                self._engine.backward(losses.sum() * scale, scale_wrt_gas=False)
+                if seen and len(rows):
+                    seen.end(rows, losses)
+                result.loss_sum += losses.sum().item()
             self._engine.step()
             result.samples += len(batch)
             result.steps += 1
+        self.taps.listen(None)
+        if seen:
+            rows = np.unique(np.concatenate(list(batches)))
+            result.losses, result.fisher, result.neurons = seen.whole(rows, result.samples)
         return result
 
-    def _micro_step(self, rows: Ids, batch: Ids, tokens: Tokens, accumulated: bool) -> float:
-        """Forward and backward; returns this rank's summed loss."""
-        # A rank without rows still takes part in the collectives, with a sample of weight zero.
+    def forward(self, rows: Ids, batch: Ids, tokens: Tokens, probing: bool = False) -> torch.Tensor:
+        """(len(rows) or 1,) fp32 losses of this rank's rows, differentiable.
+
+        A rank without rows still takes part in the collectives, with a sample of `batch` at weight
+        zero. Raises ClientError on all ranks of the slot if it fails on any of them.
+        probing: for gradients by autograd, which the engine refuses; its module does not.
+        """
+        network = self._engine.module if probing else self._engine
         filled = rows if len(rows) else batch[:1]
         problem = ""
-        total = torch.zeros(())
-        value = math.nan
+        losses = torch.zeros(1)
         try:
-            inputs = tokens.collate(filled, self._topology.device)
+            inputs = tokens.collate(filled, self.topology.device)
             labels = inputs.pop("labels")
-            logits = self._engine(**inputs).logits.float()
-            total = nn.functional.cross_entropy(logits, labels, reduction="sum")
+            logits = network(**inputs).logits.float()
+            losses = nn.functional.cross_entropy(logits, labels, reduction="none")
             if not len(rows):
-                total = total * 0.0
-            value = total.item()
+                losses = losses * 0.0
+            if not math.isfinite(losses.sum().item()):
+                problem = "the loss is not finite"
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
-        if not problem and not math.isfinite(value):
-            problem = "the loss is not finite"
         problem = self._first_problem(problem)
         if problem:
-            self._discard(accumulated)
             raise ClientError(problem)
-        # DeepSpeed averages over the ranks: ranks / len(batch) makes it the mean over the batch.
-        scale = self._topology.ranks_per_client / len(batch)
-        self._engine.backward(total * scale, scale_wrt_gas=False)
-        return value
+        return losses
+
+    def probing(self) -> None:
+        """Dropout off, while blocks that recompute their activations go on doing so."""
+        self._engine.eval()
+        for block in self.watch.blocks:
+            block.training = self.checkpointing
 
     def _first_problem(self, problem: str) -> str:
         """What went wrong on the first rank of the slot where something did, or ""."""
-        topology = self._topology
+        topology = self.topology
         if topology.ranks_per_client == 1:
             return problem
         if topology.slot.allreduce(not problem, op=topology.world.mpi.LAND):
@@ -191,7 +257,7 @@ class Client:
         if not accumulated:
             return
         self._engine.set_gradient_accumulation_boundary(True)
-        ids = torch.ones((1, 4), dtype=torch.int64, device=self._topology.device)
+        ids = torch.ones((1, 4), dtype=torch.int64, device=self.topology.device)
         zero = self._engine(input_ids=ids, attention_mask=ids).logits.float().sum() * 0.0
         self._engine.backward(zero, scale_wrt_gas=False)
         self._engine.step()
@@ -204,13 +270,13 @@ class Client:
         the sum over ranks is the whole.
         """
         self._engine.eval()
-        ranks, rank = self._topology.ranks_per_client, self._topology.rank_in_slot
+        ranks, rank = self.topology.ranks_per_client, self.topology.rank_in_slot
         result = np.zeros((2, len(tokens)))
         for start in range(0, len(batches), ranks):
             mine = start + rank
             # Forward is collective under ZeRO-3: a rank without a batch repeats another's.
             rows = batches[mine if mine < len(batches) else start]
-            inputs = tokens.collate(rows, self._topology.device)
+            inputs = tokens.collate(rows, self.topology.device)
             labels = inputs.pop("labels")
             logits = self._engine(**inputs).logits.float()
             if mine < len(batches):
@@ -223,3 +289,43 @@ class Client:
         """Free the engine, and undo what ZeRO-3 leaves behind in the process."""
         self._engine.destroy()
         nn.functional.linear = _LINEAR
+
+
+class _Observer:
+    """What training passes tell about its samples, on one rank."""
+
+    def __init__(self, client: Client, rows: int) -> None:
+        self._client = client
+        layout = client.layout
+        axes = [layout.entries[own[0]].neuron_axis for own in client.linears.values()]
+        self._sums = FisherSums(axes, client.topology.device)
+        self._losses, self._fisher = np.zeros(rows), np.zeros(rows)
+
+    def forget(self, batch: Ids) -> None:
+        """These rows are about to be trained on, on some rank."""
+        self._losses[batch] = self._fisher[batch] = 0
+
+    def begin(self, rows: int, scale: float) -> None:
+        """Before the forward of this many rows, whose losses enter with this factor."""
+        self._sums.batch(max(rows, 1), scale)
+        self._client.taps.listen(self._sums)
+
+    def end(self, rows: Ids, losses: torch.Tensor) -> None:
+        """After the backward."""
+        self._losses[rows] = losses.detach().cpu().numpy()
+        self._fisher[rows] = self._sums.trace.cpu().numpy()
+
+    def whole(self, rows: Ids, samples: int) -> tuple[Floats, Floats, torch.Tensor]:
+        """Added up over the ranks of the slot: losses, Fisher traces, mean Fisher per neuron."""
+        layout = self._client.layout
+        neurons = torch.zeros(layout.neurons[-1].stop)
+        for total, own in zip(self._sums.neurons, self._client.linears.values(), strict=True):
+            if total is not None:
+                neurons[layout.neurons[own[0]]] = total.cpu() / samples
+        found = np.concatenate([self._losses[rows], self._fisher[rows], neurons.double().numpy()])
+        found = sum_in_slot(found, self._client.topology)
+        self._losses[rows], self._fisher[rows] = (
+            found[: len(rows)],
+            found[len(rows) : 2 * len(rows)],
+        )
+        return self._losses, self._fisher, torch.from_numpy(found[2 * len(rows) :]).float()

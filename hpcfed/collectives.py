@@ -211,3 +211,14 @@ def sum_over_ranks(array: npt.NDArray[np.float64], topology: Topology) -> npt.ND
             topology.world.mpi.IN_PLACE, flat[start : start + CHUNK], op=topology.world.mpi.SUM
         )
     return array
+
+
+def sum_in_slot(array: npt.NDArray[np.float64], topology: Topology) -> npt.NDArray[np.float64]:
+    """Element-wise sum over the ranks of a slot, in place and in rank order."""
+    if topology.ranks_per_client > 1:
+        parts = np.empty((topology.ranks_per_client, *array.shape))
+        topology.slot.Allgather(array, parts)
+        array[...] = parts[0]
+        for part in parts[1:]:
+            array += part
+    return array

@@ -124,15 +124,63 @@ class Local:
 
 
 @dataclass(frozen=True)
+class Curriculum:
+    difficulty: Literal["fisher", "loss", "length", "rarity", "random", "reversed"] = option(
+        "fisher",
+        "what makes a batch hard: the Fisher trace or the loss of its samples, their length in "
+        "tokens, the rarity of their words; random; reversed: Fisher, the hardest first",
+    )
+    pace: Literal["linear", "sqrt", "exp", "all"] = option(
+        "all",
+        "how the share of batches in use grows with the rounds; all: no curriculum",
+    )
+    start: float = option(
+        0.5, "share of its batches that a client uses at first", above=0, at_most=1
+    )
+    full_at: float = option(
+        0.6, "share of the rounds after which all batches are in use", above=0, at_most=1
+    )
+    warmup: int = option(
+        0,
+        "rounds before anything is scored: batches in random order, all layers shared",
+        at_least=0,
+    )
+    when: Literal["first_use", "start"] = option(
+        "first_use",
+        "when a client's batches are scored: in its first round after the warm-up, or, all "
+        "clients, at the end of the warm-up",
+    )
+    refresh: bool = option(
+        True, "take fresh difficulties from every training pass; costs no pass of its own"
+    )
+
+
+@dataclass(frozen=True)
 class Layers:
-    score: Literal["all", "first", "last", "random"] = option(
-        "all", "which layers are shared: all, the first, the last, or a random share of them"
+    score: Literal["all", "sensitivity", "first", "last", "random"] = option(
+        "all",
+        "which layers are shared: all, those most sensitive to noise on the input, the first, the "
+        "last, or a random choice",
     )
     keep: float = option(
         0.5,
         "share of the layers that is shared (not for `all`); the rest stays personal",
         above=0,
         at_most=1,
+    )
+    probe_clients: int = option(10, "clients that are asked to score the layers", at_least=1)
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    keep: float = option(
+        1.0,
+        "share of the neurons that trains in each matrix of the personal layers; 1 = all",
+        above=0,
+        at_most=1,
+    )
+    momentum: float = option(
+        0.9, "weight of earlier rounds in the neurons' Fisher information", at_least=0, below=1
     )
 
 
@@ -180,7 +228,9 @@ class Config:
     data: Data = field(default_factory=Data)
     federation: Federation = field(default_factory=Federation)
     local: Local = field(default_factory=Local)
+    curriculum: Curriculum = field(default_factory=Curriculum)
     layers: Layers = field(default_factory=Layers)
+    sparsity: Sparsity = field(default_factory=Sparsity)
     evaluation: Evaluation = field(default_factory=Evaluation)
     server: Server = field(default_factory=Server)
     collective: Collective = field(default_factory=Collective)

@@ -21,6 +21,15 @@ from hpcfed.topology import Topology
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """Metrics, and the predicted class of each evaluated row, rows ascending."""
+
+    scores: dict[str, Any]
+    rows: Ids
+    predicted: Ids
+
+
+@dataclass(frozen=True)
 class Evaluator:
     """Evaluates models that are given as vectors of trainable values."""
 
@@ -35,7 +44,7 @@ class Evaluator:
         tokens: Tokens,
         states: Mapping[int, int],
         vector_of: Callable[[int | None], torch.Tensor],
-    ) -> dict[str, Any]:
+    ) -> Evaluation:
         """rows[k]: rows of client k. states: clients with values of their own; all others have
         the same model, vector_of(None), and their rows are evaluated together; without states this
         is the global evaluation."""
@@ -48,7 +57,7 @@ class Evaluator:
         lanes = spread({k: len(rows[k]) for k in states if len(rows[k])}, self.topology.slots)
         for k in lanes[self.topology.slot_index]:
             self._run(self._batches(rows[k], tokens), tokens, vector_of(k), results)
-        return self._score(np.concatenate(list(rows)), tokens, results)
+        return self._score(np.sort(np.concatenate(list(rows))), tokens, results)
 
     def _batches(self, rows: Ids, tokens: Tokens) -> list[Ids]:
         ordered = rows[np.argsort(tokens.lengths[rows], kind="stable")]
@@ -67,7 +76,7 @@ class Evaluator:
 
     def _score(
         self, rows: Ids, tokens: Tokens, results: np.ndarray[Any, np.dtype[np.float64]]
-    ) -> dict[str, Any]:
+    ) -> Evaluation:
         predicted, losses = sum_over_ranks(results, self.topology)
         ids = predicted[rows].astype(np.int64) - 1
         if (ids < 0).any():
@@ -75,4 +84,4 @@ class Evaluator:
         scores: dict[str, Any] = metrics.score(
             ids, tokens.labels[rows], self.task.metric, self.task.positive
         )
-        return {**scores, "loss": float(losses[rows].mean())}
+        return Evaluation({**scores, "loss": float(losses[rows].mean())}, rows, ids)

@@ -6,7 +6,7 @@ state(k) + shared values -> slot's engine -> batches -> local steps -> new value
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,20 +15,24 @@ import torch
 from hpcfed import model, server
 from hpcfed.adapters.layout import HEAD
 from hpcfed.client import Client, ClientError
-from hpcfed.collectives import MaskedSum
+from hpcfed.collectives import MaskedSum, sum_over_ranks
 from hpcfed.config import Config
 from hpcfed.data import partition
-from hpcfed.data.batches import Ids, Tokens, form_batches, tokenize
+from hpcfed.data.batches import Ids, Tokens, tokenize
 from hpcfed.deepspeed_config import zero_stage
-from hpcfed.evaluation import Evaluator
-from hpcfed.policies import layers, sampling
+from hpcfed.evaluation import Evaluation, Evaluator
+from hpcfed.local import LocalRounds
+from hpcfed.policies import sampling
 from hpcfed.preflight import Checked
 from hpcfed.progress import Progress
-from hpcfed.rng import derive, generator
 from hpcfed.run import RunDirectory
+from hpcfed.selection import select
 from hpcfed.topology import Topology, World, connect_slots, keep_heap_small
 
 FP32_BYTES = 4
+
+# Of each sampled client, on the same wire as the values.
+STATS = ("loss_sum", "samples", "steps", "failed", "scored", "density")
 
 
 @dataclass
@@ -36,11 +40,24 @@ class Totals:
     """What the run has cost so far; the names are those of summary.json."""
 
     samples: int = 0
+    scored: int = 0
     steps: int = 0
     failures: int = 0
     up: int = 0
     down: int = 0
     wire: int = 0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The federation's values at one moment: those that are shared, and which file holds each
+    client's personal ones (client -> round)."""
+
+    shared: torch.Tensor  # packed
+    shared_blocks: tuple[str, ...]
+    states: dict[int, int]
+    round: int = 0
+    score: float = 0.0  # on validation
 
 
 class Federation:
@@ -75,7 +92,8 @@ class Federation:
         )
         self._compose()
         self.totals = Totals()
-        self.seconds = {"select": 0.0, "train": 0.0, "exchange": 0.0, "evaluate": 0.0}
+        self.charged = 0  # sample passes of selection and scoring, for the next line
+        self.seconds = dict.fromkeys(("select", "score", "train", "exchange", "evaluate"), 0.0)
         if self.topology.is_root:
             self.run_directory.create(
                 checked.resolved, self._facts(settings), partition.summary(self.task, self.rows)
@@ -85,21 +103,17 @@ class Federation:
         self.init_seconds = time.monotonic() - started
 
     def _compose(self) -> None:
-        """The method: which blocks are shared, and the values everyone starts from."""
-        config, layout = self.config, self.prepared.adapted.layout
-        chosen = layers.choose(
-            config.layers.score,
-            config.layers.keep,
-            layout.layers,
-            generator(config.seed, "layers"),
+        """The method: what is shared at first, and the values everyone starts from."""
+        self.layout = self.prepared.adapted.layout
+        self.shared_blocks = self.layout.blocks
+        self.personal_blocks: tuple[str, ...] = ()
+        # A client's personal values before its first round with personal layers.
+        self.base = self.prepared.initial
+        self.shared = self.base.clone()
+        self.local = LocalRounds(
+            self.config, self.client, self.rows, self.train_tokens, self.run_directory
         )
-        self.layout = layout
-        self.shared_blocks = (*chosen, HEAD)
-        self.personal_blocks = tuple(b for b in layout.blocks if b not in self.shared_blocks)
-        self.initial = self.prepared.initial
-        self.shared = layout.pack(self.initial, self.shared_blocks)
-        self.states: dict[int, int] = {}  # client -> round of its last personal values
-        self.best: tuple[float, int, torch.Tensor, dict[int, int]] | None = None
+        self.best: Snapshot | None = None
 
     def _facts(self, settings: dict[str, Any]) -> dict[str, Any]:
         counts = {block: self.layout.count([block]) for block in self.layout.blocks}
@@ -120,6 +134,8 @@ class Federation:
         config = self.config
         progress.start(self)
         for number in range(config.federation.rounds):
+            if number == config.curriculum.warmup:
+                self._begin_method(number, progress)
             line = self.round(number, progress)
             last = number + 1 == config.federation.rounds
             if last or (number + 1) % config.evaluation.every == 0:
@@ -132,6 +148,43 @@ class Federation:
         self.client.close()
         return summary
 
+    def _begin_method(self, number: int, progress: Progress) -> None:
+        """After the warm-up: choose the shared layers; score the clients, if all are scored now."""
+        config = self.config
+        clock = time.monotonic()
+        vector = self.base.clone()
+        self.layout.unpack(self.shared, self.shared_blocks, vector)
+        chosen = select(config, self.client, self.rows, self.train_tokens, vector)
+        self.shared_blocks = (*chosen.chosen, HEAD)
+        self.personal_blocks = tuple(b for b in self.layout.blocks if b not in self.shared_blocks)
+        self.base = vector
+        self.shared = self.layout.pack(vector, self.shared_blocks)
+        self.charged = chosen.samples
+        self.seconds["select"] += time.monotonic() - clock
+
+        clock = time.monotonic()
+        if self.local.needs and config.curriculum.when == "start":
+            self.charged += self._score_everyone(number, vector)
+        self.seconds["score"] += time.monotonic() - clock
+        if self.topology.is_root and config.layers.score != "all":
+            self.run_directory.save_selection({"round": number + 1, **chosen.record})
+        progress.chose(number, chosen.record)
+
+    def _score_everyone(self, number: int, vector: torch.Tensor) -> int:
+        """Every client's difficulties, spread over the slots; returns the sample passes."""
+        topology = self.topology
+        sizes = {k: len(own.train) for k, own in enumerate(self.rows) if len(own.train)}
+        passes = np.zeros(len(self.rows))
+        for k in sampling.spread(sizes, topology.slots)[topology.slot_index]:
+            try:
+                done = self.local.score(k, number, vector)
+            except ClientError:
+                continue  # it is scored, or fails again, in its first round
+            passes[k] = done if topology.leads_slot else 0
+        sum_over_ranks(passes, topology)
+        self.local.lessons.keep(number, [int(k) for k in np.flatnonzero(passes)])
+        return int(passes.sum())
+
     def round(self, number: int, progress: Progress) -> dict[str, Any]:
         """One round: sample, train, exchange, server step. Returns its metrics line."""
         config, topology = self.config, self.topology
@@ -139,115 +192,69 @@ class Federation:
         sampled = sampling.sample(
             config.seed, number, config.federation.clients, config.federation.per_round
         )
-        lengths = self.train_tokens.lengths  # every epoch meets every row once
-        costs = {k: int(lengths[self.rows[k].train].sum()) for k in sampled}
+        costs = {k: self.local.cost(k, number) for k in sampled}
         lane = sampling.spread(costs, topology.slots)[topology.slot_index]
         seconds = {"select": time.monotonic() - clock}
 
-        clock = time.monotonic()
         total = MaskedSum(
             self.layout.count(self.shared_blocks),
-            4 * len(sampled) + topology.slots,
+            len(STATS) * len(sampled) + 2 * topology.slots,
             wire=config.collective.wire,
         )
-        stats = np.zeros((len(sampled), 4))  # loss sum, samples, steps, failed
+        stats = np.zeros((len(sampled), len(STATS)))
+        own_seconds = np.zeros((topology.slots, 2))
         reasons: dict[int, str] = {}
         for k in lane:
-            reason = self._train(
-                k, number, self._batches(number, k), total, stats[sampled.index(k)]
-            )
-            if reason:
-                reasons[k] = reason
+            done = self.local.run(k, number, self._vector(k), self.personal_blocks)
+            if done.values is None:
+                reasons[k] = done.reason
+            else:
+                total.add(
+                    self.layout.pack(done.values, self.shared_blocks), len(self.rows[k].train)
+                )
+            stats[sampled.index(k)] = (
+                done.loss_sum, done.samples, done.steps, done.values is None, done.scored,
+                done.density,
+            )  # fmt: skip
+            own_seconds[topology.slot_index] += done.seconds["score"], done.seconds["train"]
             progress.client(k)
-        own_train = time.monotonic() - clock
 
         clock = time.monotonic()
         if topology.ranks_per_client > 1:  # losses were summed per rank
             stats[:, 0] = topology.slot.allreduce(stats[:, 0])
-        slot_seconds = np.zeros(topology.slots)
-        slot_seconds[topology.slot_index] = own_train
-        total.stats[:] = np.concatenate([stats.ravel(), slot_seconds])
+        busy = own_seconds.sum()
+        total.stats[:] = np.concatenate([stats.ravel(), own_seconds.ravel()])
         mean = total.mean(self.shared, topology)
         stats = mean.stats[: stats.size].reshape(stats.shape)
-        seconds["train"] = float(mean.stats[stats.size :].max())
-        waited = seconds["train"] - own_train
+        own_seconds = mean.stats[stats.size :].reshape(own_seconds.shape)
+        longest = own_seconds[own_seconds.sum(1).argmax()]
+        seconds["score"], seconds["train"] = map(float, longest)
+        waited = float(longest.sum()) - busy
         seconds["exchange"] = max(0.0, time.monotonic() - clock - waited)
 
         failed = [k for k, row in zip(sampled, stats, strict=True) if row[3]]
+        well = [k for k in sampled if k not in failed]
         self.shared = server.step(self.shared, mean.values, config.server.optimizer)
-        self._keep_states(number, [k for k in sampled if k not in failed])
-        return self._line(number, sampled, failed, reasons, stats, mean.wire_bytes, seconds)
+        line = self._line(number, sampled, failed, reasons, stats, mean.wire_bytes, seconds)
+        if self.personal_blocks:
+            self.local.personal.keep(number, well)
+        if self.local.needs and number >= config.curriculum.warmup:
+            self.local.lessons.keep(number, well)
+        return line
 
-    def _batches(self, number: int, client: int) -> list[Ids]:
-        """Batches of a client's local epochs in a round."""
-        config = self.config
-        return [
-            batch
-            for epoch in range(config.local.epochs)
-            for batch in form_batches(
-                self.rows[client].train,
-                self.train_tokens.lengths,
-                config.local.batch_size,
-                generator(config.seed, "batches", number, client, epoch),
-            )
-        ]
-
-    def _train(
-        self,
-        client: int,
-        number: int,
-        batches: list[Ids],
-        total: MaskedSum,
-        stats: np.ndarray[Any, np.dtype[np.float64]],
-    ) -> str:
-        """Train one client in this slot and add its update; returns why it failed, or ""."""
-        self.client.load(self._vector(client))
-        seed = derive(self.config.seed, "dropout", number, client, self.topology.rank_in_slot)
-        reason = ""
-        try:
-            done = self.client.train(batches, self.train_tokens, seed)
-            values = self.client.read()
-            weight = len(self.rows[client].train)
-            if not bool(torch.isfinite(values).all()):
-                reason = "its values are not finite after training"
-            else:
-                total.add(self.layout.pack(values, self.shared_blocks), weight)
-                stats[0] = done.loss_sum
-                if self.topology.leads_slot and self.personal_blocks:
-                    personal = self.layout.pack(values, self.personal_blocks)
-                    self.run_directory.save_personal(client, number, personal)
-            stats[1:3] = done.samples, done.steps
-        except ClientError as failure:
-            reason = str(failure)
-        stats[3] = bool(reason)
-        return reason
-
-    def _vector(self, client: int | None) -> torch.Tensor:
-        """All trainable values of a client: the shared ones, and its personal or initial ones."""
-        return self._vector_at(client, self.shared, self.states)
-
-    def _vector_at(
-        self, client: int | None, shared: torch.Tensor, states: dict[int, int]
-    ) -> torch.Tensor:
-        vector = self.initial.clone()
-        self.layout.unpack(shared, self.shared_blocks, vector)
-        if client is not None and client in states:
-            personal = self.run_directory.load_personal(client, states[client])
-            self.layout.unpack(personal, self.personal_blocks, vector)
+    def _vector(self, client: int | None, at: Snapshot | None = None) -> torch.Tensor:
+        """All trainable values of a client, now or at a snapshot: the shared ones, and its
+        personal ones, or those everyone starts from."""
+        at = at or self._snapshot()
+        vector = self.base.clone()
+        self.layout.unpack(at.shared, at.shared_blocks, vector)
+        state = None if client is None else self.local.personal.load(client, at.states)
+        if state is not None:
+            self.layout.unpack(state["values"], self.personal_blocks, vector)
         return vector
 
-    def _keep_states(self, number: int, clients: list[int]) -> None:
-        """From now on these clients' personal values are this round's; drop unreferenced ones."""
-        if not self.personal_blocks:
-            return
-        for k in clients:
-            old = self.states.get(k)
-            self.states[k] = number
-            if old is not None and self.topology.is_root and not self._best_uses(k, old):
-                self.run_directory.drop_personal(k, old)
-
-    def _best_uses(self, client: int, number: int) -> bool:
-        return self.best is not None and self.best[3].get(client) == number
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self.shared, self.shared_blocks, self.local.personal.current)
 
     def _line(
         self,
@@ -266,9 +273,15 @@ class Federation:
         values = self.layout.count(self.shared_blocks)
         head = self.layout.count([HEAD])
         up, down = (len(sampled) - len(failed)) * values, len(sampled) * values
-        samples, steps = int(stats[:, 1].sum()), int(stats[:, 2].sum())
+        if self.config.curriculum.warmup:  # what the warm-up made of the layers that stay home
+            new = [k for k in sampled if k not in self.local.personal.current]
+            down += len(new) * self.layout.count(self.personal_blocks)
+        scored = int(stats[:, 4].sum()) + self.charged
+        self.charged = 0
+        samples, steps = int(stats[:, 1].sum()) + scored, int(stats[:, 2].sum())
         trained = float(stats[:, 1] @ (1 - stats[:, 3]))
         self.totals.samples += samples
+        self.totals.scored += scored
         self.totals.steps += steps
         self.totals.failures += len(failed)
         self.totals.up += up * FP32_BYTES
@@ -276,13 +289,21 @@ class Federation:
         self.totals.wire += wire
         for phase, value in seconds.items():
             self.seconds[phase] += value
+        method: dict[str, Any] = {}
+        if self.config.curriculum.pace != "all":
+            method["share"] = self.local.share(number)
+        if self.config.sparsity.keep < 1:
+            densities = stats[:, 5].tolist()
+            method["mask_density"] = dict(zip(map(str, sampled), densities, strict=True))
         return {
             "round": number + 1,
             "clients": sampled,
             "failed": {str(k): reasons.get(k, "") for k in failed},
             "train_loss": float(stats[:, 0].sum() / trained) if trained else None,
             "samples": samples,
+            "scored": scored,
             "steps": steps,
+            **method,
             "shared_layers": [b for b in self.shared_blocks if b != HEAD],
             "values": {"up": up, "down": down, "head": head},
             "bytes": {
@@ -299,48 +320,45 @@ class Federation:
         clock = time.monotonic()
         rows = [own.validation for own in self.rows]
         if sum(map(len, rows)):
-            found = self._evaluate(rows, self.train_tokens, self.shared, self.states)
-            line["validation"], personal = found, found["personal"]
-            if self.best is None or personal["score"] > self.best[0]:
-                stale = self.best[3] if self.best else {}
-                self.best = (personal["score"], number, self.shared, dict(self.states))
-                for k, old in stale.items():
-                    if self.states.get(k) != old and self.topology.is_root:
-                        self.run_directory.drop_personal(k, old)
+            now = self._snapshot()
+            found = self._evaluate(rows, self.train_tokens, now)
+            line["validation"] = {name: result.scores for name, result in found.items()}
+            score = found["personal"].scores["score"]
+            if self.best is None or score > self.best.score:
+                self.best = replace(
+                    now, states=self.local.personal.pin(), round=number, score=score
+                )
         line["seconds"]["evaluate"] = time.monotonic() - clock
         self.seconds["evaluate"] += line["seconds"]["evaluate"]
 
-    def _evaluate(
-        self, rows: list[Ids], tokens: Tokens, shared: torch.Tensor, states: dict[int, int]
-    ) -> dict[str, Any]:
-        """Personal and global metrics on rows[k] of every client k; one pass if they coincide."""
-        personal = self.evaluator.personal(
-            rows, tokens, states, lambda k: self._vector_at(k, shared, states)
-        )
-        if not self.personal_blocks:
+    def _evaluate(self, rows: list[Ids], tokens: Tokens, at: Snapshot) -> dict[str, Evaluation]:
+        """Personal and global results on rows[k] of every client k; one pass if they coincide."""
+        personal = self.evaluator.personal(rows, tokens, at.states, lambda k: self._vector(k, at))
+        if not at.states:
             return {"personal": personal, "global": personal}
-        start = self._vector_at(None, shared, states)
+        start = self._vector(None, at)
         return {
             "personal": personal,
             "global": self.evaluator.personal(rows, tokens, {}, lambda _: start),
         }
 
-    def _test(self, shared: torch.Tensor, states: dict[int, int]) -> dict[str, Any]:
-        return self._evaluate([own.test for own in self.rows], self.test_tokens, shared, states)
+    def _test(self, at: Snapshot) -> dict[str, Evaluation]:
+        return self._evaluate([own.test for own in self.rows], self.test_tokens, at)
 
     def _finish(self) -> dict[str, Any]:
         """The test split, used here for the first time; the adapter; the summary."""
         clock = time.monotonic()
         config, totals = self.config, self.totals
-        final = self._test(self.shared, self.states)
+        results = self._test(self._snapshot())
+        final = {name: result.scores for name, result in results.items()}
         best = None
         if self.best is not None:
-            score, number, shared, states = self.best
-            same = number + 1 == config.federation.rounds
+            same = self.best.round + 1 == config.federation.rounds
+            found = results if same else self._test(self.best)
             best = {
-                "round": number + 1,
-                "validation": score,
-                **(final if same else self._test(shared, states)),
+                "round": self.best.round + 1,
+                "validation": self.best.score,
+                **{name: result.scores for name, result in found.items()},
             }
         self.seconds["evaluate"] += time.monotonic() - clock
         summary = {
@@ -355,6 +373,7 @@ class Federation:
             "test": final,
             "best": best,
             "samples": totals.samples,
+            "scored": totals.scored,
             "steps": totals.steps,
             "bytes": {k: v for k, v in asdict(totals).items() if k in ("up", "down", "wire")},
             "seconds": {
@@ -373,6 +392,7 @@ class Federation:
                 self.task.labels,
                 self.prepared.source,
             )
+            self.run_directory.save_predictions(self.task.labels, self.test_tokens.labels, results)
             self.run_directory.save_summary(summary)
         self.topology.world.comm.Barrier()
         return summary

@@ -41,6 +41,7 @@ class Prepared:
     fresh: dict[str, torch.Tensor]  # frozen weights the checkpoint lacked, by name in the backbone
     source: str
     backbone_values: int
+    checkpointing: bool  # activations are recomputed in backward
 
 
 def resolve_name(name: str) -> str:
@@ -120,6 +121,7 @@ def prepare(
         fresh,
         config.model.name,
         values - adapted.layout.size,
+        config.model.gradient_checkpointing,
     )
 
 

@@ -30,15 +30,13 @@ class Progress:
         layout = federation.layout
         self._rounds = config.federation.rounds
         self._began = time.monotonic()
-        shared = layout.count(federation.shared_blocks)
         per_client = topology.ranks_per_client
         self._say(
             f"{config.method} on {config.task.name}: {len(federation.task.train)} training rows, "
             f"{config.federation.clients} clients, {config.federation.per_round} a round, "
             f"{self._rounds} rounds\n"
             f"{config.model.name}: {federation.prepared.backbone_values / 1e6:.1f}M frozen values, "
-            f"{layout.size:,} trainable, {shared:,} shared "
-            f"({shared * 4 / 1e6:.2f} MB an upload)\n"
+            f"{layout.size:,} trainable ({layout.size * 4 / 1e6:.2f} MB)\n"
             f"{topology.world.size} rank{'s'[: topology.world.size > 1]} = {topology.slots} "
             f"slot{'s'[: topology.slots > 1]} x {per_client} ZeRO "
             f"rank{'s'[: per_client > 1]}, {topology.threads} thread"
@@ -53,6 +51,17 @@ class Progress:
                 file=self._terminal,
                 dynamic_ncols=True,
             )
+
+    def chose(self, number: int, record: dict[str, Any]) -> None:
+        """The shared layers are chosen, before round `number` (from 0)."""
+        if not self._speaks or record["score"] == "all":
+            return
+        scores = record.get("scores")
+        why = "  ".join(f"{k}: {v:.3f}" for k, v in scores.items()) if scores else ""
+        self._say(
+            f"shared from round {number + 1} on: layers {' '.join(record['shared_layers'])} and "
+            f"the head, by {record['score']}" + (f" ({why})" if why else "")
+        )
 
     def client(self, client: int) -> None:
         """One client of this slot is done."""

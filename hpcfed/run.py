@@ -4,8 +4,10 @@ config.yaml        the resolved configuration, each value with its source
 run.json           versions of everything, ranks, slots, model, labels
 partition.json     clients x classes
 metrics.jsonl      one line per round
-clients/           personal values of clients, where a method keeps some layers at home
+selection.json     how the shared layers were chosen
+clients/           what clients keep: personal values, difficulties, and a history of their rounds
 adapter/           the shared adapter, as a PEFT folder
+predictions.json   the predicted class of each test row
 summary.json       the result
 """
 
@@ -19,6 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hpcfed.adapters.lora import Adapted
+from hpcfed.data.batches import Ids
+from hpcfed.evaluation import Evaluation
 from hpcfed.resolve import Resolved, describe
 
 _PACKAGES = ("hpcfed", "torch", "deepspeed", "transformers", "peft", "mpi4py", "numpy")
@@ -44,24 +48,41 @@ class RunDirectory:
         with (self.path / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps(line) + "\n")
 
-    def save_personal(self, client: int, round_number: int, values: torch.Tensor) -> None:
-        """A client's personal values (packed, fp32) after a round."""
-        target = self._personal(client, round_number)
+    def save_state(
+        self, kind: str, client: int, round_number: int, tensors: dict[str, torch.Tensor]
+    ) -> None:
+        """What a client keeps after a round."""
+        target = self._state(kind, client, round_number)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_suffix(".tmp")
-        save_file({"values": values.contiguous()}, temporary)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
         temporary.replace(target)
 
-    def load_personal(self, client: int, round_number: int) -> torch.Tensor:
-        """The personal values that a client had after a round."""
-        return load_file(self._personal(client, round_number))["values"]
+    def load_state(self, kind: str, client: int, round_number: int) -> dict[str, torch.Tensor]:
+        """What a client kept after a round."""
+        return load_file(self._state(kind, client, round_number))
 
-    def drop_personal(self, client: int, round_number: int) -> None:
-        """Remove personal values that nothing refers to any more."""
-        self._personal(client, round_number).unlink(missing_ok=True)
+    def drop_state(self, kind: str, client: int, round_number: int) -> None:
+        """Remove a state that nothing refers to any more."""
+        self._state(kind, client, round_number).unlink(missing_ok=True)
 
-    def _personal(self, client: int, round_number: int) -> Path:
-        return self.path / "clients" / f"{client:06d}" / f"round-{round_number:05d}.safetensors"
+    def _state(self, kind: str, client: int, round_number: int) -> Path:
+        name = f"{kind}-{round_number:05d}.safetensors"
+        return self._client(client) / name
+
+    def _client(self, client: int) -> Path:
+        return self.path / "clients" / f"{client:06d}"
+
+    def note(self, client: int, line: dict[str, Any]) -> None:
+        """Append a round to a client's own history; by one rank of the slot that ran it."""
+        target = self._client(client) / "history.jsonl"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def save_selection(self, record: dict[str, Any]) -> None:
+        """How the shared layers were chosen."""
+        _write_json(self.path / "selection.json", record)
 
     def save_adapter(
         self,
@@ -94,12 +115,28 @@ class RunDirectory:
         config.save_pretrained(folder)
         _write_json(folder / "labels.json", list(labels))
 
+    def save_predictions(
+        self, labels: tuple[str, ...], truth: Ids, results: dict[str, Evaluation]
+    ) -> None:
+        """The predicted class of each test row, after the last round."""
+        rows = results["personal"].rows
+        _write_json(
+            self.path / "predictions.json",
+            {
+                "labels": list(labels),
+                "row": rows.tolist(),
+                "label": truth[rows].tolist(),
+                **{name: result.predicted.tolist() for name, result in results.items()},
+            },
+            indent=None,
+        )
+
     def save_summary(self, summary: dict[str, Any]) -> None:
         """The result of the run; its presence says that the run is complete."""
         _write_json(self.path / "summary.json", summary)
 
 
-def _write_json(path: Path, content: Any) -> None:
+def _write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(json.dumps(content, indent=indent) + "\n")
     temporary.replace(path)

@@ -6,10 +6,13 @@ is a concatenation of slices. Masks, Fisher, states, export and byte counts all 
 nothing else matches parameter names.
 """
 
+import itertools
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 
 HEAD = "head"
@@ -17,12 +20,16 @@ HEAD = "head"
 
 @dataclass(frozen=True)
 class Entry:
-    """One trainable parameter: values [offset, offset + size) of the flat vector."""
+    """One trainable parameter: values [offset, offset + size) of the flat vector.
+
+    neuron_axis: the axis along which its neurons lie, for local sparsity; None: never masked.
+    """
 
     block: str
     name: str
     shape: tuple[int, ...]
     offset: int
+    neuron_axis: int | None = None
 
     @property
     def size(self) -> int:
@@ -32,6 +39,11 @@ class Entry:
     def values(self) -> slice:
         return slice(self.offset, self.offset + self.size)
 
+    @property
+    def neurons(self) -> int:
+        """How many neurons it has."""
+        return 0 if self.neuron_axis is None else self.shape[self.neuron_axis]
+
 
 @dataclass(frozen=True)
 class AdapterLayout:
@@ -40,12 +52,14 @@ class AdapterLayout:
     entries: tuple[Entry, ...]
 
     @staticmethod
-    def build(parameters: Collection[tuple[str, str, tuple[int, ...]]]) -> "AdapterLayout":
-        """From (block, name, shape) in any order; names must be unique."""
+    def build(
+        parameters: Collection[tuple[str, str, tuple[int, ...], int | None]],
+    ) -> "AdapterLayout":
+        """From (block, name, shape, neuron axis) in any order; names must be unique."""
         ordered = sorted(parameters, key=lambda p: (p[0] == HEAD, int(p[0]) if p[0] != HEAD else 0))
         entries, offset = [], 0
-        for block, name, shape in ordered:
-            entries.append(Entry(block, name, shape, offset))
+        for block, name, shape, axis in ordered:
+            entries.append(Entry(block, name, shape, offset, axis))
             offset += math.prod(shape)
         return AdapterLayout(tuple(entries))
 
@@ -64,6 +78,22 @@ class AdapterLayout:
     def layers(self) -> tuple[str, ...]:
         """Block names without the head."""
         return tuple(block for block in self.blocks if block != HEAD)
+
+    @cached_property
+    def neurons(self) -> tuple[slice, ...]:
+        """For each entry, its slice of a flat vector of neurons."""
+        ends = np.cumsum([0, *(entry.neurons for entry in self.entries)])
+        return tuple(slice(int(a), int(b)) for a, b in itertools.pairwise(ends))
+
+    def expand(self, neurons: torch.Tensor) -> torch.Tensor:
+        """(size,) bool of values from (neurons,) bool; what has no neurons is True."""
+        values = torch.ones(self.size, dtype=torch.bool)
+        for entry, own in zip(self.entries, self.neurons, strict=True):
+            if entry.neuron_axis is not None:
+                shape = [1] * len(entry.shape)
+                shape[entry.neuron_axis] = entry.neurons
+                values[entry.values] = neurons[own].reshape(shape).expand(entry.shape).flatten()
+        return values
 
     def span(self, block: str) -> slice:
         """The block's slice of the flat vector."""

@@ -20,11 +20,16 @@ from hpcfed.rng import generator
 
 @dataclass(frozen=True)
 class Adapted:
-    """A model with its trainable parameters in layout order; entry names are PEFT's saved keys."""
+    """A model with its trainable parameters in layout order; entry names are PEFT's saved keys.
+
+    owners: the linear module that each parameter belongs to. blocks: the transformer's blocks.
+    """
 
     model: nn.Module
     layout: AdapterLayout
     parameters: tuple[nn.Parameter, ...]
+    owners: tuple[nn.Module, ...]
+    blocks: tuple[nn.Module, ...]
     lora_config: Any  # peft.LoraConfig
 
 
@@ -100,7 +105,7 @@ def adapt(model: nn.Module, adapter: Adapter, layers: int, labels: int) -> Adapt
     wrapped: nn.Module = peft.get_peft_model(model, lora_config, autocast_adapter_dtype=False)
     for parameter in model.get_submodule(head).parameters():
         parameter.requires_grad_(True)
-    found: dict[str, tuple[str, nn.Parameter]] = {}
+    found: dict[str, tuple[str, nn.Parameter, nn.Module]] = {}
     prefix = "base_model.model."
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad:
@@ -108,12 +113,31 @@ def adapt(model: nn.Module, adapter: Adapter, layers: int, labels: int) -> Adapt
             block = HEAD if inner.startswith(f"{head}.") else _block_of(inner, blocks)
             if block is None:
                 raise RuntimeError(f"trainable parameter {name} belongs to no block")
-            found[name.replace(".default.", ".")] = (block, parameter)
+            owner = wrapped.get_submodule(name.rpartition(".")[0])
+            found[name.replace(".default.", ".")] = (block, parameter, owner)
     layout = AdapterLayout.build(
-        [(block, name, full_shape(parameter)) for name, (block, parameter) in found.items()]
+        [
+            (block, name, full_shape(parameter), _neuron_axis(name))
+            for name, (block, parameter, _) in found.items()
+        ]
     )
     lora_config.modules_to_save = [head]
-    return Adapted(wrapped, layout, tuple(found[e.name][1] for e in layout.entries), lora_config)
+    return Adapted(
+        wrapped,
+        layout,
+        tuple(found[e.name][1] for e in layout.entries),
+        tuple(found[e.name][2] for e in layout.entries),
+        tuple(model.get_submodule(name) for name in blocks),
+        lora_config,
+    )
+
+
+def _neuron_axis(name: str) -> int | None:
+    """A neuron of an adapted matrix is an output row of B (d_out, r); of A (r, d_in), an input
+    column."""
+    if ".lora_B." in name:
+        return 0
+    return 1 if ".lora_A." in name else None
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

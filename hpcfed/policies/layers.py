@@ -4,21 +4,36 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 
-def choose(score: str, keep: float, layers: Sequence[str], rng: np.random.Generator) -> list[str]:
-    """The shared layers, in the model's order.
+def count(share: float, layers: int) -> int:
+    """clip(round(share * L), 1, L), halves rounded up."""
+    return min(layers, max(1, math.floor(share * layers + 0.5)))
 
-    `all` shares every layer; `first`, `last` and `random` share max(1, round(keep * L)) of the L.
+
+def choose(
+    score: str,
+    number: int,
+    layers: Sequence[str],
+    rng: np.random.Generator,
+    scores: npt.NDArray[np.float64] | None = None,
+) -> list[str]:
+    """The shared layers, in the model's order: `all` of them, else `number` of the L.
+
+    `sensitivity` takes those with the highest scores (L,), ties to the lower layer.
     """
     if score == "all":
         return list(layers)
-    count = max(1, math.floor(keep * len(layers) + 0.5))
     if score == "first":
-        return list(layers[:count])
+        return list(layers[:number])
     if score == "last":
-        return list(layers[-count:])
+        return list(layers[-number:])
     if score == "random":
-        picks = np.sort(rng.permutation(len(layers))[:count])
-        return [layers[i] for i in picks]
-    raise ValueError(f"unknown layer score {score!r}")
+        picks = np.sort(rng.permutation(len(layers))[:number])
+    elif score == "sensitivity":
+        assert scores is not None
+        picks = np.sort(np.argsort(-scores, kind="stable")[:number])
+    else:
+        raise ValueError(f"unknown layer score {score!r}")
+    return [layers[i] for i in picks]

@@ -1,0 +1,1 @@
+"""The mathematics of importance: knows torch, and nothing else here."""

@@ -1,0 +1,36 @@
+"""Local sparse update: which neurons of a client's own layers train."""
+
+import math
+
+import torch
+
+from hpcfed.adapters.layout import AdapterLayout
+
+
+def momentum(old: torch.Tensor | None, new: torch.Tensor, gamma: float) -> torch.Tensor:
+    """F_t = gamma F_{t-1} + (1 - gamma) Fhat_t, per neuron; F before the first round is 0."""
+    return (1 - gamma) * new + (0 if old is None else gamma * old)
+
+
+def trainable(
+    layout: AdapterLayout, scores: torch.Tensor | None, keep: float, personal: tuple[str, ...]
+) -> torch.Tensor | None:
+    """(layout.size,) bool: True trains. None: everything does.
+
+    In each matrix of the personal blocks the max(1, round(keep * n)) neurons with the highest
+    scores train, ties to the lower index; a matrix whose scores are all zero (A, while B is zero)
+    trains whole, and so does everything outside these blocks. scores: (neurons,), None before the
+    client's first participation.
+    """
+    if scores is None or keep == 1 or not personal:
+        return None
+    neurons = torch.ones(len(scores), dtype=torch.bool)
+    for entry, own in zip(layout.entries, layout.neurons, strict=True):
+        if entry.block not in personal or not bool(scores[own].any()):
+            continue
+        count = max(1, math.floor(keep * entry.neurons + 0.5))
+        best = torch.sort(scores[own], descending=True, stable=True).indices[:count]
+        chosen = torch.zeros(entry.neurons, dtype=torch.bool)
+        chosen[best] = True
+        neurons[own] = chosen
+    return layout.expand(neurons)
