@@ -74,7 +74,7 @@ class Client:
         for index, owner in enumerate(adapted.owners):
             self.linears.setdefault(owner, []).append(index)
         self.taps = PerSampleGradients(list(self.linears))
-        self._bf16 = bool(settings.get("bf16", {}).get("enabled"))
+        self.precise = not settings.get("bf16", {}).get("enabled")
         optimizer: torch.optim.Optimizer
         if local.optimizer == "adamw":
             optimizer = torch.optim.AdamW(
@@ -159,7 +159,7 @@ class Client:
         from deepspeed.utils import safe_get_full_fp32_param
 
         vector = torch.empty(self.layout.size, dtype=torch.float32)
-        from_master = self.stage == 3 or self._bf16
+        from_master = self.stage == 3 or not self.precise
         for entry, parameter in zip(self.layout.entries, self.parameters, strict=True):
             value = safe_get_full_fp32_param(parameter) if from_master else parameter.data
             vector[entry.values] = value.detach().flatten()[: entry.size].float().cpu()

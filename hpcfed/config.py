@@ -162,13 +162,19 @@ class Layers:
         "which layers are shared: all, those most sensitive to noise on the input, the first, the "
         "last, or a random choice",
     )
-    keep: float = option(
+    keep: float | Literal["lossless"] = option(
         0.5,
-        "share of the layers that is shared (not for `all`); the rest stays personal",
+        "share of the layers that is shared (not for `all`), the rest stays personal; lossless: "
+        "estimated from the loss's curvature, see rule",
         above=0,
         at_most=1,
     )
-    probe_clients: int = option(10, "clients that are asked to score the layers", at_least=1)
+    rule: Literal["eigengap", "plateau"] = option(
+        "eigengap", "lossless: how the share is read from the spectrum of the Hessian"
+    )
+    probe_clients: int = option(
+        10, "clients that are asked to score the layers and their number", at_least=1
+    )
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,16 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hpcfed.client import Client, Floats
 from hpcfed.collectives import sum_in_slot
 from hpcfed.data.batches import Ids, Tokens, split_batch
 from hpcfed.importance.fisher import Consumer, FisherSums
 from hpcfed.importance.sensitivity import relative_change, worst_case_noise
+
+# Of a central difference, relative to the norm of the values.
+STEP = 1e-2
 
 
 def fisher_traces(client: Client, batches: Sequence[Ids], tokens: Tokens) -> Floats:
@@ -54,6 +58,74 @@ def sensitivity(client: Client, batch: Ids, tokens: Tokens) -> Floats:
         if len(rows):
             total += relative_change(clean, noisy, mask).double().sum(0).cpu().numpy()
     return sum_in_slot(total, client.topology) / len(batch)
+
+
+def gradient(client: Client, batch: Ids, tokens: Tokens) -> torch.Tensor:
+    """(layout.size,) float64: the gradient of the batch's mean loss, from the hooks, at any stage.
+
+    Dropout is off. Collective over the slot. Raises ClientError on all its ranks.
+    """
+    total = torch.zeros(client.layout.size, dtype=torch.float64)
+    entries = client.layout.entries
+    owned = list(client.linears.values())
+
+    def consume(index: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        parts = [weight] if bias is None else [weight, bias]
+        for number in owned[index]:
+            own = next(part for part in parts if part.shape[1:] == entries[number].shape)
+            total[entries[number].values] += own.sum(0).double().flatten().cpu()
+
+    for rows in _shares(client, batch):
+        with client.watch.watch(outputs=False):
+            _backward(client, rows, batch, tokens, consume)
+    sum_in_slot(total.numpy(), client.topology)
+    return total / len(batch)
+
+
+def hessian_product(
+    client: Client, at: torch.Tensor, direction: torch.Tensor, batch: Ids, tokens: Tokens
+) -> torch.Tensor:
+    """(layout.size,) float64: H v, H the Hessian of the batch's mean loss at `at` (layout.size,).
+
+    Exact, by double backward, where all values are whole on each rank (stages 0 and 1, fp32, no
+    checkpointing); else by central differences of two gradients.
+    """
+    if client.stage < 2 and not client.checkpointing and client.precise:
+        return _exact_product(client, at, direction, batch, tokens)
+    return _central_product(client, at, direction, batch, tokens)
+
+
+def _central_product(
+    client: Client, at: torch.Tensor, direction: torch.Tensor, batch: Ids, tokens: Tokens
+) -> torch.Tensor:
+    step = STEP * float(at.norm()) / float(direction.norm())
+    found = []
+    for sign in (1, -1):
+        client.load((at.double() + sign * step * direction).float())
+        found.append(gradient(client, batch, tokens))
+    return (found[0] - found[1]) / (2 * step)
+
+
+def _exact_product(
+    client: Client, at: torch.Tensor, direction: torch.Tensor, batch: Ids, tokens: Tokens
+) -> torch.Tensor:
+    client.load(at)
+    client.probing()
+    total = torch.zeros(client.layout.size, dtype=torch.float64)
+    # Of the attention kernels only the plain one can be differentiated twice.
+    with sdpa_kernel(SDPBackend.MATH):
+        for rows in _shares(client, batch):
+            loss = client.forward(rows, batch, tokens, probing=True).sum()
+            first = torch.autograd.grad(loss, client.parameters, create_graph=True)
+            device = client.topology.device
+            parts = [
+                (own.flatten() * direction[entry.values].to(device, own.dtype)).sum()
+                for own, entry in zip(first, client.layout.entries, strict=True)
+            ]
+            second = torch.autograd.grad(torch.stack(parts).sum(), client.parameters)
+            total += torch.cat([own.flatten().double().cpu() for own in second])
+    sum_in_slot(total.numpy(), client.topology)
+    return total / len(batch)
 
 
 def _shares(client: Client, batch: Ids) -> Iterator[Ids]:

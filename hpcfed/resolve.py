@@ -175,11 +175,15 @@ def _build(cls: Any, tree: dict[str, Any], prefix: str, origin: dict[str, str]) 
 
 
 def _check(value: Any, hint: Any, bounds: dict[str, float], label: str) -> Any:
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    kinds = typing.get_args(hint) if union else (hint,)
     if value is None:
         if type(None) in kinds:
             return None
         raise UserError(f"{label} must be {_wanted(kinds)}, not null.")
+    words = [w for k in kinds if typing.get_origin(k) is typing.Literal for w in typing.get_args(k)]
+    if len(kinds) > 1 and value in words:  # a number, or a word that stands for one
+        return value
     kind = next(k for k in kinds if k is not type(None))
     if typing.get_origin(kind) is typing.Literal:
         choices = typing.get_args(kind)
@@ -217,7 +221,9 @@ def _check_scalar(
 def _wanted(kinds: tuple[Any, ...]) -> str:
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
     names[type(None)] = "null"
-    return " or ".join(names.get(kind, "one of its choices") for kind in kinds)
+    return " or ".join(
+        names.get(kind) or " or ".join(map(repr, typing.get_args(kind))) for kind in kinds
+    )
 
 
 def _kind(value: Any) -> str:

@@ -10,13 +10,17 @@ import torch
 from hpcfed.client import Client, ClientError, Floats
 from hpcfed.collectives import sum_over_ranks
 from hpcfed.config import Config
-from hpcfed.data.batches import Tokens
+from hpcfed.data.batches import Ids, Tokens, form_batches
 from hpcfed.data.partition import ClientRows
 from hpcfed.errors import UserError
+from hpcfed.importance.spectrum import STEPS, eigengap, lanczos, plateau, quadrature
 from hpcfed.policies import layers
 from hpcfed.policies.sampling import spread
-from hpcfed.probe import sensitivity
-from hpcfed.rng import generator
+from hpcfed.probe import gradient, hessian_product, sensitivity
+from hpcfed.rng import derive, generator
+
+# Share of the layers where the rule for their number finds nothing.
+FIXED = 0.5
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ def select(
     spec = config.layers
     names = client.layout.layers
     rng = generator(config.seed, "layers")
-    scores, record, samples = None, {}, 0
+    scores, samples = None, 0
+    record: dict[str, Any] = {}
     if spec.score == "sensitivity":
         probed = probe_clients(config, rows)
         found = over_clients(
@@ -54,9 +59,94 @@ def select(
             "scores": dict(zip(names, scores.tolist(), strict=True)),
             "clients": {str(k): own.tolist() for k, own in found.items()},
         }
-    number = layers.count(spec.keep, len(names))
-    chosen = layers.choose(spec.score, number, names, rng, scores)
-    return Selection(chosen, samples, {"score": spec.score, "shared_layers": chosen, **record})
+    share, spent, how = _share(config, client, rows, tokens, vector)
+    chosen = layers.choose(spec.score, layers.count(share, len(names)), names, rng, scores)
+    record = {"score": spec.score, "shared_layers": chosen, **record, **how}
+    return Selection(chosen, samples + spent, record)
+
+
+def _share(
+    config: Config, client: Client, rows: list[ClientRows], tokens: Tokens, vector: torch.Tensor
+) -> tuple[float, int, dict[str, Any]]:
+    """Share of the layers that is shared, the sample passes it cost, and the record."""
+    spec = config.layers
+    if spec.score == "all":
+        return 1.0, 0, {}
+    if spec.keep != "lossless":
+        return spec.keep, 0, {"share": spec.keep}
+    probed = probe_clients(config, rows)
+    passes = np.zeros(len(rows))
+
+    def ask(k: int) -> Floats:
+        found = _lossless(config, client, rows, tokens, vector, k, passes)
+        return np.concatenate([[found[0]], [found[1]], found[2].numpy(), found[3].numpy()])
+
+    found = over_clients(config, client, rows, vector, probed, 2 + 2 * STEPS, ask)
+    spent = int(sum_over_ranks(passes, client.topology).sum())
+    shares = {k: own[0] for k, own in found.items() if own[0] >= 0}
+    how: dict[str, Any] = {
+        "rule": spec.rule,
+        "spectra": {
+            str(k): {
+                "share": own[0] if own[0] >= 0 else None,
+                "lipschitz": own[1],
+                "nodes": own[2 : 2 + STEPS][own[2 + STEPS :] > 0].tolist(),
+                "weights": own[2 + STEPS :][own[2 + STEPS :] > 0].tolist(),
+            }
+            for k, own in found.items()
+        },
+    }
+    if not shares:
+        how["fallback"] = f"the {spec.rule} rule found nothing on any client: fixed share {FIXED}"
+        return FIXED, spent, {"share": FIXED, **how}
+    weights = [len(rows[k].train) for k in shares]
+    share = float(np.average(list(shares.values()), weights=weights))
+    return share, spent, {"share": share, **how}
+
+
+def _lossless(
+    config: Config,
+    client: Client,
+    rows: list[ClientRows],
+    tokens: Tokens,
+    vector: torch.Tensor,
+    k: int,
+    passes: Floats,
+) -> tuple[float, float, torch.Tensor, torch.Tensor]:
+    """A client's kept share (-1: the rule found none), the Lipschitz constant, Ritz values and
+    weights (STEPS,), zeros where there are fewer. Counts its sample passes in `passes`."""
+    batch = first_batch(config, rows, tokens, k)
+    leads = client.topology.leads_slot
+    start = generator(config.seed, "lanczos", k).integers(0, 2, len(vector)) * 2.0 - 1.0
+
+    def product(direction: torch.Tensor) -> torch.Tensor:
+        passes[k] += leads * 2 * len(batch)
+        return hessian_product(client, vector, direction, batch, tokens)
+
+    diagonal, off = lanczos(product, torch.from_numpy(start))
+    spectrum = quadrature(diagonal, off, STEPS)
+    lipschitz = 0.0
+    if config.layers.rule == "plateau":
+        share = plateau(spectrum)
+    else:
+        # Lip of B(D) = H D - grad F(P + D), probed where a local update of this client leads.
+        client.load(vector)
+        seed = derive(config.seed, "probe", k, client.topology.rank_in_slot)
+        own = generator(config.seed, "probe batches", k)
+        epoch = form_batches(rows[k].train, tokens.lengths, config.local.batch_size, own)
+        passes[k] += leads * client.train(epoch, tokens, seed).samples
+        update = client.read().double() - vector.double()
+        moved = []
+        for at in (vector, (vector.double() + update).float()):
+            client.load(at)
+            moved.append(gradient(client, batch, tokens))
+            passes[k] += leads * len(batch)
+        rest = product(update) - (moved[1] - moved[0])
+        lipschitz = float(rest.norm() / update.norm())
+        share = eigengap(diagonal, off, lipschitz)
+    nodes, weights = torch.zeros(2, STEPS, dtype=torch.float64)
+    nodes[: len(diagonal)], weights[: len(diagonal)] = spectrum.nodes, spectrum.weights
+    return -1.0 if share is None else share, lipschitz, nodes, weights
 
 
 def probe_clients(config: Config, rows: list[ClientRows]) -> list[int]:
@@ -67,10 +157,10 @@ def probe_clients(config: Config, rows: list[ClientRows]) -> list[int]:
     return sorted(int(k) for k in drawn)
 
 
-def first_batch(config: Config, rows: list[ClientRows], tokens: Tokens, client: int) -> Any:
+def first_batch(config: Config, rows: list[ClientRows], tokens: Tokens, client: int) -> Ids:
     """One batch of a client's rows, drawn at random."""
     rng = generator(config.seed, "probe", client)
-    own = rng.permutation(rows[client].train)[: config.local.batch_size]
+    own: Ids = rng.permutation(rows[client].train)[: config.local.batch_size]
     return own[np.argsort(tokens.lengths[own], kind="stable")]
 
 

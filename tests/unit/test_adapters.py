@@ -21,7 +21,12 @@ LABELS = ("a", "b", "c")
 
 def small_layout():
     return AdapterLayout.build(
-        [("10", "p", (2,)), ("head", "h", (3, 2)), ("2", "q", (2, 2)), ("2", "r", (1,))]
+        [
+            ("10", "p", (2,), None),
+            ("head", "h", (3, 2), None),
+            ("2", "q", (2, 2), 0),
+            ("2", "r", (1,), None),
+        ]
     )
 
 

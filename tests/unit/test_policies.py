@@ -19,12 +19,10 @@ LAYERS = tuple("012345")
 
 def test_which_layers_are_shared():
     rng = np.random.default_rng(0)
-    assert choose("all", 0.1, LAYERS, rng) == list(LAYERS)
-    assert choose("first", 0.5, LAYERS, rng) == ["0", "1", "2"]
-    assert choose("last", 0.34, LAYERS, rng) == ["4", "5"]
-    assert choose("last", 0.01, LAYERS, rng) == ["5"]
-    assert choose("first", 1.0, LAYERS, rng) == list(LAYERS)
-    drawn = {tuple(choose("random", 0.5, LAYERS, np.random.default_rng(s))) for s in range(40)}
+    assert choose("all", 1, LAYERS, rng) == list(LAYERS)
+    assert choose("first", 3, LAYERS, rng) == ["0", "1", "2"]
+    assert choose("last", 2, LAYERS, rng) == ["4", "5"]
+    drawn = {tuple(choose("random", 3, LAYERS, np.random.default_rng(s))) for s in range(40)}
     assert all(len(d) == 3 and list(d) == sorted(d) for d in drawn)
     assert len(drawn) > 5
 

@@ -1,0 +1,145 @@
+"""Program: per-sample Fisher, sensitivity, and frozen values inside a ZeRO engine.
+
+usage: importance.py CASES.json     a list of {"overrides": [...], "name"}; one client of all ranks
+"""
+
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hpcfed import deepspeed_config, model
+from hpcfed.cli import quiet
+from hpcfed.client import Client
+from hpcfed.config import Config, Local
+from hpcfed.data.batches import Tokens
+from hpcfed.probe import fisher_traces, sensitivity
+from hpcfed.resolve import resolve
+from hpcfed.topology import Topology, connect_slots, connect_world
+from tests.mpi.slow import Plain
+
+LABELS = ("a", "b", "c")
+BATCHES = [np.arange(0, 5), np.arange(5, 12), np.arange(12, 13)]  # ragged; one smaller than ranks
+CLOSE = 1e-4
+
+
+def main() -> None:
+    """All cases in one world."""
+    quiet()
+    world = connect_world()
+    topology = None
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        config = resolve("lora-fedavg", case["overrides"]).config
+        topology = topology or connect_slots(world, config.cluster)
+        plain = Plain(config, LABELS)
+        torch.manual_seed(1)
+        vector = torch.randn(plain.layout.size) * 0.3
+        check_fisher(config, plain, vector, topology)
+        check_frozen(config, plain, vector, topology)
+        if world.rank == 0:
+            print(f"{case['name']}: ok", flush=True)
+
+
+def some_tokens() -> Tokens:
+    """13 rows of random token ids, 3 to 11 tokens long: every batch has padding."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 12, 13)
+    ids = rng.integers(1000, 2000, lengths.sum()).astype(np.int32)
+    labels = rng.integers(0, len(LABELS), 13)
+    return Tokens(ids, None, np.concatenate([[0], np.cumsum(lengths)]), labels, 0)
+
+
+def build(config: Config, local: Local, topology: Topology) -> Client:
+    """A client with these local settings."""
+    settings = deepspeed_config.load(replace(config, local=local))
+    return Client(model.prepare(config, LABELS, 0, settings), local, settings, topology)
+
+
+def close(found: object, wanted: object, what: str) -> None:
+    """Equal to 1e-4, relative to each value or, where that is tiny, to the largest."""
+    one, two = np.asarray(found, dtype=float), np.asarray(wanted, dtype=float)
+    error = np.abs(one - two) / np.maximum(np.abs(two), 1e-4 * np.abs(two).max())
+    assert error.max() <= CLOSE, f"{what}: {error.max():.1e} off"
+
+
+def check_fisher(config: Config, plain: Plain, vector: torch.Tensor, topology: Topology) -> None:
+    """Own pass, training pass and sensitivity equal loops over single samples; and a probe leaves
+    the engine as it was."""
+    tokens = some_tokens()
+    gradients = torch.stack([plain.gradient(vector, row, tokens) for row in range(len(tokens))])
+    wanted = gradients.double().square().sum(1).numpy()
+
+    client = build(config, replace(config.local, lr=0.0, optimizer="sgd"), topology)
+    client.load(vector)
+    close(fisher_traces(client, BATCHES, tokens), wanted, "Fisher, own pass")
+    rows = np.array([2, 7, 4])
+    direct = np.mean([plain.sensitivity(vector, int(row), tokens) for row in rows], axis=0)
+    close(sensitivity(client, rows, tokens), direct, "sensitivity")
+
+    trained = client.train([*BATCHES[1:], *BATCHES], tokens, 0, observe=True)
+    close(trained.fisher, wanted, "Fisher in training")
+    everyone = np.arange(len(tokens))
+    close(trained.losses, plain.losses(vector, everyone, tokens).detach().numpy(), "losses")
+    counts = torch.tensor([1.0] * 5 + [2.0] * 8)  # batches 1 and 2 were trained on twice
+    mean = (gradients.square() * counts[:, None]).sum(0) / counts.sum()
+    neurons = [
+        mean[e.values].reshape(e.shape).sum(1 - e.neuron_axis)
+        for e in plain.layout.entries
+        if e.neuron_axis is not None
+    ]
+    close(trained.neurons, torch.cat(neurons), "Fisher of neurons")
+    client.close()
+
+    results = []
+    for probes in (False, True):
+        client = build(config, replace(config.local, lr=0.1, optimizer="sgd"), topology)
+        client.load(vector)
+        client.train(BATCHES, tokens, 0)
+        if probes:
+            fisher_traces(client, BATCHES, tokens)
+            sensitivity(client, rows, tokens)
+        client.train(BATCHES, tokens, 0)
+        results.append(client.read())
+        client.close()
+    assert not torch.equal(results[0], vector)
+    assert torch.equal(*results), "a probe changed what training does"
+
+
+def check_frozen(config: Config, plain: Plain, vector: torch.Tensor, topology: Topology) -> None:
+    """Frozen values keep their bits through real steps; the others equal those of a plain loop in
+    which the frozen ones are not parameters; the next client is free again."""
+    tokens = some_tokens()
+    rng = np.random.default_rng(2)
+    layout = plain.layout
+    trainable = layout.expand(torch.from_numpy(rng.random(layout.neurons[-1].stop) < 0.5))
+    for name, lr, decay, clip, tolerance in (
+        ("sgd", 0.5, 0.05, 0.1, 1e-5),
+        ("adamw", 1e-2, 0.05, 0.1, 1e-3),
+    ):
+        local = replace(config.local, optimizer=name, lr=lr, weight_decay=decay, clip=clip)
+        client = build(config, local, topology)
+        client.load(vector)
+        client.train(BATCHES, tokens, 0)  # another client before
+        client.load(vector, trainable)
+        client.train(BATCHES, tokens, 0)
+        found = client.read()
+        assert torch.equal(found[~trainable], vector[~trainable]), f"{name}: a frozen value moved"
+        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
+        make = partial(kind, lr=lr, weight_decay=decay)
+        wanted = plain.train(vector, trainable, BATCHES, tokens, make, clip)
+        moved, reference = (found - vector)[trainable], (wanted - vector)[trainable]
+        error = float((moved - reference).norm() / reference.norm())
+        assert error <= tolerance, f"{name}: {error:.1e} from the plain loop"
+        client.load(vector)
+        client.train(BATCHES, tokens, 0)
+        free = client.read()
+        assert float((free != vector).float()[~trainable].mean()) > 0.9, "still frozen"
+        client.close()
+
+
+if __name__ == "__main__":
+    main()
