@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = Path(__file__).with_suffix(".jsonl")
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (1, 2, 3)
 TUNING_SEED = 42
 

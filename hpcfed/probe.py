@@ -17,7 +17,7 @@ from hpcfed.importance.fisher import Consumer, FisherSums
 from hpcfed.importance.sensitivity import relative_change, worst_case_noise
 
 # Of a central difference, relative to the norm of the values.
-STEP = 1e-2
+STEP = 3e-3
 
 
 def fisher_traces(client: Client, batches: Sequence[Ids], tokens: Tokens) -> Floats:

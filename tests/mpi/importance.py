@@ -17,7 +17,7 @@ from hpcfed.cli import quiet
 from hpcfed.client import Client
 from hpcfed.config import Config, Local
 from hpcfed.data.batches import Tokens
-from hpcfed.probe import fisher_traces, sensitivity
+from hpcfed.probe import fisher_traces, gradient, hessian_product, sensitivity
 from hpcfed.resolve import resolve
 from hpcfed.topology import Topology, connect_slots, connect_world
 from tests.mpi.slow import Plain
@@ -40,6 +40,9 @@ def main() -> None:
         vector = torch.randn(plain.layout.size) * 0.3
         check_fisher(config, plain, vector, topology)
         check_frozen(config, plain, vector, topology)
+        check_curvature(config, plain, vector, topology)
+        if "zero3" in case["name"]:
+            check_silence(config, vector, topology)
         if world.rank == 0:
             print(f"{case['name']}: ok", flush=True)
 
@@ -67,8 +70,7 @@ def close(found: object, wanted: object, what: str) -> None:
 
 
 def check_fisher(config: Config, plain: Plain, vector: torch.Tensor, topology: Topology) -> None:
-    """Own pass, training pass and sensitivity equal loops over single samples; and a probe leaves
-    the engine as it was."""
+    """Own pass, training pass and sensitivity equal loops over single samples."""
     tokens = some_tokens()
     gradients = torch.stack([plain.gradient(vector, row, tokens) for row in range(len(tokens))])
     wanted = gradients.double().square().sum(1).numpy()
@@ -94,6 +96,10 @@ def check_fisher(config: Config, plain: Plain, vector: torch.Tensor, topology: T
     close(trained.neurons, torch.cat(neurons), "Fisher of neurons")
     client.close()
 
+
+def check_silence(config: Config, vector: torch.Tensor, topology: Topology) -> None:
+    """Training has the same bits whether or not probes came between."""
+    tokens = some_tokens()
     results = []
     for probes in (False, True):
         client = build(config, replace(config.local, lr=0.1, optimizer="sgd"), topology)
@@ -101,12 +107,44 @@ def check_fisher(config: Config, plain: Plain, vector: torch.Tensor, topology: T
         client.train(BATCHES, tokens, 0)
         if probes:
             fisher_traces(client, BATCHES, tokens)
-            sensitivity(client, rows, tokens)
+            sensitivity(client, BATCHES[0], tokens)
         client.train(BATCHES, tokens, 0)
         results.append(client.read())
         client.close()
     assert not torch.equal(results[0], vector)
     assert torch.equal(*results), "a probe changed what training does"
+
+
+def check_curvature(config: Config, plain: Plain, vector: torch.Tensor, topology: Topology) -> None:
+    """Hessian products equal differences of gradients of a float64 copy of the model."""
+    tokens = some_tokens()
+    batch = BATCHES[1]
+    torch.manual_seed(3)
+    direction = torch.randint(0, 2, (plain.layout.size,)).double() * 2 - 1
+    exactly = Plain(config, LABELS)
+    exactly.network.double()
+
+    def slope(at: torch.Tensor) -> torch.Tensor:
+        leaf = at.clone().requires_grad_()
+        return torch.autograd.grad(exactly.losses(leaf, batch, tokens).mean(), leaf)[0]
+
+    # LLaMA's norms compute in fp32 whatever the model's type: a smaller h would drown in that.
+    llama = "llama" in config.model.name
+    h = 1e-4 if llama else 1e-6
+    there, back = (slope(vector.double() + sign * h * direction) for sign in (1, -1))
+    wanted = (there - back) / (2 * h)
+    client = build(config, config.local, topology)
+    client.load(vector)
+    error = float((gradient(client, batch, tokens) - slope(vector.double())).norm())
+    assert error <= 1e-5 * float(slope(vector.double()).norm()), f"gradient: {error:.1e} off"
+    found = hessian_product(client, vector, direction, batch, tokens)
+    error = float((found - wanted).norm() / wanted.norm())
+    exact = client.stage < 2 and not client.checkpointing
+    print(f"Hessian product, {'exact' if exact else 'differences'}: {error:.1e}", flush=True)
+    assert error <= ((1e-3 if llama else 1e-5) if exact else 1e-3), (
+        f"Hessian product: {error:.1e} off"
+    )
+    client.close()
 
 
 def check_frozen(config: Config, plain: Plain, vector: torch.Tensor, topology: Topology) -> None:

@@ -91,4 +91,7 @@ class Plain:
         self.network(**inputs)
         for handle in handles:
             handle.remove()
-        return [float((b - a).norm() / a.norm()) for a, b in zip(clean, seen[1:], strict=True)]
+        return [
+            float((b - a).detach().norm() / a.detach().norm())
+            for a, b in zip(clean, seen[1:], strict=True)
+        ]

@@ -7,41 +7,36 @@ import pytest
 from tests import models
 from tests.support import mpiexec
 
-STAGES = ("zero0", "zero1", "zero2", "zero3", "offload")
+# ranks -> architecture, ZeRO stage, and "+" for accumulation with checkpointing
+CASES = {
+    1: ["bert-zero0", "bert-zero0+", "bert-zero1", "bert-zero2+", "bert-zero3+", "bert-offload",
+        "llama-zero0", "llama-partitioned"],
+    2: ["bert-zero1+", "bert-zero2", "bert-zero3", "bert-partitioned+", "llama-zero3+"],
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory):
-    """An encoder and a decoder, plain and with accumulation and checkpointing, at every stage."""
-    base = tmp_path_factory.mktemp("importance")
-    partitioned = base / "partitioned.json"
+@pytest.mark.parametrize("ranks", CASES)
+def test_importance_at_every_stage(ranks, tmp_path):
+    partitioned = tmp_path / "partitioned.json"
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     partitioned.write_text(json.dumps({"zero_optimization": zero}))
-    files = {stage: f"ds_configs/{stage}.json" for stage in STAGES}
-    files["partitioned"] = str(partitioned)
-    found = []
-    for architecture in ("bert", "llama"):
+    cases = []
+    for name in CASES[ranks]:
+        architecture, stage = name.rstrip("+").split("-")
         targets = models.ARCHITECTURES[architecture][3]
-        folder = models.save(architecture, base / architecture)
-        for stage, file in files.items():
-            for extras in ([], ["local.micro_batch=2", "model.gradient_checkpointing=true"]):
-                found.append(
-                    {
-                        "name": f"{architecture}-{stage}{'-extras' if extras else ''}",
-                        "overrides": [
-                            f"model.name={folder}", f"deepspeed={file}", "adapter.rank=3",
-                            f"adapter.targets=[{','.join(targets)}]", "cluster.threads=1", *extras,
-                        ],
-                    }
-                )  # fmt: skip
-    return found
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_importance_at_every_stage(cases, ranks, tmp_path):
+        folder = tmp_path / architecture
+        if not folder.exists():
+            models.save(architecture, folder)
+        file = partitioned if stage == "partitioned" else f"ds_configs/{stage}.json"
+        overrides = [
+            f"model.name={folder}", f"deepspeed={file}", f"adapter.targets=[{','.join(targets)}]",
+            "adapter.rank=3", "cluster.threads=1", f"cluster.ranks_per_client={ranks}",
+        ]  # fmt: skip
+        if name.endswith("+"):
+            overrides += ["local.micro_batch=2", "model.gradient_checkpointing=true"]
+        cases.append({"name": name, "overrides": overrides})
     file = tmp_path / "cases.json"
-    for case in cases:
-        case["overrides"] = [*case["overrides"], f"cluster.ranks_per_client={ranks}"]
     file.write_text(json.dumps(cases))
     output = mpiexec(ranks, "importance.py", str(file))
     assert output.count(": ok") == len(cases)
+    print(output)

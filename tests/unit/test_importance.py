@@ -1,0 +1,146 @@
+"""Per-sample gradients and worst-case noise against obvious versions, without an engine."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hpcfed.importance.fisher import FisherSums, PerSampleGradients
+from hpcfed.importance.sensitivity import (
+    RADIUS,
+    BlockWatch,
+    relative_change,
+    worst_case_noise,
+)
+
+
+class Twice(nn.Module):
+    """Uses one linear layer twice, optionally under checkpointing; samples first."""
+
+    def __init__(self, recompute=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(5, 6, bias=False)
+        self.shared = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 2)
+        self.recompute = recompute
+
+    def middle(self, x):
+        return torch.tanh(self.shared(torch.tanh(self.shared(x))))
+
+    def forward(self, x):
+        hidden = self.first(x)
+        if self.recompute:
+            hidden = checkpoint(self.middle, hidden, use_reentrant=False)
+        else:
+            hidden = self.middle(hidden)
+        return self.head(hidden.mean(1)).square().sum(1)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_module_used_twice_and_recomputed(recompute):
+    network = Twice(recompute)
+    linears = [network.first, network.shared, network.head]
+    taps = PerSampleGradients(linears)
+    sums = FisherSums([1, 0, None], torch.device("cpu"))
+    x = torch.randn(4, 3, 5)
+    scale = 0.25
+    for _ in range(2):  # the second pass must not remember the first
+        taps.listen(sums)
+        sums.batch(4, scale)
+        (network(x).sum() * scale).backward()
+    taps.listen(None)
+    columns, rows, wanted = torch.zeros(5), torch.zeros(6), []
+    for sample in x:
+        loss = network(sample[None]).sum()
+        first, shared, *rest = torch.autograd.grad(loss, list(network.parameters()))
+        wanted.append(sum(g.square().sum() for g in (first, shared, *rest)))
+        columns += 2 * first.square().sum(0)
+        rows += 2 * shared.square().sum(1)
+    assert torch.allclose(sums.trace, torch.stack(wanted), rtol=1e-5)
+    assert torch.allclose(sums.neurons[0], columns, rtol=1e-5)
+    assert torch.allclose(sums.neurons[1], rows, rtol=1e-5)
+    assert sums.neurons[2] is None
+
+
+def test_silent_hooks_change_no_gradient():
+    found = []
+    for listening in (False, True):
+        network = Twice()
+        taps = PerSampleGradients([network.first, network.shared, network.head])
+        if listening:
+            taps.listen(lambda *_: None)
+        network(torch.ones(2, 3, 5)).sum().backward()
+        found.append([p.grad for p in network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_noise_of_a_linear_loss_is_known():
+    """loss = w . e: in the 2-ball the worst noise is eps w / ||w||; in every p-ball it has norm
+    eps, and no other noise of that norm raises the loss more."""
+    torch.manual_seed(1)
+    e, w = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    mask = torch.ones(3, 4)
+    eps = RADIUS * e.flatten(1).norm(dim=1)
+    two = worst_case_noise(e, w, mask)
+    unit = w / w.flatten(1).norm(dim=1)[:, None, None]
+    assert torch.allclose(two, eps[:, None, None] * unit, atol=1e-6)
+    for p in (1.5, 2.0, 4.0):
+        worst = worst_case_noise(e, w, mask, p)
+        assert torch.allclose(worst.flatten(1).norm(p=p, dim=1), eps, rtol=1e-4)
+        best = (worst * w).sum((1, 2))
+        for _ in range(50):
+            other = torch.randn(3, 4, 5)
+            other *= (eps / other.flatten(1).norm(p=p, dim=1))[:, None, None]
+            assert ((other * w).sum((1, 2)) <= best + 1e-5).all()
+
+
+def test_noise_keeps_off_padding_and_bears_a_zero_gradient():
+    torch.manual_seed(2)
+    e, g = torch.randn(2, 4, 3), torch.randn(2, 4, 3) * 1e-20
+    g[1] = 0
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    noise = worst_case_noise(e, g, mask)
+    assert not noise[0, 2:].any() and not noise[1].any()
+    assert noise[0].norm() == pytest.approx(RADIUS * float(e[0, :2].norm()), rel=1e-5)
+    short = worst_case_noise(e[:1, :2], g[:1, :2], mask[:1, :2])
+    assert torch.allclose(short, noise[:1, :2])
+
+
+class Stack(nn.Module):
+    """Linear blocks of known gain; the input has a position of padding."""
+
+    def __init__(self, gains):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in gains)
+        for block, gain in zip(self.blocks, gains, strict=True):
+            nn.init.orthogonal_(block.weight)
+            block.weight.data *= gain
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_linear_layers_with_a_known_answer():
+    """Orthogonal blocks keep the ratio ||delta|| / ||e|| = 0.05 at every depth, whatever their
+    gain; what lies in the padding changes nothing."""
+    torch.manual_seed(3)
+    network = Stack([2.0, 0.1, 30.0])
+    watch = BlockWatch(list(network.blocks))
+    x, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    with watch.watch():
+        loss = (network(x) * mask[..., None]).square().sum()
+        (gradient,) = torch.autograd.grad(loss, watch.entered)
+        clean, entered = watch.left, watch.entered
+    noise = worst_case_noise(entered, gradient, mask)
+    found = []
+    for padding in (0.0, 1e3):
+        moved = x.clone().detach()
+        moved[0, 2] = padding
+        with torch.no_grad(), watch.watch(noise):
+            network(moved)
+        found.append(relative_change(clean, watch.left, mask))
+    assert torch.allclose(found[0], torch.full((2, 3), RADIUS), rtol=1e-4)
+    assert torch.equal(*found)
