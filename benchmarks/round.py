@@ -133,7 +133,7 @@ class Plain:
         config = self.federation.config
         spec = config.federation
         for client in sample(config.seed, number, spec.clients, spec.per_round):
-            self.train(self.federation._batches(number, client))
+            self.train(self.federation.local.epochs(client, number))
 
     def train(self, batches: list[Ids]) -> None:
         """One optimizer step per batch."""

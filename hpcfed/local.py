@@ -1,6 +1,7 @@
 """One client's part of a round, in its slot: score, order, mask, train."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,7 +101,7 @@ class LocalRounds:
             tracks = not warm and config.sparsity.keep < 1 and bool(personal_blocks)
             refreshes = difficulty is not None and config.curriculum.refresh
             trained = engine.train(
-                self._epochs(client, number, batches, order),
+                self.epochs(client, number, batches, order),
                 self._tokens,
                 derive(config.seed, "dropout", number, client, engine.topology.rank_in_slot),
                 observe=tracks or refreshes,
@@ -206,7 +207,9 @@ class LocalRounds:
         own = torch.from_numpy(difficulty[self._rows[client].train])
         self.lessons.save(client, number, {"difficulty": own})
 
-    def _epochs(self, client: int, number: int, batches: list[Ids], order: list[int]) -> list[Ids]:
+    def epochs(
+        self, client: int, number: int, batches: Sequence[Ids] = (), order: Sequence[int] = ()
+    ) -> list[Ids]:
         """Batches of a client's local epochs. With a curriculum, those in use, shuffled in each
         epoch; else all rows, meeting in new batches in each."""
         config = self._config

@@ -1,0 +1,104 @@
+"""What per-sample Fisher information costs: its own pass, and taken along in training.
+
+    python -m benchmarks.fisher
+
+MiniLM, LoRA rank 8 on query and value, batches of 8 rows, ZeRO-0, one rank, one thread. References:
+a plain PyTorch forward and backward over the same batches; the engine's training without Fisher;
+and the loop over single samples that per-sample gradients take without hooks.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpcfed import deepspeed_config, model
+from hpcfed.cli import quiet
+from hpcfed.client import Client
+from hpcfed.data.batches import Tokens
+from hpcfed.probe import fisher_traces
+from hpcfed.resolve import resolve
+from hpcfed.topology import connect_slots, connect_world
+
+BATCH, BATCHES, REPEATS = 8, 6, 7
+
+
+def some_tokens(length: int) -> Tokens:
+    """Rows of random ids, all of this length."""
+    rows = BATCH * BATCHES
+    ids = np.random.default_rng(0).integers(1000, 20000, rows * length).astype(np.int32)
+    offsets = np.arange(rows + 1) * length
+    return Tokens(ids, None, offsets, np.arange(rows) % 2, 0)
+
+
+def timed(work: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median seconds of each, in turns, so that all meet the same disturbances."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for repeat in range(REPEATS + 1):
+        for name, do in work.items():
+            began = time.perf_counter()
+            do()
+            if repeat:  # the first is warm-up
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(own) for name, own in seconds.items()}
+
+
+def main() -> None:
+    """Print the ratios at three lengths."""
+    quiet()
+    config = resolve("lora-fedavg", ["model.dropout=0", "cluster.threads=1"]).config
+    topology = connect_slots(connect_world(), config.cluster)
+    settings = deepspeed_config.load(config)
+    client = Client(
+        model.prepare(config, ("a", "b"), 0, settings), config.local, settings, topology
+    )
+    plain = model.prepare(config, ("a", "b"), 0, {})
+    client.load(plain.initial)
+    print("seconds for 48 samples; own pass / plain, with / without Fisher in training")
+    for length in (12, 32, 64):
+        measure(length, client, plain)
+    client.close()
+
+
+def measure(length: int, client: Client, plain: model.Prepared) -> None:
+    """One line: seconds and ratios for rows of this many tokens."""
+    tokens = some_tokens(length)
+    batches = [np.arange(i, i + BATCH) for i in range(0, BATCH * BATCHES, BATCH)]
+    parameters = plain.adapted.parameters
+
+    def forward_backward(size: int) -> None:
+        for start in range(0, BATCH * BATCHES, size):
+            inputs = tokens.collate(np.arange(start, start + size), client.topology.device)
+            labels = inputs.pop("labels")
+            logits = plain.adapted.model(**inputs).logits
+            nn.functional.cross_entropy(logits, labels).backward()
+            if size == 1:  # what the loop is for
+                sum(p.grad.square().sum() for p in parameters if p.grad is not None)
+            for parameter in parameters:
+                parameter.grad = None
+
+    found = timed(
+        {
+            "plain": lambda: forward_backward(BATCH),
+            "own pass": lambda: fisher_traces(client, batches, tokens),
+            "training": lambda: client.train(batches, tokens, 0),
+            "with Fisher": lambda: client.train(batches, tokens, 0, observe=True),
+            "loop": lambda: forward_backward(1),
+        }
+    )
+    print(
+        f"{length:>3} tokens  "
+        + "  ".join(f"{name} {value:.3f}" for name, value in found.items())
+        + f"  |  own pass {found['own pass'] / found['plain']:.3f} x plain"
+        f"  training {found['with Fisher'] / found['training']:.3f} x"
+        f"  loop {found['loop'] / found['plain']:.2f} x plain",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
