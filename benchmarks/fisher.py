@@ -74,7 +74,7 @@ def measure(length: int, client: Client, plain: model.Prepared) -> None:
             inputs = tokens.collate(np.arange(start, start + size), client.topology.device)
             labels = inputs.pop("labels")
             logits = plain.adapted.model(**inputs).logits
-            nn.functional.cross_entropy(logits, labels).backward()
+            nn.functional.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
             if size == 1:  # what the loop is for
                 sum(p.grad.square().sum() for p in parameters if p.grad is not None)
             for parameter in parameters:

@@ -205,7 +205,7 @@ class Federation:
         own_seconds = np.zeros((topology.slots, 2))
         reasons: dict[int, str] = {}
         for k in lane:
-            done = self.local.run(k, number, self._vector(k), self.personal_blocks)
+            done = self.local.run(k, number, self.vector(k), self.personal_blocks)
             if done.values is None:
                 reasons[k] = done.reason
             else:
@@ -242,7 +242,7 @@ class Federation:
             self.local.lessons.keep(number, well)
         return line
 
-    def _vector(self, client: int | None, at: Snapshot | None = None) -> torch.Tensor:
+    def vector(self, client: int | None, at: Snapshot | None = None) -> torch.Tensor:
         """All trainable values of a client, now or at a snapshot: the shared ones, and its
         personal ones, or those everyone starts from."""
         at = at or self._snapshot()
@@ -333,10 +333,10 @@ class Federation:
 
     def _evaluate(self, rows: list[Ids], tokens: Tokens, at: Snapshot) -> dict[str, Evaluation]:
         """Personal and global results on rows[k] of every client k; one pass if they coincide."""
-        personal = self.evaluator.personal(rows, tokens, at.states, lambda k: self._vector(k, at))
+        personal = self.evaluator.personal(rows, tokens, at.states, lambda k: self.vector(k, at))
         if not at.states:
             return {"personal": personal, "global": personal}
-        start = self._vector(None, at)
+        start = self.vector(None, at)
         return {
             "personal": personal,
             "global": self.evaluator.personal(rows, tokens, {}, lambda _: start),
@@ -387,7 +387,7 @@ class Federation:
         if self.topology.is_root:
             self.run_directory.save_adapter(
                 self.prepared.adapted,
-                self._vector(None),
+                self.vector(None),
                 self.prepared.fresh,
                 self.task.labels,
                 self.prepared.source,

@@ -32,11 +32,18 @@ def mpiexec(ranks: int, program: str, *arguments: str, code: int = 0, timeout: i
     return output
 
 
-def many_runs(folder: Path, slots: int, ranks_per_client: int, runs: dict[str, list[str]]) -> None:
+def many_runs(
+    folder: Path,
+    slots: int,
+    ranks_per_client: int,
+    runs: dict[str, list[str]],
+    preset: str = "lora-fedavg",
+) -> None:
     """Run name -> overrides in one world; afterwards folder holds NAME.npy and the run NAME/."""
     listed = [
         {
             "name": name,
+            "preset": preset,
             "overrides": [
                 *overrides,
                 f"cluster.ranks_per_client={ranks_per_client}",

@@ -1,7 +1,8 @@
 """Program: several runs in one MPI world, one after the other; starting a world costs seconds.
 
-usage: many_runs.py RUNS.json     a list of {"name", "overrides"}; all with the same ranks per
-client. Rank 0 saves each run's final shared values beside the file, as NAME.npy.
+usage: many_runs.py RUNS.json     a list of {"name", "preset", "overrides"}; all with the same
+ranks per client. Rank 0 saves each run's final values without personal ones (layout.size,) beside
+the file, as NAME.npy; each slot the masks it used, as NAME-masks-SLOT.npz of round-client.
 """
 
 import json
@@ -13,26 +14,52 @@ import numpy as np
 
 from hpcfed.cli import quiet
 from hpcfed.federation import Federation
+from hpcfed.local import LocalRounds
+from hpcfed.policies import sparsity
 from hpcfed.preflight import check
 from hpcfed.progress import Progress
 from hpcfed.resolve import resolve
 from hpcfed.topology import connect_slots, connect_world
 
+masks: dict[str, np.ndarray] = {}
+
+
+def record_masks() -> None:
+    """Keep every mask that a client trains under, by round and client."""
+    run, trainable = LocalRounds.run, sparsity.trainable
+    now = [""]
+
+    def noting(self, client, number, *rest):
+        now[0] = f"{number}-{client}"
+        return run(self, client, number, *rest)
+
+    def recording(layout, *rest):
+        mask = trainable(layout, *rest)
+        masks[now[0]] = np.ones(layout.size, bool) if mask is None else mask.numpy()
+        return mask
+
+    LocalRounds.run, sparsity.trainable = noting, recording
+
 
 def main() -> None:
     """Run them all on the same slots."""
     quiet()
+    record_masks()
     file = Path(sys.argv[1])
     world = connect_world()
     topology = None
     for run in json.loads(file.read_text()):
         began = time.monotonic()
-        resolved = resolve("lora-fedavg", run["overrides"])
+        masks.clear()
+        resolved = resolve(run["preset"], run["overrides"])
         topology = topology or connect_slots(world, resolved.config.cluster)
         federation = Federation(check(resolved, world.size), world, began, topology)
         federation.run(Progress(speaks=False))
         if world.rank == 0:
-            np.save(file.parent / f"{run['name']}.npy", federation.shared.numpy())
+            np.save(file.parent / f"{run['name']}.npy", federation.vector(None).numpy())
+        if masks and topology.leads_slot:
+            np.savez(file.parent / f"{run['name']}-masks-{topology.slot_index}.npz", **masks)
+        if world.rank == 0:
             print(f"{run['name']}: {time.monotonic() - began:.1f} s", flush=True)
 
 

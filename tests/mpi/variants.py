@@ -37,6 +37,13 @@ def overrides(out: str | Path, name: str, stage: str = "zero0") -> list[str]:
     return [*COMMON, *VARIANTS[name], f"deepspeed=ds_configs/{stage}.json", f"data.root={out}"]
 
 
+FIBECFED = [
+    *COMMON, "local.optimizer=sgd", "local.lr=0.5", "local.clip=1.0", "federation.rounds=4",
+    "local.batch_size=4", "curriculum.warmup=1", "curriculum.full_at=1.0", "layers.keep=0.5",
+    "sparsity.keep=0.5", "curriculum.pace=linear",
+]  # fmt: skip
+
+
 def write_data(out: Path) -> None:
     """out/few/train.jsonl and test.jsonl: a few real rows of the built-in corpus."""
     (out / "few").mkdir()

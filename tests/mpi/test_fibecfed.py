@@ -1,0 +1,116 @@
+"""FibecFed equals a plain loop over clients and samples; and only what it shares travels."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from hpcfed.resolve import resolve
+from tests.mpi.reference_fibecfed import Reference
+from tests.mpi.variants import FIBECFED, write_data
+from tests.support import many_runs
+
+# (slots, ranks per client) -> ZeRO stages
+WORLDS = {
+    (1, 1): ["zero0", "zero1", "zero2", "zero3"],
+    (2, 1): ["zero0"],
+    (4, 1): ["zero0"],
+    (1, 2): ["zero0", "zero3"],
+    (2, 2): ["zero2"],
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """World -> folder with its runs."""
+    folders = {}
+    for (slots, ranks_per_client), stages in WORLDS.items():
+        out = tmp_path_factory.mktemp(f"fibecfed-{slots}x{ranks_per_client}")
+        write_data(out)
+        runs = {
+            stage: [*FIBECFED, f"deepspeed=ds_configs/{stage}.json", f"data.root={out}"]
+            for stage in stages
+        }
+        many_runs(out, slots, ranks_per_client, runs, preset="fibecfed")
+        folders[slots, ranks_per_client] = out
+    return folders
+
+
+@pytest.fixture(scope="module")
+def reference(results):
+    folder = results[1, 1]
+    own = Reference(resolve("fibecfed", [*FIBECFED, f"data.root={folder}"]).config)
+    return own, own.run()
+
+
+def history(run):
+    """(round from 0, client) -> the line a client noted."""
+    found = {}
+    for file in run.glob("clients/*/history.jsonl"):
+        for line in map(json.loads, file.read_text().splitlines()):
+            found[line["round"] - 1, int(file.parent.name)] = line
+    return found
+
+
+CASES = [(world, stage) for world, stages in WORLDS.items() for stage in stages]
+
+
+@pytest.mark.parametrize(("world", "stage"), CASES, ids=str)
+def test_equals_the_plain_loop(results, reference, world, stage):
+    own, wanted = reference
+    run = results[world] / stage
+    # Decisions first: the same layers, batches and masks.
+    selection = json.loads((run / "selection.json").read_text())
+    assert selection["shared_layers"] == wanted.layers and len(wanted.layers) == 3
+    lines = history(run)
+    assert {key: line["trained"] for key, line in lines.items()} == wanted.trained
+    for key, difficulty in wanted.difficulty.items():
+        found = {int(row): value for row, value in lines[key]["difficulty"].items()}
+        assert found == pytest.approx(difficulty, rel=1e-3)
+    masks = {}
+    for file in results[world].glob(f"{stage}-masks-*.npz"):
+        masks |= dict(np.load(file))
+    assert masks.keys() == {f"{number}-{k}" for number, k in wanted.masks}
+    for (number, k), mask in wanted.masks.items():
+        assert np.array_equal(masks[f"{number}-{k}"], mask.numpy()), (number, k)
+    # Then the values.
+    start = wanted.initial.numpy()
+    values = np.load(results[world] / f"{stage}.npy")
+    layout = own.layout
+    for block in layout.blocks:
+        check(values, wanted.shared.numpy(), start, layout.span(block), f"shared {block}")
+    for k, reference_values in wanted.personal.items():
+        (file,) = run.glob(f"clients/{k:06d}/personal-*.safetensors")
+        personal = values.copy()
+        stay = [block for block in layout.layers if block not in wanted.layers]
+        packed, at = load_file(file)["values"].numpy(), 0
+        for span in layout.spans(stay):
+            personal[span] = packed[at : at + span.stop - span.start]
+            at += span.stop - span.start
+            check(personal, reference_values.numpy(), start, span, f"client {k}")
+
+
+def check(values, reference, start, span, what):
+    """||D - Dref|| / ||Dref|| <= 1e-5, D the way from the initial values."""
+    moved, wanted = values[span] - start[span], reference[span] - start[span]
+    assert np.linalg.norm(wanted) > 1e-3, f"{what} did not move: the test shows nothing"
+    difference = np.linalg.norm(moved - wanted) / np.linalg.norm(wanted)
+    assert difference <= 1e-5, f"{what}: {difference:.2e}"
+
+
+def test_the_case_is_a_real_one(reference):
+    """Masks were in force, orders differ from the batches' own, and some batches were left out."""
+    _, wanted = reference
+    assert sum(not mask.all() for mask in wanted.masks.values()) >= 3
+    assert any(used != sorted(used) for used in wanted.trained.values())
+    assert len({len(used) for used in wanted.trained.values()}) > 2
+
+
+def test_bit_identical_for_any_number_of_slots(results):
+    runs = [results[slots, 1] / "zero0" for slots in (1, 2, 4)]
+    values = [np.load(run.with_suffix(".npy")) for run in runs]
+    assert all(np.array_equal(values[0], other) for other in values[1:])
+    files = [{p.relative_to(run): p.read_bytes() for p in run.glob("clients/*/*")} for run in runs]
+    assert files[0].keys() == files[1].keys() == files[2].keys()
+    assert files[0] == files[1] == files[2]
