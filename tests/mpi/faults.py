@@ -56,41 +56,40 @@ def spoil(federation: Federation) -> None:
     """Client 0: its last row has a label that does not exist, which one rank meets, in some
     micro-step. Client 2: the loss is not a number, from its second optimizer step on."""
     federation.train_tokens.labels[federation.rows[0].train[-1]] = 99
-    step = federation.client._micro_step
+    forward = federation.client.forward
     seen = []
 
-    def spoiled(rows, batch, tokens, accumulated):
+    def spoiled(rows, batch, tokens):
         if np.isin(batch, federation.rows[2].train).all():
-            seen.append(accumulated)
-            if seen.count(False) > 1 or len(federation.rows[2].train) <= 8:
+            if not any(batch is other for other in seen):
+                seen.append(batch)
+            if len(seen) > 1 or len(federation.rows[2].train) <= 8:
                 head = [p for n, p in federation.client.model.named_parameters()
                         if p.requires_grad and "classifier" in n]  # fmt: skip
                 head[0].data.fill_(float("nan"))
-        return step(rows, batch, tokens, accumulated)
+        return forward(rows, batch, tokens)
 
-    federation.client._micro_step = spoiled
+    federation.client.forward = spoiled
 
 
 def record(federation: Federation) -> dict[int, tuple[int, np.ndarray]]:
     """client -> (weight, packed values) of every update that is added up."""
     updates: dict[int, tuple[int, np.ndarray]] = {}
-    train = federation._train
+    run = federation.local.run
     current = []
-
-    def add(self, values, weight, mask=None):
-        updates[current[-1]] = (weight, values.numpy().copy())
-        return original(self, values, weight, mask)
 
     def watched(client, *arguments):
         current.append(client)
         MaskedSum.add = add
-        try:
-            return train(client, *arguments)
-        finally:
-            MaskedSum.add = original
+        return run(client, *arguments)
+
+    def add(self, values, weight, mask=None):
+        updates[current[-1]] = (weight, values.numpy().copy())
+        MaskedSum.add = original
+        return original(self, values, weight, mask)
 
     original = MaskedSum.add
-    federation._train = watched
+    federation.local.run = watched
     return updates
 
 

@@ -60,7 +60,7 @@ def test_the_run_directory(data, tmp_path):
     printed = run(2, data, f"output={out}", "data.validation=0.2", "evaluation.every=2")
     assert printed.count("round ") == 4  # 3 rounds and the best one
     names = {"adapter", "config.yaml", "metrics.jsonl", "partition.json", "run.json"}
-    assert {p.name for p in out.iterdir()} == names | {"summary.json"}
+    assert {p.name for p in out.iterdir()} == names | {"summary.json", "predictions.json"}
     summary = json.loads((out / "summary.json").read_text())
     rounds = lines(out)
     assert [r["round"] for r in rounds] == [1, 2, 3]
@@ -74,11 +74,11 @@ def test_the_run_directory(data, tmp_path):
     assert rounds[0]["bytes"]["up"] == 3 * values * 4  # 3 clients
     assert rounds[0]["bytes"]["up_without_head"] == 3 * (values - layout["head"]) * 4
     # Two slots hand over float64 values, a weight and the statistics; then the fp32 mean.
-    small = 1 + 3 * 4 + 2
+    small = 1 + 3 * 6 + 2 * 2
     assert rounds[0]["bytes"]["wire"] == (values + small) * 8 * 2 + values * 4
     assert summary["accuracy"]["personal"] == summary["accuracy"]["global"]
     assert set(summary["seconds"]) == {
-        "init", "select", "train", "exchange", "evaluate", "total",
+        "init", "select", "score", "train", "exchange", "evaluate", "total",
     }  # fmt: skip
     table = json.loads((out / "partition.json").read_text())
     assert np.array(table["train"]).sum() + np.array(table["validation"]).sum() == ROWS
@@ -94,14 +94,14 @@ def test_personal_layers_stay_home(data, tmp_path):
             "data.validation=0.2", "evaluation.every=1", "local.lr=0.05")  # fmt: skip
         shared.append(load_file(out / "adapter" / "adapter_model.safetensors"))
         metrics.append(lines(out))
-        states.append({p.relative_to(out): load_file(p)["values"]
-                       for p in sorted((out / "clients").rglob("*.safetensors"))})  # fmt: skip
+        files = sorted((out / "clients").rglob("personal-*.safetensors"))
+        states.append({p.relative_to(out): load_file(p)["values"] for p in files})
         values = json.loads((out / "run.json").read_text())["adapter_values"]
         packed = sum(values[block] for block in ("3", "4", "5", "head"))
         line = metrics[-1][0]
         assert line["shared_layers"] == ["3", "4", "5"]
         assert line["bytes"]["up"] == 3 * packed * 4
-        small = 1 + 3 * 4 + 2
+        small = 1 + 3 * 6 + 2 * 2
         assert line["bytes"]["wire"] == ((packed + small) * 16 + packed * 4 if ranks == 2 else 0)
     assert states[0].keys() == states[1].keys()
     assert {len(values) for values in states[0].values()} == {sum(values[b] for b in "012")}

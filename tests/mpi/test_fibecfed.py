@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from hpcfed.resolve import resolve
 from tests.mpi.reference_fibecfed import Reference
 from tests.mpi.variants import FIBECFED, write_data
-from tests.support import many_runs
+from tests.support import many_runs, mpiexec
 
 # (slots, ranks per client) -> ZeRO stages
 WORLDS = {
@@ -114,3 +114,8 @@ def test_bit_identical_for_any_number_of_slots(results):
     files = [{p.relative_to(run): p.read_bytes() for p in run.glob("clients/*/*")} for run in runs]
     assert files[0].keys() == files[1].keys() == files[2].keys()
     assert files[0] == files[1] == files[2]
+
+
+def test_what_stays_home_never_travels(tmp_path):
+    write_data(tmp_path)
+    assert "wire: ok" in mpiexec(2, "wire.py", str(tmp_path))

@@ -1,0 +1,130 @@
+"""Program: what FibecFed hands to MPI is the selected layers' values, and nothing that stays home.
+
+usage: wire.py OUT     OUT holds the data of tests.mpi.variants; one rank per client
+"""
+
+import json
+import pickle
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpcfed import preflight
+from hpcfed.adapters.layout import HEAD
+from hpcfed.cli import quiet
+from hpcfed.federation import FP32_BYTES, Federation
+from hpcfed.local import LocalRounds
+from hpcfed.progress import Progress
+from hpcfed.resolve import resolve
+from hpcfed.topology import connect_slots, connect_world
+from tests.mpi.variants import FIBECFED
+
+
+class Spy:
+    """A communicator that remembers the numbers in all that is handed to it."""
+
+    def __init__(self, comm: Any, seen: list[np.ndarray]) -> None:
+        self._comm, self._seen = comm, seen
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._comm, name)
+        if not callable(method):
+            return method
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            for argument in arguments:
+                self._look(argument)
+            return method(*arguments, **options)
+
+        return watched
+
+    def _look(self, argument: Any) -> None:
+        parts = argument if isinstance(argument, (list, tuple)) else [argument]
+        for part in parts:
+            if isinstance(part, np.ndarray):
+                self._seen.append(part.astype(np.float64).ravel())
+            elif isinstance(part, (dict, str)):  # pickled: by text, so that nothing hides in it
+                assert len(pickle.dumps(part)) < 1000, f"a large object travels: {part!r:.200}"
+
+
+def main() -> None:
+    """Four rounds, watched."""
+    quiet()
+    (out,) = sys.argv[1:]
+    world = connect_world()
+    run = Path(out) / "wire"
+    resolved = resolve("fibecfed", [*FIBECFED, f"data.root={out}", f"output={run}"])
+    topology = connect_slots(world, resolved.config.cluster)
+    seen: list[np.ndarray] = []
+    world = replace(world, comm=Spy(world.comm, seen))
+    topology = replace(
+        topology, world=world, across=Spy(topology.across, seen), slot=Spy(topology.slot, seen)
+    )
+    checked = preflight.check(resolved, world.size)
+    federation = Federation(checked, world, time.monotonic(), topology)
+    trained = watch_training(federation)
+    federation.run(Progress(speaks=False))
+    layout, personal = federation.layout, federation.personal_blocks
+    assert len(personal) == 3 and len(trained) >= 3
+    travelled = set(np.concatenate(seen).tolist())
+    home = shared = 0
+    for client, number, values in trained:
+        if number < resolved.config.curriculum.warmup:
+            continue
+        weight = len(federation.rows[client].train)
+        start = federation.base
+        for block in layout.blocks:
+            span = layout.span(block)
+            moved = values[span][values[span] != start[span]].double().numpy()
+            there = np.isin(moved, list(travelled)) | np.isin(weight * moved, list(travelled))
+            if block in personal:
+                home += len(moved)
+                # A few fp32 numbers of the same size are equal by chance.
+                share = there.mean()
+                assert share < 0.02, f"client {client}: {share:.0%} of layer {block} travelled"
+            elif len(moved) and there.mean() > 0.99:
+                shared += len(moved)
+    # Only a slot that ran one client in a round sends numbers that are that client's alone.
+    shared = world.comm.allreduce(shared)
+    assert home > 10000 and shared > 10000, f"the watch saw too little: {home}, {shared}"
+    check_bytes(federation, run)
+    if world.rank == 0:
+        print("wire: ok")
+
+
+def watch_training(federation: Federation) -> list[tuple[int, int, Any]]:
+    """(client, round, values after training) of this slot, as they come."""
+    trained = []
+    original = LocalRounds.run
+
+    def run(self: LocalRounds, client: int, number: int, *rest: Any) -> Any:
+        done = original(self, client, number, *rest)
+        trained.append((client, number, done.values))
+        return done
+
+    LocalRounds.run = run  # type: ignore[method-assign]
+    return trained
+
+
+def check_bytes(federation: Federation, run: Path) -> None:
+    """A round's upload: 4 bytes for each value of the selected layers and the head, per client."""
+    layout, config = federation.layout, federation.config
+    if not federation.topology.is_root:
+        return
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        warm = line["round"] <= config.curriculum.warmup
+        blocks = layout.blocks if warm else (*line["shared_layers"], HEAD)
+        values = layout.count(blocks)
+        assert len(blocks) == (7 if warm else 4)
+        assert line["bytes"]["up"] == config.federation.per_round * values * FP32_BYTES
+        # The exchange of two slots: sums of values, a weight, statistics as float64; the mean back.
+        small = 1 + config.federation.per_round * 6 + 2 * 2
+        assert line["bytes"]["wire"] == (values + small) * 8 * 2 + values * 4
+
+
+if __name__ == "__main__":
+    main()
