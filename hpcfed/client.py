@@ -51,6 +51,23 @@ class Trained:
     losses: Floats = field(default_factory=lambda: np.zeros(0))
     fisher: Floats = field(default_factory=lambda: np.zeros(0))
     neurons: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    rows: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def then(self, later: "Trained") -> "Trained":
+        """Both, if both were observed or neither."""
+        whole = Trained(
+            self.loss_sum + later.loss_sum,
+            self.samples + later.samples,
+            self.steps + later.steps,
+            self.losses.copy(),
+            self.fisher.copy(),
+            (self.samples * self.neurons + later.samples * later.neurons)
+            / (self.samples + later.samples),
+            np.union1d(self.rows, later.rows),
+        )
+        whole.losses[later.rows] = later.losses[later.rows]
+        whole.fisher[later.rows] = later.fisher[later.rows]
+        return whole
 
 
 class Client:
@@ -205,8 +222,9 @@ class Client:
             result.steps += 1
         self.taps.listen(None)
         if seen:
-            rows = np.unique(np.concatenate(list(batches)))
-            result.losses, result.fisher, result.neurons = seen.whole(rows, result.samples)
+            result.rows = np.unique(np.concatenate(list(batches)))
+            found = seen.whole(result.rows, result.samples)
+            result.losses, result.fisher, result.neurons = found
         return result
 
     def forward(self, rows: Ids, batch: Ids, tokens: Tokens, probing: bool = False) -> torch.Tensor:

@@ -145,10 +145,11 @@ class Curriculum:
         "rounds before anything is scored: batches in random order, all layers shared",
         at_least=0,
     )
-    when: Literal["first_use", "start"] = option(
-        "first_use",
-        "when a client's batches are scored: in its first round after the warm-up, or, all "
-        "clients, at the end of the warm-up",
+    when: Literal["first_epoch", "first_use", "start"] = option(
+        "first_epoch",
+        "when a client's batches are scored: in its first round after the warm-up, while its first "
+        "local epoch meets all of them, or before by a pass of its own (first_use); or all "
+        "clients at the end of the warm-up (start)",
     )
     refresh: bool = option(
         True, "take fresh difficulties from every training pass; costs no pass of its own"

@@ -1,14 +1,13 @@
 """One client's part of a round, in its slot: score, order, mask, train."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from hpcfed.client import Client, ClientError, Floats
+from hpcfed.client import Client, ClientError, Floats, Trained
 from hpcfed.collectives import sum_in_slot
 from hpcfed.config import Config
 from hpcfed.data.batches import Ids, Tokens, form_batches
@@ -32,6 +31,19 @@ class Outcome:
     scored: int = 0  # sample passes spent on difficulties before training
     density: float = 1.0  # share of its personal values that trained
     seconds: dict[str, float] = field(default_factory=lambda: {"score": 0.0, "train": 0.0})
+
+
+@dataclass
+class Lesson:
+    """What a client trains on in a round: its batches, the numbers of those in use, and, if their
+    order needs the model's, the rows' difficulties (len(tokens),). unscored: those come from the
+    first local epoch."""
+
+    batches: list[Ids]
+    order: list[int]
+    difficulty: Floats | None = None
+    scored: int = 0  # sample passes it cost
+    unscored: bool = False
 
 
 class LocalRounds:
@@ -68,7 +80,8 @@ class LocalRounds:
     def must_score(self, client: int, number: int) -> bool:
         """Whether a client's round begins with a pass over its rows; the same on all ranks."""
         warm = number < self._config.curriculum.warmup
-        return self.needs is not None and not warm and client not in self.lessons.current
+        own_pass = self.needs is not None and self._config.curriculum.when != "first_epoch"
+        return own_pass and not warm and client not in self.lessons.current
 
     def cost(self, client: int, number: int) -> int:
         """Tokens that a client will pass through the model in a round, about."""
@@ -93,19 +106,14 @@ class LocalRounds:
         if mask is not None:
             own = engine.layout.pack(mask, personal_blocks)
             done.density = float(own.double().mean())
+        tracks = not warm and config.sparsity.keep < 1 and bool(personal_blocks)
         try:
             engine.load(vector, mask)
-            batches, order, difficulty = self._lesson(client, number, done)
+            lesson = self._lesson(client, number)
+            done.scored = lesson.scored
             done.seconds["score"] = time.monotonic() - clock
             clock = time.monotonic()
-            tracks = not warm and config.sparsity.keep < 1 and bool(personal_blocks)
-            refreshes = difficulty is not None and config.curriculum.refresh
-            trained = engine.train(
-                self.epochs(client, number, batches, order),
-                self._tokens,
-                derive(config.seed, "dropout", number, client, engine.topology.rank_in_slot),
-                observe=tracks or refreshes,
-            )
+            trained = self._train(client, number, lesson, tracks)
             done.samples, done.steps = trained.samples, trained.steps
             values = engine.read()
             if not bool(torch.isfinite(values).all()):
@@ -115,14 +123,9 @@ class LocalRounds:
             done.seconds["train"] = time.monotonic() - clock
             return done
         done.values, done.loss_sum = values, trained.loss_sum
-        rows = self._rows[client].train
-        if difficulty is not None and refreshes:
-            fresh = trained.fisher if self.needs == "fisher" else trained.losses
-            met = np.unique(np.concatenate([batches[i] for i in order]))
-            difficulty[met] = fresh[met]
         if engine.topology.leads_slot:
-            if difficulty is not None:
-                self._save_lesson(client, number, difficulty)
+            if lesson.difficulty is not None:
+                self._save_lesson(client, number, lesson.difficulty)
             if personal_blocks:
                 tensors = {"values": engine.layout.pack(values, personal_blocks)}
                 if tracks:
@@ -130,18 +133,50 @@ class LocalRounds:
                     tensors["fisher"] = sparsity.momentum(old, trained.neurons, gamma)
                 self.personal.save(client, number, tensors)
             if self._ordered or tracks:
-                note: dict[str, Any] = {"round": number + 1, "mask_density": done.density}
-                if self._ordered:
-                    note |= {
-                        "share": self.share(number),
-                        "batches": [batch.tolist() for batch in batches],
-                        "trained": order,
-                    }
-                if difficulty is not None:
-                    note["difficulty"] = {int(row): float(difficulty[row]) for row in rows}
-                self._directory.note(client, note)
+                self._note(client, number, lesson, done)
         done.seconds["train"] = time.monotonic() - clock
         return done
+
+    def _train(self, client: int, number: int, lesson: Lesson, tracks: bool) -> Trained:
+        """The local epochs; brings the lesson's difficulties up to date."""
+        config, engine = self._config, self._client
+        rank = engine.topology.rank_in_slot
+        refreshes = lesson.difficulty is not None and config.curriculum.refresh
+
+        def train(epochs: list[Ids], part: int) -> Trained:
+            seed = derive(config.seed, "dropout", number, client, rank, part)
+            return engine.train(epochs, self._tokens, seed, tracks or refreshes or lesson.unscored)
+
+        everything = range(config.local.epochs)
+        if not lesson.unscored:
+            trained = train(self._epochs(client, number, lesson, everything), 0)
+        else:
+            # The first epoch meets all batches and tells how hard they are; the others are easy.
+            trained = train(self._epochs(client, number, lesson, everything[:1]), 0)
+            lesson.difficulty = trained.fisher if self.needs == "fisher" else trained.losses
+            order = self._order(client, lesson.batches, lesson.difficulty)
+            lesson.order = curriculum.in_use(order, self.share(number))
+            if everything[1:]:
+                rest = self._epochs(client, number, lesson, everything[1:])
+                trained = trained.then(train(rest, 1))
+        if lesson.difficulty is not None and (refreshes or lesson.unscored):
+            fresh = trained.fisher if self.needs == "fisher" else trained.losses
+            lesson.difficulty[trained.rows] = fresh[trained.rows]
+        return trained
+
+    def _note(self, client: int, number: int, lesson: Lesson, done: Outcome) -> None:
+        """A line in the client's own history."""
+        note: dict[str, Any] = {"round": number + 1, "mask_density": done.density}
+        if self._ordered:
+            note |= {
+                "share": self.share(number),
+                "batches": [batch.tolist() for batch in lesson.batches],
+                "trained": lesson.order,
+            }
+        if lesson.difficulty is not None:
+            rows = self._rows[client].train
+            note["difficulty"] = {int(row): float(lesson.difficulty[row]) for row in rows}
+        self._directory.note(client, note)
 
     def score(self, client: int, number: int, vector: torch.Tensor) -> int:
         """Take a client's difficulties without training it; returns the sample passes.
@@ -163,37 +198,45 @@ class LocalRounds:
             generator(self._config.seed, "batches", client),
         )
 
-    def _lesson(
-        self, client: int, number: int, done: Outcome
-    ) -> tuple[list[Ids], list[int], Floats | None]:
-        """A client's batches, the numbers of those in use, and its difficulties by row if the
-        order needs the model's."""
+    def _lesson(self, client: int, number: int) -> Lesson:
+        """What a client trains on in this round, at the values in the engine."""
         if not self._ordered:
-            return [], [], None
+            return Lesson([], [])
         spec, seed = self._config.curriculum, self._config.seed
         batches = self._formed(client)
         rows = self._rows[client].train
         difficulty = None
+        scored = 0
         if number < spec.warmup:
             order = curriculum.order(None, len(batches), generator(seed, "warmup", number, client))
-        elif spec.difficulty == "random":
-            order = curriculum.order(None, len(batches), generator(seed, "order", client))
         elif self.needs is None:
-            scores = np.zeros(len(self._tokens))
-            scores[rows] = curriculum.text_difficulty(spec.difficulty, rows, self._tokens)
-            hard = curriculum.batch_difficulty(spec.difficulty, batches, scores)
-            order = curriculum.order(hard, len(batches), generator(seed, "order", client))
+            if spec.difficulty != "random":
+                difficulty = np.zeros(len(self._tokens))
+                difficulty[rows] = curriculum.text_difficulty(spec.difficulty, rows, self._tokens)
+            order = self._order(client, batches, difficulty)
+            difficulty = None  # nothing to keep
         else:
             known = self.lessons.load(client)
-            if known is None:
-                difficulty = self._score(client)
-                done.scored = len(rows)
-            else:
+            if known is not None:
                 difficulty = np.zeros(len(self._tokens))
                 difficulty[rows] = known["difficulty"].numpy()
-            hard = curriculum.batch_difficulty(spec.difficulty, batches, difficulty)
-            order = curriculum.order(hard, len(batches), generator(seed, "order", client))
-        return batches, curriculum.in_use(order, self.share(number)), difficulty
+            elif spec.when == "first_epoch":
+                return Lesson(batches, list(range(len(batches))), unscored=True)
+            else:
+                difficulty = self._score(client)
+                scored = len(rows)
+            order = self._order(client, batches, difficulty)
+        used = curriculum.in_use(order, self.share(number))
+        return Lesson(batches, used, difficulty, scored)
+
+    def _order(self, client: int, batches: list[Ids], difficulty: Floats | None) -> list[int]:
+        """Batch numbers, easy first; without difficulties a random order, each client's own."""
+        rng = generator(self._config.seed, "order", client)
+        if difficulty is None:
+            return curriculum.order(None, len(batches), rng)
+        kind = self._config.curriculum.difficulty
+        hard = curriculum.batch_difficulty(kind, batches, difficulty)
+        return curriculum.order(hard, len(batches), rng)
 
     def _score(self, client: int) -> Floats:
         """(len(tokens),) difficulties of a client's rows at the values in the engine."""
@@ -207,19 +250,21 @@ class LocalRounds:
         own = torch.from_numpy(difficulty[self._rows[client].train])
         self.lessons.save(client, number, {"difficulty": own})
 
-    def epochs(
-        self, client: int, number: int, batches: Sequence[Ids] = (), order: Sequence[int] = ()
-    ) -> list[Ids]:
-        """Batches of a client's local epochs. With a curriculum, those in use, shuffled in each
-        epoch; else all rows, meeting in new batches in each."""
+    def epochs(self, client: int, number: int) -> list[Ids]:
+        """All batches of a client's local epochs in a round without a curriculum: in each epoch
+        all rows, meeting in new batches."""
+        return self._epochs(client, number, Lesson([], []), range(self._config.local.epochs))
+
+    def _epochs(self, client: int, number: int, lesson: Lesson, epochs: range) -> list[Ids]:
+        """Batches of these local epochs; with a curriculum those in use, shuffled in each."""
         config = self._config
-        epochs = []
-        for epoch in range(config.local.epochs):
+        batches: list[Ids] = []
+        for epoch in epochs:
             rng = generator(config.seed, "batches", number, client, epoch)
             if self._ordered:
-                epochs += [batches[order[i]] for i in rng.permutation(len(order))]
+                order = lesson.order
+                batches += [lesson.batches[order[i]] for i in rng.permutation(len(order))]
             else:
-                epochs += form_batches(
-                    self._rows[client].train, self._tokens.lengths, config.local.batch_size, rng
-                )
-        return epochs
+                rows, lengths = self._rows[client].train, self._tokens.lengths
+                batches += form_batches(rows, lengths, config.local.batch_size, rng)
+        return batches

@@ -102,35 +102,49 @@ class Reference:
         rng = generator(config.seed, "batches", k)
         rows = self.rows[k].train
         batches = form_batches(rows, self.tokens.lengths, config.local.batch_size, rng)
+        mask = torch.ones(self.layout.size, dtype=torch.bool) if warm else self.mask(k)
+        found.masks[number, k] = mask
+        spec = config.curriculum
+        x = number / (spec.full_at * config.federation.rounds)
+        count = math.ceil(min(1.0, spec.start + (1 - spec.start) * x) * len(batches) - 1e-9)
+        epochs = list(range(config.local.epochs))
+        values, total, samples = start, torch.zeros(self.layout.size), 0
         if warm:
             drawn = generator(config.seed, "warmup", number, k).permutation(len(batches))
             order = [int(i) for i in drawn]
         else:
-            if k not in self.known:
+            if k not in self.known and spec.when == "first_epoch":
+                self.known[k] = {}
+                first = self.shuffled(batches, list(range(len(batches))), k, number, epochs.pop(0))
+                values, total, samples = self.train(values, mask, first, k, number)
+            elif k not in self.known:
                 self.known[k] = {int(r): float(self.squares(start, int(r)).sum()) for r in rows}
             sums = [sum(self.known[k][int(r)] for r in batch) for batch in batches]
             order = sorted(range(len(batches)), key=lambda i: sums[i])
-        spec = config.curriculum
-        x = number / (spec.full_at * config.federation.rounds)
-        f = min(1.0, spec.start + (1 - spec.start) * x)
-        used = order[: math.ceil(f * len(batches) - 1e-9)]
-        found.trained[number, k] = used
-        mask = torch.ones(self.layout.size, dtype=torch.bool) if warm else self.mask(k)
-        found.masks[number, k] = mask
-        epochs = [
-            batches[used[i]]
-            for epoch in range(config.local.epochs)
-            for i in generator(config.seed, "batches", number, k, epoch).permutation(len(used))
-        ]
-        values = self.train(start, mask, epochs, k, number)
+        used = found.trained[number, k] = order[:count]
+        for epoch in epochs:
+            part = self.shuffled(batches, used, k, number, epoch)
+            values, squares, met = self.train(values, mask, part, k, number)
+            total, samples = total + squares, samples + met
         if not warm:
             found.difficulty[number, k] = dict(self.known[k])
+            old = self.fisher.get(k, torch.zeros(self.layout.size))
+            gamma = config.sparsity.momentum
+            self.fisher[k] = gamma * old + (1 - gamma) * total / samples
         return values
+
+    def shuffled(
+        self, batches: list[Ids], used: list[int], k: int, number: int, epoch: int
+    ) -> list[Ids]:
+        """The batches in use, in an epoch's order."""
+        rng = generator(self.config.seed, "batches", number, k, epoch)
+        return [batches[used[i]] for i in rng.permutation(len(used))]
 
     def train(
         self, start: torch.Tensor, mask: torch.Tensor, batches: list[Ids], k: int, number: int
-    ) -> torch.Tensor:
-        """SGD on the values that are not masked; squares of single samples before each step."""
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """SGD on the values that are not masked; before each step the squared gradients of single
+        samples. Returns the values, the sum of squares (size,), and over how many samples."""
         config = self.config
         free = torch.nn.Parameter(start[mask].clone())
         optimizer = torch.optim.SGD([free], lr=config.local.lr)
@@ -149,13 +163,9 @@ class Reference:
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_([free], config.local.clip)
             optimizer.step()
-        if number >= config.curriculum.warmup:
-            old = self.fisher.get(k, torch.zeros(self.layout.size))
-            gamma = config.sparsity.momentum
-            self.fisher[k] = gamma * old + (1 - gamma) * total / samples
         values = start.clone()
         values[mask] = free.detach()
-        return values
+        return values, total, samples
 
     def mask(self, k: int) -> torch.Tensor:
         """(size,) True trains: in each matrix of the layers that stay home, the best neurons."""

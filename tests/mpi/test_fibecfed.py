@@ -11,14 +11,21 @@ from tests.mpi.reference_fibecfed import Reference
 from tests.mpi.variants import FIBECFED, write_data
 from tests.support import many_runs, mpiexec
 
-# (slots, ranks per client) -> ZeRO stages
+# (slots, ranks per client) -> ZeRO stages; "own" scores in a pass of its own
 WORLDS = {
-    (1, 1): ["zero0", "zero1", "zero2", "zero3"],
+    (1, 1): ["zero0", "zero1", "zero2", "zero3", "zero0 own"],
     (2, 1): ["zero0"],
     (4, 1): ["zero0"],
     (1, 2): ["zero0", "zero3"],
     (2, 2): ["zero2"],
 }
+
+
+def overrides(out, case):
+    stage, *own = case.split()
+    when = "first_use" if own else "first_epoch"
+    return [*FIBECFED, f"deepspeed=ds_configs/{stage}.json", f"data.root={out}",
+            f"curriculum.when={when}"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -28,20 +35,21 @@ def results(tmp_path_factory):
     for (slots, ranks_per_client), stages in WORLDS.items():
         out = tmp_path_factory.mktemp(f"fibecfed-{slots}x{ranks_per_client}")
         write_data(out)
-        runs = {
-            stage: [*FIBECFED, f"deepspeed=ds_configs/{stage}.json", f"data.root={out}"]
-            for stage in stages
-        }
+        runs = {stage: overrides(out, stage) for stage in stages}
         many_runs(out, slots, ranks_per_client, runs, preset="fibecfed")
         folders[slots, ranks_per_client] = out
     return folders
 
 
 @pytest.fixture(scope="module")
-def reference(results):
-    folder = results[1, 1]
-    own = Reference(resolve("fibecfed", [*FIBECFED, f"data.root={folder}"]).config)
-    return own, own.run()
+def references(results):
+    """Whether there is an own pass -> the plain loop, and what it came to."""
+    found = {}
+    for own in (False, True):
+        words = overrides(results[1, 1], "zero0 own" if own else "zero0")
+        loop = Reference(resolve("fibecfed", words).config)
+        found[own] = loop, loop.run()
+    return found
 
 
 def history(run):
@@ -57,8 +65,8 @@ CASES = [(world, stage) for world, stages in WORLDS.items() for stage in stages]
 
 
 @pytest.mark.parametrize(("world", "stage"), CASES, ids=str)
-def test_equals_the_plain_loop(results, reference, world, stage):
-    own, wanted = reference
+def test_equals_the_plain_loop(results, references, world, stage):
+    own, wanted = references["own" in stage]
     run = results[world] / stage
     # Decisions first: the same layers, batches and masks.
     selection = json.loads((run / "selection.json").read_text())
@@ -99,9 +107,10 @@ def check(values, reference, start, span, what):
     assert difference <= 1e-5, f"{what}: {difference:.2e}"
 
 
-def test_the_case_is_a_real_one(reference):
+@pytest.mark.parametrize("own", [False, True])
+def test_the_case_is_a_real_one(references, own):
     """Masks were in force, orders differ from the batches' own, and some batches were left out."""
-    _, wanted = reference
+    _, wanted = references[own]
     assert sum(not mask.all() for mask in wanted.masks.values()) >= 3
     assert any(used != sorted(used) for used in wanted.trained.values())
     assert len({len(used) for used in wanted.trained.values()}) > 2
