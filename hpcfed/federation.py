@@ -6,7 +6,7 @@ state(k) + shared values -> slot's engine -> batches -> local steps -> new value
 """
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ class Totals:
     samples: int = 0
     scored: int = 0
     steps: int = 0
+    updates: int = 0
     failures: int = 0
     up: int = 0
     down: int = 0
@@ -284,6 +285,7 @@ class Federation:
         self.totals.scored += scored
         self.totals.steps += steps
         self.totals.failures += len(failed)
+        self.totals.updates += len(sampled) - len(failed)
         self.totals.up += up * FP32_BYTES
         self.totals.down += down * FP32_BYTES
         self.totals.wire += wire
@@ -375,7 +377,12 @@ class Federation:
             "samples": totals.samples,
             "scored": totals.scored,
             "steps": totals.steps,
-            "bytes": {k: v for k, v in asdict(totals).items() if k in ("up", "down", "wire")},
+            "bytes": {
+                "up": totals.up,
+                "down": totals.down,
+                "wire": totals.wire,
+                "up_if_all_shared": totals.updates * self.layout.size * FP32_BYTES,
+            },
             "seconds": {
                 "init": self.init_seconds,
                 **self.seconds,

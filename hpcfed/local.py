@@ -143,16 +143,16 @@ class LocalRounds:
         rank = engine.topology.rank_in_slot
         refreshes = lesson.difficulty is not None and config.curriculum.refresh
 
-        def train(epochs: list[Ids], part: int) -> Trained:
-            seed = derive(config.seed, "dropout", number, client, rank, part)
+        def train(epochs: list[Ids], *part: int) -> Trained:
+            seed = derive(config.seed, "dropout", number, client, rank, *part)
             return engine.train(epochs, self._tokens, seed, tracks or refreshes or lesson.unscored)
 
         everything = range(config.local.epochs)
         if not lesson.unscored:
-            trained = train(self._epochs(client, number, lesson, everything), 0)
+            trained = train(self._epochs(client, number, lesson, everything))
         else:
             # The first epoch meets all batches and tells how hard they are; the others are easy.
-            trained = train(self._epochs(client, number, lesson, everything[:1]), 0)
+            trained = train(self._epochs(client, number, lesson, everything[:1]))
             lesson.difficulty = trained.fisher if self.needs == "fisher" else trained.losses
             order = self._order(client, lesson.batches, lesson.difficulty)
             lesson.order = curriculum.in_use(order, self.share(number))

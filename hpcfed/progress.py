@@ -79,6 +79,8 @@ class Progress:
         left = (time.monotonic() - self._began) / done * (self._rounds - done)
         loss = "  n/a " if line["train_loss"] is None else f"{line['train_loss']:.4f}"
         text = f"round {done:>3}/{self._rounds}  loss {loss}"
+        if "share" in line:
+            text += f"  data {line['share']:4.0%}"
         if "validation" in line:
             text += f"  validation {line['validation']['personal']['score']:.4f}"
             self._validation = f"validation {line['validation']['personal']['score']:.4f}, "
@@ -111,10 +113,13 @@ class Progress:
                 f"best round by validation: {best['round']}"
                 f" (test accuracy {best['personal']['accuracy']:.4f})"
             )
+        less = sent["up"] / sent["up_if_all_shared"] if sent["up_if_all_shared"] else 1
+        shared = f" ({less:.0%} of sharing all layers)" if less < 1 else ""
+        scored = f" ({summary['scored']:,} of them scored only)" if summary["scored"] else ""
         self._say(
-            f"bytes          up {sent['up'] / 1e6:.2f} MB  down {sent['down'] / 1e6:.2f} MB"
+            f"bytes          up {sent['up'] / 1e6:.2f} MB{shared}  down {sent['down'] / 1e6:.2f} MB"
             f"  on the wire {sent['wire'] / 1e6:.2f} MB\n"
-            f"work           {summary['samples']:,} samples, {summary['steps']:,} steps,"
+            f"work           {summary['samples']:,} samples{scored}, {summary['steps']:,} steps,"
             f" {summary['failures']} failed updates\n"
             "seconds        " + "  ".join(f"{name} {value:.1f}" for name, value in spent.items())
         )

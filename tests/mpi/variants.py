@@ -39,8 +39,8 @@ def overrides(out: str | Path, name: str, stage: str = "zero0") -> list[str]:
 
 FIBECFED = [
     *COMMON, "local.optimizer=sgd", "local.lr=0.5", "local.clip=1.0", "federation.rounds=4",
-    "local.batch_size=4", "local.epochs=2", "curriculum.warmup=1", "curriculum.full_at=1.0", "layers.keep=0.5",
-    "sparsity.keep=0.5", "curriculum.pace=linear",
+    "local.batch_size=4", "local.epochs=2", "curriculum.warmup=1", "curriculum.full_at=1.0",
+    "layers.keep=0.5", "sparsity.keep=0.5", "curriculum.pace=linear",
 ]  # fmt: skip
 
 

@@ -1,0 +1,93 @@
+"""Does a difficulty order samples as the final model's loss would, and from which round on?
+
+    python -m benchmarks.difficulty [section.key=value ...]
+
+Runs LoRA FedAvg; before some of its rounds takes every difficulty of every training row at the
+values of that moment. Prints the rank correlation (Spearman) with the loss of the rows under the
+final model: within each client, which is what a curriculum orders, weighted by rows; and over all.
+Needs the real tasks in ../shared/datasets, and scipy.
+"""
+
+import sys
+import time
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from hpcfed import preflight
+from hpcfed.cli import quiet
+from hpcfed.client import Floats
+from hpcfed.data.batches import form_batches
+from hpcfed.federation import Federation
+from hpcfed.policies.curriculum import text_difficulty
+from hpcfed.probe import fisher_traces
+from hpcfed.progress import Progress
+from hpcfed.resolve import resolve
+from hpcfed.rng import generator
+from hpcfed.topology import connect_world
+
+MOMENTS = (0, 1, 2, 4, 8, 16)  # rounds done before scoring
+COMMON = [
+    "data.root=../shared/datasets", "task.name=trec", "task.max_train=2000", "task.max_length=64",
+    "federation.clients=50", "federation.per_round=5", "federation.rounds=20", "cluster.threads=1",
+    "local.lr=2e-3", "evaluation.every=20",
+]  # fmt: skip
+
+
+def main() -> None:
+    """Measure and print."""
+    quiet()
+    with TemporaryDirectory() as folder:
+        resolved = resolve("lora-fedavg", [*COMMON, f"output={folder}/run", *sys.argv[1:]])
+        world = connect_world()
+        federation = Federation(preflight.check(resolved, world.size), world, time.monotonic())
+        tokens = federation.train_tokens
+        train = [own.train for own in federation.rows]
+        orders: dict[str, dict[int, Floats]] = {"fisher": {}, "loss": {}}
+        for number in range(federation.config.federation.rounds):
+            if number in MOMENTS:
+                orders["fisher"][number], orders["loss"][number] = score(federation)
+            federation.round(number, Progress(speaks=False))
+        _, final = score(federation)
+        fixed = {kind: np.zeros(len(tokens)) for kind in ("length", "rarity", "random")}
+        for rows in train:
+            for kind in ("length", "rarity"):
+                fixed[kind][rows] = text_difficulty(kind, rows, tokens)
+            fixed["random"][rows] = generator(0, "order").random(len(rows))
+        name = federation.config.task.name
+        print(f"{name}: rank correlation with the final loss, within clients (over all rows)")
+        print("rounds before  " + "".join(f"{n:>16}" for n in MOMENTS))
+        for kind, found in orders.items():
+            print(f"{kind:<15}" + "".join(f"{both(found[n], final, train):>16}" for n in MOMENTS))
+        for kind, scores in fixed.items():
+            print(f"{kind:<15}" + f"{both(scores, final, train):>16}" * len(MOMENTS))
+        federation.client.close()
+
+
+def score(federation: Federation) -> tuple[Floats, Floats]:
+    """(rows,) Fisher trace and loss of every training row at the shared values."""
+    client, tokens = federation.client, federation.train_tokens
+    fisher, losses = np.zeros(len(tokens)), np.zeros(len(tokens))
+    client.load(federation.vector(None))
+    for k, own in enumerate(federation.rows):
+        batches = form_batches(own.train, tokens.lengths, 8, generator(0, "batches", k))
+        fisher += fisher_traces(client, batches, tokens)
+        losses += client.predict(batches, tokens)[1]
+    return fisher, losses
+
+
+def both(scores: Floats, final: Floats, train: list[np.ndarray]) -> str:
+    """Within clients, and over all rows."""
+    within, weights = [], []
+    for rows in train:
+        if len(rows) > 2 and np.ptp(scores[rows]) > 0:
+            within.append(spearmanr(scores[rows], final[rows]).statistic)
+            weights.append(len(rows))
+    everyone = np.concatenate(train)
+    overall = spearmanr(scores[everyone], final[everyone]).statistic
+    return f"{np.average(within, weights=weights):.2f} ({overall:.2f})"
+
+
+if __name__ == "__main__":
+    main()
