@@ -174,7 +174,7 @@ class Federation:
     def _score_everyone(self, number: int, vector: torch.Tensor) -> int:
         """Every client's difficulties, spread over the slots; returns the sample passes."""
         topology = self.topology
-        sizes = {k: len(own.train) for k, own in enumerate(self.rows) if len(own.train)}
+        sizes = {k: len(own.train) for k, own in enumerate(self.rows)}
         passes = np.zeros(len(self.rows))
         for k in sampling.spread(sizes, topology.slots)[topology.slot_index]:
             try:

@@ -44,6 +44,11 @@ def check(resolved: Resolved, ranks: int) -> Checked:
             f"federation.per_round is {spec.per_round} but federation.clients is {spec.clients}; "
             "no more can be sampled than there are."
         )
+    if config.curriculum.warmup >= spec.rounds:
+        raise UserError(
+            f"curriculum.warmup is {config.curriculum.warmup} but federation.rounds is "
+            f"{spec.rounds}; the warm-up must leave a round for the method."
+        )
     settings = deepspeed_config.load(config)
     output = output_folder(config)
     task = sources.load(config)

@@ -150,10 +150,9 @@ def _lossless(
 
 
 def probe_clients(config: Config, rows: list[ClientRows]) -> list[int]:
-    """The clients that are asked, drawn once; those without training rows are not."""
-    able = [k for k, own in enumerate(rows) if len(own.train)]
-    number = min(config.layers.probe_clients, len(able))
-    drawn = generator(config.seed, "probe").choice(able, number, replace=False)
+    """The clients that are asked, drawn once."""
+    number = min(config.layers.probe_clients, len(rows))
+    drawn = generator(config.seed, "probe").choice(len(rows), number, replace=False)
     return sorted(int(k) for k in drawn)
 
 

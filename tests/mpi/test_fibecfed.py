@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from hpcfed.resolve import resolve
+from tests import models
 from tests.mpi.reference_fibecfed import Reference
 from tests.mpi.variants import FIBECFED, write_data
 from tests.support import many_runs, mpiexec
@@ -123,6 +124,44 @@ def test_bit_identical_for_any_number_of_slots(results):
     files = [{p.relative_to(run): p.read_bytes() for p in run.glob("clients/*/*")} for run in runs]
     assert files[0].keys() == files[1].keys() == files[2].keys()
     assert files[0] == files[1] == files[2]
+
+
+def test_lossless_number_of_layers(tmp_path):
+    """Both rules, on record with their spectra, the same on 1 and 2 slots; ZeRO-0 takes exact
+    Hessian products, ZeRO-2 differences, and they see the same spectrum."""
+    write_data(tmp_path)
+    folder = models.save("bert", tmp_path / "bert")
+    runs = {
+        f"{rule}-{stage}": [
+            *FIBECFED, f"data.root={tmp_path}", f"model.name={folder}", "federation.rounds=2",
+            "layers.keep=lossless", f"layers.rule={rule}", f"deepspeed=ds_configs/{stage}.json",
+            "layers.probe_clients=2",
+        ]
+        for rule in ("eigengap", "plateau") for stage in ("zero0", "zero2")
+    }  # fmt: skip
+    found = {}
+    for slots in (1, 2):
+        out = tmp_path / str(slots)
+        out.mkdir()
+        many_runs(out, slots, 1, runs, preset="fibecfed")
+        found[slots] = {name: (out / name / "selection.json").read_text() for name in runs}
+        lines = [json.loads(line) for line in (out / "plateau-zero0" / "metrics.jsonl").open()]
+        assert lines[0]["scored"] == 0
+        # 2 clients, 2 passes for the sensitivity and for each of 50 products, over 4 rows.
+        assert lines[1]["scored"] == 2 * (2 * 4 + 50 * 2 * 4)
+    assert found[1] == found[2]
+    for name, text in found[1].items():
+        record = json.loads(text)
+        assert len(record["spectra"]) == 2
+        shares = [own["share"] for own in record["spectra"].values()]
+        assert ("fallback" in record) == (shares == [None, None])
+        number = max(1, int(record["share"] * 3 + 0.5))
+        assert len(record["shared_layers"]) == number
+        for k, own in record["spectra"].items():
+            assert sum(own["weights"]) == pytest.approx(1, abs=1e-9)
+            exact = json.loads(found[1][name.replace("zero2", "zero0")])["spectra"][k]
+            assert own["nodes"][-1] == pytest.approx(exact["nodes"][-1], rel=1e-2)
+            assert own["nodes"][0] == pytest.approx(exact["nodes"][0], rel=1e-2, abs=1e-4)
 
 
 def test_what_stays_home_never_travels(tmp_path):
