@@ -18,7 +18,10 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = Path(__file__).with_suffix(".jsonl")
@@ -86,20 +89,25 @@ def find(cells: list[dict[str, Any]], wanted: dict[str, Any]) -> dict[str, Any] 
 
 
 def best_rates(cells: list[dict[str, Any]]) -> dict[str, float]:
-    """Preset -> the rate with the best final validation accuracy, mean of both tuning tasks."""
+    """Preset -> the rate with the best validation accuracy, mean of the second half of the rounds
+    (a single round jumps by 0.1) and of both tuning tasks."""
     found = {}
     for method in ("lora-fedavg", "fibecfed"):
-        scores = {}
-        for rate in RATES:
-            own = [
-                find(cells, cell(method, task, 1.0, TUNING_SEED, rate)) for task in ("mr", "trec")
-            ]
-            done = [c["curve"][-1]["validation"] for c in own if c]
-            if len(done) < len(own):
-                raise SystemExit("Some learning-rate runs are missing; start with `tune`.")
-            scores[rate] = sum(done) / len(done)
+        scores = {rate: tuned(cells, method, rate, "mr", "trec") for rate in RATES}
         found[method] = max(scores, key=lambda rate: scores[rate])
     return found
+
+
+def tuned(cells: list[dict[str, Any]], method: str, rate: float, *tasks: str) -> float:
+    """Mean validation accuracy of a rate over the second half of the rounds and the tasks."""
+    scores = []
+    for task in tasks:
+        own = find(cells, cell(method, task, 1.0, TUNING_SEED, rate))
+        if own is None:
+            raise SystemExit("Some learning-rate runs are missing; start with `tune`.")
+        points = [point["validation"] for point in own["curve"]]
+        scores.append(mean(points[len(points) // 2 :]))
+    return mean(scores)
 
 
 def run_cells(wanted: list[dict[str, Any]], jobs: int) -> None:
@@ -168,6 +176,78 @@ def curve(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield {"round": line["round"], "validation": validation, **spent}
 
 
+def report(cells: list[dict[str, Any]]) -> None:
+    """Print both tables as Markdown: the learning rates, and the methods."""
+    print("| method | lr | mr | trec | mean |\n|---|---|---|---|---|")
+    for method in ("lora-fedavg", "fibecfed"):
+        for rate in RATES:
+            mr, trec = (tuned(cells, method, rate, task) for task in ("mr", "trec"))
+            print(f"| {method} | {rate:g} | {mr:.3f} | {trec:.3f} | {(mr + trec) / 2:.3f} |")
+    rates = best_rates(cells)
+    print(f"\nlearning rates: {rates}\n")
+    print(
+        "| task | Dirichlet | method | test accuracy | spread | difference, 95 % interval "
+        "| samples | uploads | seconds |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    settings = dict.fromkeys((c["task"], c["alpha"]) for c in table_cells(rates))
+    for task, alpha in settings:
+        base = group(cells, "lora-fedavg", task, alpha, rates)
+        for method in METHODS:
+            own = group(cells, method, task, alpha, rates)
+            if own and len(own) == len(base):
+                print(row(task, alpha, method, own, base))
+
+
+def group(
+    cells: list[dict[str, Any]], method: str, task: str, alpha: float, rates: dict[str, float]
+) -> list[dict[str, Any]]:
+    """A method's finished seeds."""
+    found = (find(cells, cell(method, task, alpha, seed, rates[preset(method)])) for seed in SEEDS)
+    return [c for c in found if c is not None]
+
+
+def row(
+    task: str, alpha: float, method: str, own: list[dict[str, Any]], base: list[dict[str, Any]]
+) -> str:
+    """A line of the table: accuracy over seeds, and what it cost to reach the targets."""
+    tests = [c["test"] for c in own]
+    parts = [task, f"{alpha:g}", method, f"{mean(tests):.3f}", f"{min(tests):.3f}-{max(tests):.3f}"]
+    parts.append("" if own is base or method == "lora-fedavg" else difference(own, base))
+    for what in ("samples", "up", "seconds"):
+        ours = [first(c, target(b), what) for c, b in zip(own, base, strict=True)]
+        theirs = [first(b, target(b), what) for b in base]
+        reached = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b]
+        text = ""
+        if reached:
+            text = f"{sum(a for a, _ in reached) / sum(b for _, b in reached):.2f}"
+        if len(reached) < len(own):
+            text += f" ({len(reached)} of {len(own)} reach it)"
+        parts.append(text.strip())
+    return "| " + " | ".join(parts) + " |"
+
+
+def target(base: dict[str, Any]) -> float:
+    """95 % of LoRA FedAvg's final validation accuracy with this seed."""
+    return 0.95 * float(base["curve"][-1]["validation"])
+
+
+def first(own: dict[str, Any], wanted: float, what: str) -> float | None:
+    """What had been spent when the validation accuracy first reached the target."""
+    return next((p[what] for p in own["curve"] if p["validation"] >= wanted), None)
+
+
+def difference(own: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
+    """Difference of test accuracy, mean over seeds, with the paired bootstrap over test rows."""
+    ours, theirs = (
+        np.array([[int(r) for r in c["right"]] for c in runs]).mean(0) for runs in (own, base)
+    )
+    gain = ours - theirs
+    rng = np.random.default_rng(0)
+    draws = [gain[rng.integers(0, len(gain), len(gain))].mean() for _ in range(10_000)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return f"{gain.mean():+.3f} ({low:+.3f} to {high:+.3f})"
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -179,6 +259,8 @@ def main() -> None:
         print(best_rates(finished()))
     elif options.what == "run":
         run_cells(list(table_cells(best_rates(finished()))), options.jobs)
+    else:
+        report(finished())
 
 
 if __name__ == "__main__":
