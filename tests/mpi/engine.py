@@ -43,7 +43,7 @@ def main() -> None:
 
 def build(config: Config, local: Local, topology: Topology) -> Client:
     """A client with these local settings."""
-    settings = deepspeed_config.load(config)
+    settings = deepspeed_config.load(replace(config, local=local))
     prepared = model.prepare(config, LABELS, 0, settings)
     return Client(prepared, local, settings, topology)
 

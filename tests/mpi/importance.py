@@ -12,17 +12,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hpcfed import deepspeed_config, model
 from hpcfed.cli import quiet
-from hpcfed.client import Client
-from hpcfed.config import Config, Local
+from hpcfed.config import Config
 from hpcfed.data.batches import Tokens
 from hpcfed.probe import fisher_traces, gradient, hessian_product, sensitivity
 from hpcfed.resolve import resolve
 from hpcfed.topology import Topology, connect_slots, connect_world
+from tests.mpi.engine import LABELS, build
 from tests.mpi.slow import Plain
 
-LABELS = ("a", "b", "c")
 BATCHES = [np.arange(0, 5), np.arange(5, 12), np.arange(12, 13)]  # ragged; one smaller than ranks
 CLOSE = 1e-4
 
@@ -54,12 +52,6 @@ def some_tokens() -> Tokens:
     ids = rng.integers(1000, 2000, lengths.sum()).astype(np.int32)
     labels = rng.integers(0, len(LABELS), 13)
     return Tokens(ids, None, np.concatenate([[0], np.cumsum(lengths)]), labels, 0)
-
-
-def build(config: Config, local: Local, topology: Topology) -> Client:
-    """A client with these local settings."""
-    settings = deepspeed_config.load(replace(config, local=local))
-    return Client(model.prepare(config, LABELS, 0, settings), local, settings, topology)
 
 
 def close(found: object, wanted: object, what: str) -> None:

@@ -1,0 +1,73 @@
+"""Are the rules for the number of shared layers stable?
+
+    python -m benchmarks.lossless [section.key=value ...]
+
+After two rounds of LoRA FedAvg, on trec and on mr, asks 4 clients for the spectrum of their
+Hessian, with 3 probe seeds: other clients, other batches, other starts of Lanczos. Prints, by rule, the
+number of layers of 6 that each seed comes to, and how many clients showed what the rule looks for.
+A rule is stable if the seeds agree to one layer. Needs the real tasks in ../shared/datasets.
+"""
+
+import sys
+import time
+from dataclasses import replace
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+from hpcfed import preflight
+from hpcfed.cli import quiet
+from hpcfed.federation import Federation
+from hpcfed.progress import Progress
+from hpcfed.resolve import resolve
+from hpcfed.selection import select
+from hpcfed.topology import connect_world
+
+COMMON = [
+    "data.root=../shared/datasets", "task.max_train=2000", "task.max_length=64",
+    "federation.clients=50", "federation.per_round=5", "cluster.threads=1", "local.lr=2e-3",
+    "layers.score=random", "layers.keep=lossless", "layers.probe_clients=4",
+]  # fmt: skip
+WARMUP = 2
+
+
+def main() -> None:
+    """Measure and print."""
+    quiet()
+    world = connect_world()
+    for task in ("trec", "mr"):
+        with TemporaryDirectory() as folder:
+            words = [*COMMON, f"task.name={task}", f"output={folder}/run", *sys.argv[1:]]
+            checked = preflight.check(resolve("lora-fedavg", words), world.size)
+            federation = Federation(checked, world, time.monotonic())
+            for number in range(WARMUP):
+                federation.round(number, Progress(speaks=False))
+            for seed in (1, 2, 3):
+                ask(federation, task, "eigengap", seed)
+            for seed in (1, 2, 3):
+                ask(federation, task, "plateau", seed)
+            federation.client.close()
+
+
+def ask(federation: Federation, task: str, rule: Literal["eigengap", "plateau"], seed: int) -> None:
+    """One line: the number of layers that a probe seed comes to."""
+    config = federation.config
+    began = time.monotonic()
+    found = select(
+        replace(config, seed=seed, layers=replace(config.layers, rule=rule)),
+        federation.client,
+        federation.rows,
+        federation.train_tokens,
+        federation.vector(None),
+    )
+    shares = [own["share"] for own in found.record["spectra"].values()]
+    gaps = [f"{share:.2f}" for share in shares if share is not None]
+    print(
+        f"{task:<5} {rule:<9} probe seed {seed}: {len(found.chosen)} layers, share "
+        f"{found.record['share']:.2f}; {len(gaps)} of {len(shares)} clients ({' '.join(gaps)}); "
+        f"{found.samples} sample passes, {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
