@@ -3,9 +3,10 @@
     python -m benchmarks.lossless [section.key=value ...]
 
 After two rounds of LoRA FedAvg, on trec and on mr, asks 4 clients for the spectrum of their
-Hessian, with 3 probe seeds: other clients, other batches, other starts of Lanczos. Prints, by rule, the
-number of layers of 6 that each seed comes to, and how many clients showed what the rule looks for.
-A rule is stable if the seeds agree to one layer. Needs the real tasks in ../shared/datasets.
+Hessian, with 3 probe seeds: other clients, other batches, other starts of Lanczos. Prints, by
+rule, the number of layers of 6 that each seed comes to, and how many clients showed what the rule
+looks for. A rule is stable if the seeds agree to one layer.
+Needs the real tasks in ../shared/datasets.
 """
 
 import sys
