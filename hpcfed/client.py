@@ -42,7 +42,8 @@ class Trained:
     """What local training did: loss summed over samples, samples and optimizer steps.
 
     losses, fisher: (len(tokens),) each row's loss and Fisher trace when it was last trained on.
-    neurons: mean squared per-sample gradient per neuron, in the layout's order. On several ranks a
+    neurons: mean squared per-sample gradient per neuron, in the layout's order. rows: the rows that
+    were trained on, ascending.
     """
 
     loss_sum: float = 0.0
@@ -52,22 +53,6 @@ class Trained:
     fisher: Floats = field(default_factory=lambda: np.zeros(0))
     neurons: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     rows: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-
-    def then(self, later: "Trained") -> "Trained":
-        """Both, if both were observed or neither."""
-        whole = Trained(
-            self.loss_sum + later.loss_sum,
-            self.samples + later.samples,
-            self.steps + later.steps,
-            self.losses.copy(),
-            self.fisher.copy(),
-            (self.samples * self.neurons + later.samples * later.neurons)
-            / (self.samples + later.samples),
-            np.union1d(self.rows, later.rows),
-        )
-        whole.losses[later.rows] = later.losses[later.rows]
-        whole.fisher[later.rows] = later.fisher[later.rows]
-        return whole
 
 
 class Client:

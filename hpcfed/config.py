@@ -145,14 +145,14 @@ class Curriculum:
         "rounds before anything is scored: batches in random order, all layers shared",
         at_least=0,
     )
-    when: Literal["first_epoch", "first_use", "start"] = option(
-        "first_epoch",
-        "when a client's batches are scored: in its first round after the warm-up, while its first "
-        "local epoch meets all of them, or before by a pass of its own (first_use); or all "
-        "clients at the end of the warm-up (start)",
+    when: Literal["training", "first_use", "start"] = option(
+        "training",
+        "where difficulties come from: training: from training passes alone, so a client's first "
+        "round has a random order; first_use: a pass of its own before a client's first round "
+        "after the warm-up; start: such a pass for all clients at the end of the warm-up",
     )
     refresh: bool = option(
-        True, "take fresh difficulties from every training pass; costs no pass of its own"
+        True, "bring difficulties up to date in every training pass; costs no pass of its own"
     )
 
 

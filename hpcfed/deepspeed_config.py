@@ -99,6 +99,11 @@ def _refuse_conflicts(path: Path, settings: dict[str, Any], config: Config) -> N
             raise UserError(
                 f"{path} sets {key}: a client is sharded over all its ranks; remove it."
             )
+    if zero.get("offload_optimizer", {}).get("ratio", 1) != 1 or "zenflow" in zero:
+        raise UserError(
+            f"{path}: partial optimizer offload (ratio, zenflow) steps a second optimizer that "
+            "knows nothing of clients; remove it."
+        )
     for key in ("offload_optimizer", "offload_param"):
         if zero.get(key, {}).get("device") == "nvme":
             raise UserError(f"{path}: {key} to nvme is not supported; use device cpu.")

@@ -1,7 +1,7 @@
 """Personal and global evaluation, spread over the slots.
 
 personal: each client's own model on its own rows, predictions pooled into one metric.
-global: the shared values, initial values elsewhere, on all rows.
+global: the shared values, elsewhere those that everyone starts from, on all rows.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -15,7 +15,7 @@ import torch
 from hpcfed import model, server
 from hpcfed.adapters.layout import HEAD
 from hpcfed.client import Client, ClientError
-from hpcfed.collectives import MaskedSum, sum_over_ranks
+from hpcfed.collectives import MaskedSum, sum_in_slot, sum_over_ranks
 from hpcfed.config import Config
 from hpcfed.data import partition
 from hpcfed.data.batches import Ids, Tokens, tokenize
@@ -93,7 +93,9 @@ class Federation:
         )
         self._compose()
         self.totals = Totals()
-        self.charged = 0  # sample passes of selection and scoring, for the next line
+        # Sample passes and seconds of selecting and scoring, which the next round's line carries.
+        self.charged = 0
+        self.pending: dict[str, float] = {}
         self.seconds = dict.fromkeys(("select", "score", "train", "exchange", "evaluate"), 0.0)
         if self.topology.is_root:
             self.run_directory.create(
@@ -161,12 +163,12 @@ class Federation:
         self.base = vector
         self.shared = self.layout.pack(vector, self.shared_blocks)
         self.charged = chosen.samples
-        self.seconds["select"] += time.monotonic() - clock
+        self.pending = {"select": time.monotonic() - clock}
 
         clock = time.monotonic()
         if self.local.needs and config.curriculum.when == "start":
             self.charged += self._score_everyone(number, vector)
-        self.seconds["score"] += time.monotonic() - clock
+        self.pending["score"] = time.monotonic() - clock
         if self.topology.is_root and config.layers.score != "all":
             self.run_directory.save_selection({"round": number + 1, **chosen.record})
         progress.chose(number, chosen.record)
@@ -205,6 +207,7 @@ class Federation:
         stats = np.zeros((len(sampled), len(STATS)))
         own_seconds = np.zeros((topology.slots, 2))
         reasons: dict[int, str] = {}
+        clock = time.monotonic()
         for k in lane:
             done = self.local.run(k, number, self.vector(k), self.personal_blocks)
             if done.values is None:
@@ -217,12 +220,15 @@ class Federation:
                 done.loss_sum, done.samples, done.steps, done.values is None, done.scored,
                 done.density,
             )  # fmt: skip
-            own_seconds[topology.slot_index] += done.seconds["score"], done.seconds["train"]
+            own_seconds[topology.slot_index, 0] += done.score_seconds
             progress.client(k)
+        spent = time.monotonic() - clock - own_seconds[topology.slot_index, 0]
+        own_seconds[topology.slot_index, 1] = spent
 
         clock = time.monotonic()
-        if topology.ranks_per_client > 1:  # losses were summed per rank
-            stats[:, 0] = topology.slot.allreduce(stats[:, 0])
+        # Losses were summed per rank. And from here on every rank of the slot may read the files
+        # that its first rank has written, and, after the exchange, every rank of every slot.
+        stats[:, 0] = sum_in_slot(stats[:, 0].copy(), topology)
         busy = own_seconds.sum()
         total.stats[:] = np.concatenate([stats.ravel(), own_seconds.ravel()])
         mean = total.mean(self.shared, topology)
@@ -289,6 +295,9 @@ class Federation:
         self.totals.up += up * FP32_BYTES
         self.totals.down += down * FP32_BYTES
         self.totals.wire += wire
+        for phase, value in self.pending.items():
+            seconds[phase] += value
+        self.pending = {}
         for phase, value in seconds.items():
             self.seconds[phase] += value
         method: dict[str, Any] = {}

@@ -23,17 +23,14 @@ class Freezer:
         self._frozen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # id of a master -> ...
         for index, parameter in enumerate(parameters):
             parameter.register_hook(self._gradient_hook(index))  # type: ignore[no-untyped-call]
-        base = getattr(engine.optimizer, "optimizer", engine.optimizer)
-        base.register_step_post_hook(self._restore)
+        self._base = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        self._base.register_step_post_hook(self._restore)
 
     def masters(self) -> list[torch.Tensor]:
         """The fp32 tensors that the torch optimizer steps on: flat partitions from stage 1 on."""
-        optimizer = self._engine.optimizer
-        if self._stage == 3:
-            return list(optimizer.fp32_partitioned_groups_flat)
-        if self._stage > 0:
-            return list(optimizer.single_partition_of_fp32_groups)
-        return [p for group in optimizer.param_groups for p in group["params"]]
+        if self._stage == 3:  # the torch optimizer is lent one at a time
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [p for group in self._base.param_groups for p in group["params"]]
 
     def release(self) -> None:
         """Nothing is frozen."""

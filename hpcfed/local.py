@@ -1,19 +1,18 @@
 """One client's part of a round, in its slot: score, order, mask, train."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from hpcfed.client import Client, ClientError, Floats, Trained
-from hpcfed.collectives import sum_in_slot
 from hpcfed.config import Config
 from hpcfed.data.batches import Ids, Tokens, form_batches
 from hpcfed.data.partition import ClientRows
 from hpcfed.policies import curriculum, sparsity
-from hpcfed.probe import fisher_traces
+from hpcfed.probe import fisher_traces, row_losses
 from hpcfed.rng import derive, generator
 from hpcfed.run import RunDirectory
 from hpcfed.states import ClientStates
@@ -30,20 +29,18 @@ class Outcome:
     steps: int = 0
     scored: int = 0  # sample passes spent on difficulties before training
     density: float = 1.0  # share of its personal values that trained
-    seconds: dict[str, float] = field(default_factory=lambda: {"score": 0.0, "train": 0.0})
+    score_seconds: float = 0.0  # of the pass that took them
 
 
 @dataclass
 class Lesson:
-    """What a client trains on in a round: its batches, the numbers of those in use, and, if their
-    order needs the model's, the rows' difficulties (len(tokens),). unscored: those come from the
-    first local epoch."""
+    """What a client trains on in a round: its batches, the numbers of those in use, easy first,
+    and, if their order needs the model, the rows' difficulties (len(tokens),)."""
 
     batches: list[Ids]
     order: list[int]
     difficulty: Floats | None = None
     scored: int = 0  # sample passes it cost
-    unscored: bool = False
 
 
 class LocalRounds:
@@ -80,7 +77,7 @@ class LocalRounds:
     def must_score(self, client: int, number: int) -> bool:
         """Whether a client's round begins with a pass over its rows; the same on all ranks."""
         warm = number < self._config.curriculum.warmup
-        own_pass = self.needs is not None and self._config.curriculum.when != "first_epoch"
+        own_pass = self.needs is not None and self._config.curriculum.when != "training"
         return own_pass and not warm and client not in self.lessons.current
 
     def cost(self, client: int, number: int) -> int:
@@ -99,7 +96,6 @@ class LocalRounds:
         config, engine = self._config, self._client
         warm = number < config.curriculum.warmup
         done = Outcome()
-        clock = time.monotonic()
         state = self.personal.load(client) if not warm else None
         old = state["fisher"] if state and "fisher" in state else None
         mask = sparsity.trainable(engine.layout, old, config.sparsity.keep, personal_blocks)
@@ -109,10 +105,11 @@ class LocalRounds:
         tracks = not warm and config.sparsity.keep < 1 and bool(personal_blocks)
         try:
             engine.load(vector, mask)
+            clock = time.monotonic()
             lesson = self._lesson(client, number)
             done.scored = lesson.scored
-            done.seconds["score"] = time.monotonic() - clock
-            clock = time.monotonic()
+            if lesson.scored:
+                done.score_seconds = time.monotonic() - clock
             trained = self._train(client, number, lesson, tracks)
             done.samples, done.steps = trained.samples, trained.steps
             values = engine.read()
@@ -120,7 +117,6 @@ class LocalRounds:
                 raise ClientError("its values are not finite after training")
         except ClientError as failure:
             done.reason = str(failure)
-            done.seconds["train"] = time.monotonic() - clock
             return done
         done.values, done.loss_sum = values, trained.loss_sum
         if engine.topology.leads_slot:
@@ -134,34 +130,24 @@ class LocalRounds:
                 self.personal.save(client, number, tensors)
             if self._ordered or tracks:
                 self._note(client, number, lesson, done)
-        done.seconds["train"] = time.monotonic() - clock
         return done
 
     def _train(self, client: int, number: int, lesson: Lesson, tracks: bool) -> Trained:
         """The local epochs; brings the lesson's difficulties up to date."""
         config, engine = self._config, self._client
-        rank = engine.topology.rank_in_slot
-        refreshes = lesson.difficulty is not None and config.curriculum.refresh
-
-        def train(epochs: list[Ids], *part: int) -> Trained:
-            seed = derive(config.seed, "dropout", number, client, rank, *part)
-            return engine.train(epochs, self._tokens, seed, tracks or refreshes or lesson.unscored)
-
-        everything = range(config.local.epochs)
-        if not lesson.unscored:
-            trained = train(self._epochs(client, number, lesson, everything))
-        else:
-            # The first epoch meets all batches and tells how hard they are; the others are easy.
-            trained = train(self._epochs(client, number, lesson, everything[:1]))
-            lesson.difficulty = trained.fisher if self.needs == "fisher" else trained.losses
-            order = self._order(client, lesson.batches, lesson.difficulty)
-            lesson.order = curriculum.in_use(order, self.share(number))
-            if everything[1:]:
-                rest = self._epochs(client, number, lesson, everything[1:])
-                trained = trained.then(train(rest, 1))
-        if lesson.difficulty is not None and (refreshes or lesson.unscored):
+        spec, rank = config.curriculum, engine.topology.rank_in_slot
+        known = lesson.difficulty
+        learns = known is not None and (spec.refresh or spec.when == "training")
+        trained = engine.train(
+            self._epochs(client, number, lesson),
+            self._tokens,
+            derive(config.seed, "dropout", number, client, rank),
+            observe=tracks or learns,
+        )
+        if known is not None and learns:
             fresh = trained.fisher if self.needs == "fisher" else trained.losses
-            lesson.difficulty[trained.rows] = fresh[trained.rows]
+            rows = trained.rows if spec.refresh else trained.rows[np.isinf(known[trained.rows])]
+            known[rows] = fresh[rows]
         return trained
 
     def _note(self, client: int, number: int, lesson: Lesson, done: Outcome) -> None:
@@ -175,7 +161,8 @@ class LocalRounds:
             }
         if lesson.difficulty is not None:
             rows = self._rows[client].train
-            note["difficulty"] = {int(row): float(lesson.difficulty[row]) for row in rows}
+            found = {int(row): float(lesson.difficulty[row]) for row in rows}
+            note["difficulty"] = {k: v if np.isfinite(v) else None for k, v in found.items()}
         self._directory.note(client, note)
 
     def score(self, client: int, number: int, vector: torch.Tensor) -> int:
@@ -220,8 +207,8 @@ class LocalRounds:
             if known is not None:
                 difficulty = np.zeros(len(self._tokens))
                 difficulty[rows] = known["difficulty"].numpy()
-            elif spec.when == "first_epoch":
-                return Lesson(batches, list(range(len(batches))), unscored=True)
+            elif spec.when == "training":
+                difficulty = np.full(len(self._tokens), curriculum.UNKNOWN)
             else:
                 difficulty = self._score(client)
                 scored = len(rows)
@@ -232,7 +219,7 @@ class LocalRounds:
     def _order(self, client: int, batches: list[Ids], difficulty: Floats | None) -> list[int]:
         """Batch numbers, easy first; without difficulties a random order, each client's own."""
         rng = generator(self._config.seed, "order", client)
-        if difficulty is None:
+        if difficulty is None or np.isinf(difficulty[self._rows[client].train]).all():
             return curriculum.order(None, len(batches), rng)
         kind = self._config.curriculum.difficulty
         hard = curriculum.batch_difficulty(kind, batches, difficulty)
@@ -241,10 +228,8 @@ class LocalRounds:
     def _score(self, client: int) -> Floats:
         """(len(tokens),) difficulties of a client's rows at the values in the engine."""
         batches = self._formed(client)
-        if self.needs == "fisher":
-            return fisher_traces(self._client, batches, self._tokens)
-        losses = self._client.predict(batches, self._tokens)[1]
-        return sum_in_slot(losses, self._client.topology)
+        take = fisher_traces if self.needs == "fisher" else row_losses
+        return take(self._client, batches, self._tokens)
 
     def _save_lesson(self, client: int, number: int, difficulty: Floats) -> None:
         own = torch.from_numpy(difficulty[self._rows[client].train])
@@ -253,13 +238,13 @@ class LocalRounds:
     def epochs(self, client: int, number: int) -> list[Ids]:
         """All batches of a client's local epochs in a round without a curriculum: in each epoch
         all rows, meeting in new batches."""
-        return self._epochs(client, number, Lesson([], []), range(self._config.local.epochs))
+        return self._epochs(client, number, Lesson([], []))
 
-    def _epochs(self, client: int, number: int, lesson: Lesson, epochs: range) -> list[Ids]:
-        """Batches of these local epochs; with a curriculum those in use, shuffled in each."""
+    def _epochs(self, client: int, number: int, lesson: Lesson) -> list[Ids]:
+        """Batches of the local epochs; with a curriculum those in use, shuffled in each."""
         config = self._config
         batches: list[Ids] = []
-        for epoch in epochs:
+        for epoch in range(config.local.epochs):
             rng = generator(config.seed, "batches", number, client, epoch)
             if self._ordered:
                 order = lesson.order

@@ -49,6 +49,11 @@ def check(resolved: Resolved, ranks: int) -> Checked:
             f"curriculum.warmup is {config.curriculum.warmup} but federation.rounds is "
             f"{spec.rounds}; the warm-up must leave a round for the method."
         )
+    if config.layers.keep == "lossless" and config.model.dtype == "bf16":
+        raise UserError(
+            "layers.keep=lossless needs model.dtype=fp32: bf16 rounds away the small steps that "
+            "curvature is taken from; give a share."
+        )
     settings = deepspeed_config.load(config)
     output = output_folder(config)
     task = sources.load(config)

@@ -37,6 +37,22 @@ def fisher_traces(client: Client, batches: Sequence[Ids], tokens: Tokens) -> Flo
     return sum_in_slot(found, client.topology)
 
 
+def row_losses(client: Client, batches: Sequence[Ids], tokens: Tokens) -> Floats:
+    """(len(tokens),): the loss of each row of `batches`, zero elsewhere; one forward each.
+
+    Dropout is off. Collective over the slot. Raises ClientError on all its ranks.
+    """
+    client.probing()
+    found = np.zeros(len(tokens))
+    with torch.no_grad():
+        for batch in batches:
+            for rows in _shares(client, batch):
+                losses = client.forward(rows, batch, tokens, probing=True)
+                if len(rows):
+                    found[rows] = losses.cpu().numpy()
+    return sum_in_slot(found, client.topology)
+
+
 def sensitivity(client: Client, batch: Ids, tokens: Tokens) -> Floats:
     """(layers,): I_k[l], the mean over the batch's samples of the relative change of each block's
     output under the worst-case noise on the first block's input. Two forwards and a backward.
@@ -46,12 +62,12 @@ def sensitivity(client: Client, batch: Ids, tokens: Tokens) -> Floats:
     total = np.zeros(len(client.watch.blocks))
     for rows in _shares(client, batch):
         with client.watch.watch():
-            gradient = _backward(client, rows, batch, tokens, None)
+            slope = _backward(client, rows, batch, tokens, None)
             clean, entered = client.watch.left, client.watch.entered
         assert entered is not None
         filled = rows if len(rows) else batch[:1]
         mask = tokens.collate(filled, client.topology.device)["attention_mask"]
-        noise = worst_case_noise(entered, gradient, mask)
+        noise = worst_case_noise(entered, slope, mask)
         with torch.no_grad(), client.watch.watch(noise):
             client.forward(rows, batch, tokens, probing=True)
             noisy = client.watch.left

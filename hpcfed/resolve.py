@@ -95,7 +95,7 @@ def _preset_chain(method: Any) -> list[tuple[dict[str, Any], str]]:
 
 
 def _final_method(method: str) -> str:
-    """A preset that builds on a method runs that method: `demo` runs lora-fedavg."""
+    """A preset that builds on a method runs that method: `demo` runs fibecfed."""
     tree = yaml.safe_load((resources.files("hpcfed") / "presets" / f"{method}.yaml").read_text())
     return _final_method(tree["method"]) if "method" in tree else method
 

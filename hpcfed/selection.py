@@ -12,7 +12,6 @@ from hpcfed.collectives import sum_over_ranks
 from hpcfed.config import Config
 from hpcfed.data.batches import Ids, Tokens, form_batches
 from hpcfed.data.partition import ClientRows
-from hpcfed.errors import UserError
 from hpcfed.importance.spectrum import STEPS, eigengap, lanczos, plateau, quadrature
 from hpcfed.policies import layers
 from hpcfed.policies.sampling import spread
@@ -96,8 +95,11 @@ def _share(
             for k, own in found.items()
         },
     }
-    if not shares:
-        how["fallback"] = f"the {spec.rule} rule found nothing on any client: fixed share {FIXED}"
+    if 2 * len(shares) < len(found):
+        how["fallback"] = (
+            f"the {spec.rule} rule found a share on {len(shares)} of {len(found)} clients, less "
+            f"than half: fixed share {FIXED}"
+        )
         return FIXED, spent, {"share": FIXED, **how}
     weights = [len(rows[k].train) for k in shares]
     share = float(np.average(list(shares.values()), weights=weights))
@@ -142,8 +144,11 @@ def _lossless(
             moved.append(gradient(client, batch, tokens))
             passes[k] += leads * len(batch)
         rest = product(update) - (moved[1] - moved[0])
-        lipschitz = float(rest.norm() / update.norm())
-        share = eigengap(diagonal, off, lipschitz)
+        if float(update.norm()) > 0:
+            lipschitz = float(rest.norm() / update.norm())
+            share = eigengap(diagonal, off, lipschitz)
+        else:
+            share = None
     nodes, weights = torch.zeros(2, STEPS, dtype=torch.float64)
     nodes[: len(diagonal)], weights[: len(diagonal)] = spectrum.nodes, spectrum.weights
     return -1.0 if share is None else share, lipschitz, nodes, weights
@@ -173,7 +178,7 @@ def over_clients(
     ask: Callable[[int], Floats],
 ) -> dict[int, Floats]:
     """Ask clients, spread over the slots, for (size,) numbers each, at `vector`; the same on all
-    ranks. Clients that fail are left out. Raises UserError if all do."""
+    ranks. Clients that fail are left out. Raises RuntimeError if all do."""
     topology = client.topology
     answers = np.zeros((len(clients), size + 1))
     lanes = spread({k: len(rows[k].train) for k in clients}, topology.slots)
@@ -188,8 +193,8 @@ def over_clients(
     answers = sum_over_ranks(answers, topology)
     able = {k: own[1:] for k, own in zip(clients, answers, strict=True) if own[0]}
     if not able:
-        raise UserError(
-            "The layers could not be chosen: every client that was probed failed, or gave values "
-            "that are not finite; try a smaller local.lr, or layers.score=all."
+        raise RuntimeError(
+            "the layers could not be chosen: every client that was probed failed, or gave values "
+            "that are not finite; try a smaller local.lr, or layers.score=all"
         )
     return able

@@ -36,6 +36,8 @@ class BlockWatch:
         finally:
             for handle in handles:
                 handle.remove()
+            # Activations of all blocks: gone with the last use of them outside.
+            self._noise, self.entered, self.left = None, None, []
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]

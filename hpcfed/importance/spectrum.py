@@ -40,21 +40,22 @@ def lanczos(
     product: v (d,) -> H v, both float64. Vectors are made orthogonal to all before, twice: without
     it, converged Ritz values come back as copies, and with them mass in the wrong place.
     """
-    basis = [start.double() / start.double().norm()]
+    basis = torch.empty(steps, len(start), dtype=torch.float64)
+    basis[0] = start.double() / start.double().norm()
     diagonal: list[float] = []
     off: list[float] = []
     for step in range(steps):
-        w = product(basis[-1]).double()
+        w = product(basis[step]).double()
         size = float(w.norm())
-        diagonal.append(float(w @ basis[-1]))
-        matrix = torch.stack(basis)
+        diagonal.append(float(w @ basis[step]))
+        so_far = basis[: step + 1]
         for _ in range(2):
-            w = w - matrix.T @ (matrix @ w)
+            w = w - so_far.T @ (so_far @ w)
         rest = float(w.norm())
         if step + 1 == steps or rest <= 1e-10 * max(size, 1e-300):
             break
         off.append(rest)
-        basis.append(w / rest)
+        basis[step + 1] = w / rest
     return (
         torch.tensor(diagonal, dtype=torch.float64),
         torch.tensor(off, dtype=torch.float64),
@@ -89,6 +90,8 @@ def eigengap_share(spectrum: Spectrum, lipschitz: float) -> float | None:
 def eigengap(diagonal: torch.Tensor, off: torch.Tensor, lipschitz: float) -> float | None:
     """Kept share by the eigengap rule, if half of the steps and all of them agree on it."""
     steps = len(diagonal)
+    if steps < 4:
+        return None
     half, full = (
         eigengap_share(quadrature(diagonal, off, m), lipschitz) for m in (steps // 2, steps)
     )

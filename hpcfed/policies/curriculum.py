@@ -15,6 +15,9 @@ from hpcfed.data.batches import Ids, Tokens
 
 Floats = npt.NDArray[np.float64]
 
+# Difficulty of a row that no pass has met yet.
+UNKNOWN = np.inf
+
 # Orders that need the model, by what they read from it; `reversed` is Fisher, the hardest first.
 NEEDS = {"fisher": "fisher", "reversed": "fisher", "loss": "loss"}
 
@@ -73,10 +76,10 @@ def text_difficulty(kind: str, rows: Ids, tokens: Tokens) -> Floats:
 
 
 def batch_difficulty(kind: str, batches: Sequence[Ids], difficulty: Floats) -> Floats:
-    """(len(batches),) summed over each batch's samples, easy to hard; difficulty is indexed by
-    row."""
+    """(len(batches),) summed over each batch's samples, to be sorted ascending; difficulty is
+    indexed by row. A batch with a row of UNKNOWN difficulty comes last, whatever the kind."""
     sums = np.array([difficulty[batch].sum() for batch in batches])
-    return -sums if kind == "reversed" else sums
+    return np.where(np.isinf(sums), UNKNOWN, -sums) if kind == "reversed" else sums
 
 
 def order(difficulty: Floats | None, count: int, rng: np.random.Generator) -> list[int]:

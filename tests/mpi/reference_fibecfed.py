@@ -6,6 +6,7 @@ pace, layer choice, masks, states, mean.
 """
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +29,8 @@ class Decisions:
     trained: dict[tuple[int, int], list[int]] = field(default_factory=dict)  # (round, client)
     difficulty: dict[tuple[int, int], dict[int, float]] = field(default_factory=dict)
     masks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    samples: dict[int, int] = field(default_factory=lambda: defaultdict(int))  # by round
+    scored: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     initial: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     shared: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # (size,)
     personal: dict[int, torch.Tensor] = field(default_factory=dict)  # client -> (size,)
@@ -57,6 +60,9 @@ class Reference:
         for number in range(config.federation.rounds):
             if number == config.curriculum.warmup:
                 self.choose_layers(shared)
+                if config.curriculum.when == "start":
+                    for k in range(config.federation.clients):
+                        self.score(k, number, shared)
             total, weight = torch.zeros(self.layout.size, dtype=torch.float64), 0
             for k in sample(
                 config.seed, number, config.federation.clients, config.federation.per_round
@@ -80,6 +86,7 @@ class Reference:
             rng = generator(config.seed, "probe", k)
             batch = rng.permutation(self.rows[k].train)[: config.local.batch_size]
             own = [self.plain.sensitivity(vector, int(row), self.tokens) for row in batch]
+            self.found.scored[config.curriculum.warmup] += 2 * len(batch)
             scores += len(self.rows[k].train) * np.mean(own, axis=0)
         number = math.floor(config.layers.keep * len(scores) + 0.5)
         best = sorted(range(len(scores)), key=lambda i: -scores[i])[:number]
@@ -87,6 +94,12 @@ class Reference:
         for block in self.layout.layers:
             if block not in self.found.layers:
                 self.global_part[self.layout.span(block)] = False
+
+    def score(self, k: int, number: int, vector: torch.Tensor) -> None:
+        """A client's difficulties, by a pass of its own."""
+        rows = self.rows[k].train
+        self.known[k] = {int(row): float(self.squares(vector, int(row)).sum()) for row in rows}
+        self.found.scored[number] += len(rows)
 
     def squares(self, vector: torch.Tensor, row: int) -> torch.Tensor:
         """(size,) squared gradient of one sample."""
@@ -107,38 +120,33 @@ class Reference:
         spec = config.curriculum
         x = number / (spec.full_at * config.federation.rounds)
         count = math.ceil(min(1.0, spec.start + (1 - spec.start) * x) * len(batches) - 1e-9)
-        epochs = list(range(config.local.epochs))
         values, total, samples = start, torch.zeros(self.layout.size), 0
         if warm:
             drawn = generator(config.seed, "warmup", number, k).permutation(len(batches))
             order = [int(i) for i in drawn]
         else:
-            if k not in self.known and spec.when == "first_epoch":
-                self.known[k] = {}
-                first = self.shuffled(batches, list(range(len(batches))), k, number, epochs.pop(0))
-                values, total, samples = self.train(values, mask, first, k, number)
-            elif k not in self.known:
-                self.known[k] = {int(r): float(self.squares(start, int(r)).sum()) for r in rows}
-            sums = [sum(self.known[k][int(r)] for r in batch) for batch in batches]
-            order = sorted(range(len(batches)), key=lambda i: sums[i])
+            if k not in self.known and spec.when == "training":
+                self.known[k] = {int(r): math.inf for r in rows}
+                drawn = generator(config.seed, "order", k).permutation(len(batches))
+                order = [int(i) for i in drawn]
+            else:
+                if k not in self.known:
+                    self.score(k, number, start)
+                sums = [sum(self.known[k][int(r)] for r in batch) for batch in batches]
+                order = sorted(range(len(batches)), key=lambda i: sums[i])
         used = found.trained[number, k] = order[:count]
-        for epoch in epochs:
-            part = self.shuffled(batches, used, k, number, epoch)
+        for epoch in range(config.local.epochs):
+            shuffle = generator(config.seed, "batches", number, k, epoch).permutation(len(used))
+            part = [batches[used[i]] for i in shuffle]
             values, squares, met = self.train(values, mask, part, k, number)
             total, samples = total + squares, samples + met
+        found.samples[number] += samples
         if not warm:
             found.difficulty[number, k] = dict(self.known[k])
             old = self.fisher.get(k, torch.zeros(self.layout.size))
             gamma = config.sparsity.momentum
             self.fisher[k] = gamma * old + (1 - gamma) * total / samples
         return values
-
-    def shuffled(
-        self, batches: list[Ids], used: list[int], k: int, number: int, epoch: int
-    ) -> list[Ids]:
-        """The batches in use, in an epoch's order."""
-        rng = generator(self.config.seed, "batches", number, k, epoch)
-        return [batches[used[i]] for i in rng.permutation(len(used))]
 
     def train(
         self, start: torch.Tensor, mask: torch.Tensor, batches: list[Ids], k: int, number: int
@@ -155,7 +163,7 @@ class Reference:
             for row in batch:
                 own = self.squares(whole.detach(), int(row))
                 total += own
-                if number >= config.curriculum.warmup:
+                if number >= config.curriculum.warmup and config.curriculum.refresh:
                     self.known[k][int(row)] = float(own.sum())
             samples += len(batch)
             optimizer.zero_grad()

@@ -1,6 +1,7 @@
 """Program: what FibecFed hands to MPI is the selected layers' values, and nothing that stays home.
 
-usage: wire.py OUT     OUT holds the data of tests.mpi.variants; one rank per client
+usage: wire.py OUT     OUT holds the data of tests.mpi.variants; one rank per client, and more
+ranks than clients in a round, so that no client's values hide in a sum with another's
 """
 
 import json
@@ -36,7 +37,7 @@ class Spy:
             return method
 
         def watched(*arguments: Any, **options: Any) -> Any:
-            for argument in arguments:
+            for argument in (*arguments, *options.values()):
                 self._look(argument)
             return method(*arguments, **options)
 
@@ -69,7 +70,7 @@ def main() -> None:
     trained = watch_training(federation)
     federation.run(Progress(speaks=False))
     layout, personal = federation.layout, federation.personal_blocks
-    assert len(personal) == 3 and len(trained) >= 3
+    assert len(personal) == 3 and world.comm.allreduce(len(trained)) == 4 * 3
     travelled = set(np.concatenate(seen).tolist())
     home = shared = 0
     for client, number, values in trained:
@@ -86,10 +87,10 @@ def main() -> None:
                 # A few fp32 numbers of the same size are equal by chance.
                 share = there.mean()
                 assert share < 0.02, f"client {client}: {share:.0%} of layer {block} travelled"
-            elif len(moved) and there.mean() > 0.99:
+            else:
+                assert not len(moved) or there.mean() > 0.99, f"{block} did not travel whole"
                 shared += len(moved)
-    # Only a slot that ran one client in a round sends numbers that are that client's alone.
-    shared = world.comm.allreduce(shared)
+    home, shared = world.comm.allreduce(home), world.comm.allreduce(shared)
     assert home > 10000 and shared > 10000, f"the watch saw too little: {home}, {shared}"
     check_bytes(federation, run)
     if world.rank == 0:
@@ -121,9 +122,10 @@ def check_bytes(federation: Federation, run: Path) -> None:
         values = layout.count(blocks)
         assert len(blocks) == (7 if warm else 4)
         assert line["bytes"]["up"] == config.federation.per_round * values * FP32_BYTES
-        # The exchange of two slots: sums of values, a weight, statistics as float64; the mean back.
-        small = 1 + config.federation.per_round * 6 + 2 * 2
-        assert line["bytes"]["wire"] == (values + small) * 8 * 2 + values * 4
+        # Each slot's sums of values, a weight and statistics, as float64; then the mean.
+        slots = federation.topology.slots
+        small = 1 + config.federation.per_round * 6 + 2 * slots
+        assert line["bytes"]["wire"] == (values + small) * 8 * slots + values * 4
 
 
 if __name__ == "__main__":

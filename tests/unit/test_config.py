@@ -15,13 +15,13 @@ def test_later_sources_win_and_are_named(tmp_path):
     assert (config.local.lr, config.local.epochs, config.seed) == (4e-3, 3, 9)
     assert resolved.origin["local.lr"] == str(file)
     assert resolved.origin["seed"] == COMMAND_LINE
-    assert resolved.origin["layers.score"] == "preset lora-fedavg"
+    assert resolved.origin["layers.score"] == "preset fibecfed"
     assert resolved.origin["local.clip"] == "default"
 
 
 def test_a_preset_may_build_on_another():
     resolved = resolve("demo")
-    assert resolved.config.method == "lora-fedavg"
+    assert resolved.config.method == "fibecfed"
     assert resolved.origin["federation.clients"] == "preset demo"
     assert resolved.origin["layers.score"] == "preset lora-fedavg"
 

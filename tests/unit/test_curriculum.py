@@ -69,6 +69,10 @@ def test_batches_are_ordered_by_the_sum_over_their_samples():
     assert curriculum.order(sums, 3, rng) == [2, 0, 1]
     hard = curriculum.batch_difficulty("reversed", batches, difficulty)
     assert curriculum.order(hard, 3, rng) == [1, 0, 2]
+    unknown = np.array([1.0, np.inf, 9.0, 0.5, 0.2])
+    for kind, wanted in (("fisher", [2, 1, 0]), ("reversed", [1, 2, 0])):
+        found = curriculum.batch_difficulty(kind, batches, unknown)
+        assert curriculum.order(found, 3, rng) == wanted, "what is unknown comes last"
     assert curriculum.order(np.array([1.0, 0.0, 1.0, 0.0]), 4, rng) == [1, 3, 0, 2]
     drawn = {tuple(curriculum.order(None, 3, np.random.default_rng(s))) for s in range(30)}
     assert len(drawn) == 6

@@ -141,6 +141,7 @@ def test_linear_layers_with_a_known_answer():
         moved[0, 2] = padding
         with torch.no_grad(), watch.watch(noise):
             network(moved)
-        found.append(relative_change(clean, watch.left, mask))
+            found.append(relative_change(clean, watch.left, mask))
     assert torch.allclose(found[0], torch.full((2, 3), RADIUS), rtol=1e-4)
     assert torch.equal(*found)
+    assert not watch.left and watch.entered is None, "nothing is kept alive"
