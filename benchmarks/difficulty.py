@@ -3,8 +3,10 @@
     python -m benchmarks.difficulty [section.key=value ...]
 
 Runs LoRA FedAvg; before some of its rounds takes every difficulty of every training row at the
-values of that moment. Prints the rank correlation (Spearman) with the loss of the rows under the
-final model: within each client, which is what a curriculum orders, weighted by rows; and over all.
+values of that moment: Fisher trace and loss by a pass of their own, and the Fisher trace that a local
+epoch of training from there sees. Prints the rank correlation (Spearman) with the loss of the rows
+under the final model: within each client, which is what a curriculum orders, weighted by rows; and
+over all rows.
 Needs the real tasks in ../shared/datasets, and scipy.
 """
 
@@ -24,7 +26,7 @@ from hpcfed.policies.curriculum import text_difficulty
 from hpcfed.probe import fisher_traces
 from hpcfed.progress import Progress
 from hpcfed.resolve import resolve
-from hpcfed.rng import generator
+from hpcfed.rng import derive, generator
 from hpcfed.topology import connect_world
 
 MOMENTS = (0, 1, 2, 4, 8, 16)  # rounds done before scoring
@@ -44,10 +46,11 @@ def main() -> None:
         federation = Federation(preflight.check(resolved, world.size), world, time.monotonic())
         tokens = federation.train_tokens
         train = [own.train for own in federation.rows]
-        orders: dict[str, dict[int, Floats]] = {"fisher": {}, "loss": {}}
-        for number in range(federation.config.federation.rounds):
+        orders: dict[str, dict[int, Floats]] = {"fisher": {}, "in training": {}, "loss": {}}
+        for number in range(max(federation.config.federation.rounds, 1 + max(MOMENTS))):
             if number in MOMENTS:
                 orders["fisher"][number], orders["loss"][number] = score(federation)
+                orders["in training"][number] = train(federation)
             federation.round(number, Progress(speaks=False))
         _, final = score(federation)
         fixed = {kind: np.zeros(len(tokens)) for kind in ("length", "rarity", "random")}
@@ -75,6 +78,17 @@ def score(federation: Federation) -> tuple[Floats, Floats]:
         fisher += fisher_traces(client, batches, tokens)
         losses += client.predict(batches, tokens)[1]
     return fisher, losses
+
+
+def train(federation: Federation) -> Floats:
+    """(rows,) Fisher trace of every training row while its client trains for an epoch."""
+    client, tokens = federation.client, federation.train_tokens
+    fisher = np.zeros(len(tokens))
+    for k, own in enumerate(federation.rows):
+        batches = form_batches(own.train, tokens.lengths, 8, generator(0, "batches", k))
+        client.load(federation.vector(None))
+        fisher += client.train(batches, tokens, derive(0, "dropout", k), observe=True).fisher
+    return fisher
 
 
 def both(scores: Floats, final: Floats, train: list[np.ndarray]) -> str:

@@ -154,6 +154,7 @@ def run_cell(own: dict[str, Any]) -> dict[str, Any]:
     ]
     return {
         **own,
+        "words": [word for word in words if not word.startswith("output=")],
         "test": summary["accuracy"]["personal"],
         "best": summary["best"]["personal"]["accuracy"],
         "majority": summary["majority"],
