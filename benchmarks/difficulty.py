@@ -3,9 +3,9 @@
     python -m benchmarks.difficulty [section.key=value ...]
 
 Runs LoRA FedAvg; before some of its rounds takes every difficulty of every training row at the
-values of that moment: Fisher trace and loss by a pass of their own, and the Fisher trace that a local
-epoch of training from there sees. Prints the rank correlation (Spearman) with the loss of the rows
-under the final model: within each client, which is what a curriculum orders, weighted by rows; and
+values of that moment: Fisher trace and loss by a pass of their own, and the Fisher trace that a
+local epoch of training from there sees. Prints the rank correlation (Spearman) with the rows' loss
+under the final model: within each client, which is what a curriculum orders, weighted by rows, and
 over all rows.
 Needs the real tasks in ../shared/datasets, and scipy.
 """
@@ -50,7 +50,7 @@ def main() -> None:
         for number in range(max(federation.config.federation.rounds, 1 + max(MOMENTS))):
             if number in MOMENTS:
                 orders["fisher"][number], orders["loss"][number] = score(federation)
-                orders["in training"][number] = train(federation)
+                orders["in training"][number] = in_training(federation)
             federation.round(number, Progress(speaks=False))
         _, final = score(federation)
         fixed = {kind: np.zeros(len(tokens)) for kind in ("length", "rarity", "random")}
@@ -80,7 +80,7 @@ def score(federation: Federation) -> tuple[Floats, Floats]:
     return fisher, losses
 
 
-def train(federation: Federation) -> Floats:
+def in_training(federation: Federation) -> Floats:
     """(rows,) Fisher trace of every training row while its client trains for an epoch."""
     client, tokens = federation.client, federation.train_tokens
     fisher = np.zeros(len(tokens))
