@@ -186,44 +186,47 @@ def report(cells: list[dict[str, Any]]) -> None:
             print(f"| {method} | {rate:g} | {mr:.3f} | {trec:.3f} | {(mr + trec) / 2:.3f} |")
     rates = best_rates(cells)
     print(f"\nlearning rates: {rates}\n")
-    print(
-        "| task | Dirichlet | method | test accuracy | spread | difference, 95 % interval "
-        "| samples | uploads | seconds |\n|---|---|---|---|---|---|---|---|---|"
-    )
-    settings = dict.fromkeys((c["task"], c["alpha"]) for c in table_cells(rates))
-    for task, alpha in settings:
+    titles = (
+        "task", "Dirichlet", "method", "seeds", "test, round 20", "spread", "test, best round",
+        "difference at round 20", "samples", "uploads",
+    )  # fmt: skip
+    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
+    for task, alpha in dict.fromkeys((c["task"], c["alpha"]) for c in table_cells(rates)):
         base = group(cells, "lora-fedavg", task, alpha, rates)
         for method in METHODS:
             own = group(cells, method, task, alpha, rates)
-            if own and len(own) == len(base):
-                print(row(task, alpha, method, own, base))
+            both = sorted(own.keys() & base.keys())
+            if both:
+                print(row(task, alpha, method, [own[s] for s in both], [base[s] for s in both]))
 
 
 def group(
     cells: list[dict[str, Any]], method: str, task: str, alpha: float, rates: dict[str, float]
-) -> list[dict[str, Any]]:
-    """A method's finished seeds."""
-    found = (find(cells, cell(method, task, alpha, seed, rates[preset(method)])) for seed in SEEDS)
-    return [c for c in found if c is not None]
+) -> dict[int, dict[str, Any]]:
+    """Seed -> a method's finished cell."""
+    found = {s: find(cells, cell(method, task, alpha, s, rates[preset(method)])) for s in SEEDS}
+    return {seed: c for seed, c in found.items() if c is not None}
 
 
 def row(
     task: str, alpha: float, method: str, own: list[dict[str, Any]], base: list[dict[str, Any]]
 ) -> str:
-    """A line of the table: accuracy over seeds, and what it cost to reach the targets."""
+    """A line of the table: accuracy over seeds, and what it cost to reach the targets, as a share
+    of what LoRA FedAvg paid for the same seeds."""
     tests = [c["test"] for c in own]
-    parts = [task, f"{alpha:g}", method, f"{mean(tests):.3f}", f"{min(tests):.3f}-{max(tests):.3f}"]
-    parts.append("" if own is base or method == "lora-fedavg" else difference(own, base))
-    for what in ("samples", "up", "seconds"):
+    parts = [
+        task, f"{alpha:g}", method, str(len(own)), f"{mean(tests):.3f}",
+        f"{min(tests):.3f}-{max(tests):.3f}", f"{mean(c['best'] for c in own):.3f}",
+        "" if method == "lora-fedavg" else difference(own, base),
+    ]  # fmt: skip
+    for what in ("samples", "up"):
         ours = [first(c, target(b), what) for c, b in zip(own, base, strict=True)]
         theirs = [first(b, target(b), what) for b in base]
-        reached = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b]
-        text = ""
-        if reached:
-            text = f"{sum(a for a, _ in reached) / sum(b for _, b in reached):.2f}"
-        if len(reached) < len(own):
-            text += f" ({len(reached)} of {len(own)} reach it)"
-        parts.append(text.strip())
+        pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b]
+        text = f"{sum(a for a, _ in pairs) / sum(b for _, b in pairs):.2f}" if pairs else "none"
+        if len(pairs) < len(own):
+            text += f" ({len(pairs)} of {len(own)} reach it)"
+        parts.append(text)
     return "| " + " | ".join(parts) + " |"
 
 
@@ -238,7 +241,9 @@ def first(own: dict[str, Any], wanted: float, what: str) -> float | None:
 
 
 def difference(own: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
-    """Difference of test accuracy, mean over seeds, with the paired bootstrap over test rows."""
+    """Difference of test accuracy after the last round, and its 95 % interval by the paired
+    bootstrap over test rows: each row's correctness is the mean over seeds, so what another seed
+    would give is not in the interval; the spread shows that."""
     ours, theirs = (
         np.array([[int(r) for r in c["right"]] for c in runs]).mean(0) for runs in (own, base)
     )

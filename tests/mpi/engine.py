@@ -87,8 +87,10 @@ def check_working_copy(client: Client, vector: torch.Tensor, config: Config) -> 
 
 
 def check_leaks(config: Config, topology: Topology) -> None:
-    """A client's result is the same bits whoever was trained in the engine before it."""
-    client = build(config, replace(config.local, lr=1e-2, optimizer="adamw"), topology)
+    """A client's result is the same bits whoever was trained in the engine before it, also if that
+    one had frozen values; and those keep their bits."""
+    local = replace(config.local, lr=1e-2, optimizer="adamw", weight_decay=0.1)
+    client = build(config, local, topology)
     tokens = some_tokens()
     first, second = [np.arange(0, 8), np.arange(8, 13)], [np.arange(10, 18)] * 3
     torch.manual_seed(3)
@@ -97,8 +99,12 @@ def check_leaks(config: Config, topology: Topology) -> None:
     client.train(first, tokens, 0)
     wanted = client.read()
     assert not torch.equal(wanted, one), "training moved nothing"
-    client.load(two)
+    trainable = torch.rand(client.layout.size) < 0.5
+    client.load(two, trainable)
     client.train(second, tokens, 1)
+    found = client.read()
+    assert torch.equal(found[~trainable], two[~trainable]), "a frozen value moved"
+    assert (found != two)[trainable].float().mean() > 0.9
     client.predict([np.arange(20)], tokens)
     client.load(one)
     client.train(first, tokens, 0)

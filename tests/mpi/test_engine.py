@@ -25,8 +25,17 @@ def partitioned(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def accumulating(tmp_path_factory):
+    """bf16 with gradients accumulated in fp32: DeepSpeed takes another optimizer for it."""
+    path = tmp_path_factory.mktemp("ds") / "accumulating.json"
+    types = {"grad_accum_dtype": "fp32"}
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, "data_types": types}))
+    return str(path)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_write_step_read(folder, partitioned, ranks):
-    cases = [*CASES, f"fp32:{partitioned}", f"bf16:{partitioned}"]
+def test_write_step_read(folder, partitioned, accumulating, ranks):
+    cases = [*CASES, f"fp32:{partitioned}", f"bf16:{partitioned}", f"bf16:{accumulating}"]
     output = mpiexec(ranks, "engine.py", str(folder), *cases)
     assert output.count(": ok") == len(cases)

@@ -1,6 +1,7 @@
 """FibecFed equals a plain loop over clients and samples; and only what it shares travels."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -212,6 +213,44 @@ def test_lossless_number_of_layers(tmp_path):
             exact = json.loads(found[1][name.replace("zero2", "zero0")])["spectra"][k]
             assert own["nodes"][-1] == pytest.approx(exact["nodes"][-1], rel=1e-2)
             assert own["nodes"][0] == pytest.approx(exact["nodes"][0], rel=1e-2, abs=1e-4)
+
+
+OTHERS = {
+    "loss": ["curriculum.difficulty=loss", "curriculum.when=first_use"],
+    "loss-training": ["curriculum.difficulty=loss", "curriculum.pace=sqrt"],
+    "length": ["curriculum.difficulty=length", "curriculum.pace=exp", "layers.score=first"],
+    "rarity": ["curriculum.difficulty=rarity", "layers.score=random"],
+    "random": ["curriculum.difficulty=random", "curriculum.warmup=0"],
+    "reversed": ["curriculum.difficulty=reversed", "layers.score=last", "sparsity.keep=1"],
+    "all": ["curriculum.pace=all", "layers.score=all"],
+}
+
+
+def test_every_other_choice_runs(tmp_path):
+    """Parts off and other orders, on a small model; what a run tells about its order holds."""
+    write_data(tmp_path)
+    folder = models.save("bert", tmp_path / "bert")
+    common = [*FIBECFED, f"data.root={tmp_path}", f"model.name={folder}"]
+    many_runs(
+        tmp_path, 2, 1, {name: [*common, *words] for name, words in OTHERS.items()},
+        preset="fibecfed",
+    )  # fmt: skip
+    for name in OTHERS:
+        lines, notes = metrics(tmp_path / name), history(tmp_path / name)
+        assert len(lines) == 4 and not any(line["failed"] for line in lines)
+        assert bool(notes) == (name != "all")
+        for (number, _), note in notes.items():
+            count = len(note["batches"])
+            assert len(note["trained"]) == max(1, math.ceil(round(note["share"] * count, 9)))
+            known = note.get("difficulty")
+            assert (known is not None) == (
+                number > 0 and name in ("loss", "loss-training", "reversed")
+            )
+    for note in history(tmp_path / "length").values():
+        assert note["mask_density"] == 1 or note["round"] > 2
+    with_masks = [n["mask_density"] for n in history(tmp_path / "rarity").values()]
+    assert min(with_masks) == pytest.approx(0.5, abs=0.05)
+    assert {n["mask_density"] for n in history(tmp_path / "reversed").values()} == {1.0}
 
 
 def test_what_stays_home_never_travels(tmp_path):

@@ -1,0 +1,54 @@
+"""Which file is a client's current one, and which files are dropped."""
+
+import torch
+
+from hpcfed.run import RunDirectory
+from hpcfed.states import ClientStates
+
+
+def files(path):
+    return sorted(p.name for p in path.glob("clients/*/*"))
+
+
+def test_current_pinned_and_dropped(tmp_path):
+    states = ClientStates("personal", RunDirectory(tmp_path), writes=True)
+
+    def round_of(number, client):
+        states.save(client, number, {"values": torch.full((2,), float(number))})
+        states.keep(number, [client])
+
+    assert states.load(7) is None
+    round_of(0, 7)
+    round_of(1, 7)
+    assert files(tmp_path) == ["personal-00001.safetensors"], "the old file is dropped"
+    best = states.pin()
+    round_of(2, 7)
+    round_of(4, 7)
+    assert files(tmp_path) == ["personal-00001.safetensors", "personal-00004.safetensors"]
+    assert states.load(7)["values"].tolist() == [4, 4]
+    assert states.load(7, best)["values"].tolist() == [1, 1], "the best round's values are kept"
+    states.pin()
+    assert files(tmp_path) == ["personal-00004.safetensors"], "until another round is the best"
+
+
+def test_a_failed_round_leaves_the_old_state(tmp_path):
+    states = ClientStates("curriculum", RunDirectory(tmp_path), writes=True)
+    states.save(3, 0, {"difficulty": torch.zeros(1)})
+    states.keep(0, [3])
+    states.save(3, 1, {"difficulty": torch.ones(1)})  # and then its update was refused
+    assert states.load(3)["difficulty"].item() == 0
+
+
+def test_only_the_writer_deletes(tmp_path):
+    writer, reader = (
+        ClientStates("personal", RunDirectory(tmp_path), writes) for writes in (True, False)
+    )
+    for number in (0, 1):
+        writer.save(1, number, {"values": torch.zeros(1)})
+    reader.keep(0, [1])
+    reader.keep(1, [1])
+    assert len(files(tmp_path)) == 2
+    writer.keep(0, [1])
+    writer.keep(1, [1])
+    assert len(files(tmp_path)) == 1
+    assert reader.current == writer.current
