@@ -61,6 +61,9 @@ def resolve(source: str, overrides: Sequence[str] = ()) -> Resolved:
     method = next((tree["method"] for tree in reversed(parsed) if "method" in tree), None)
 
     if source in presets():
+        own = _read_preset(source)
+        if method is not None and "method" in own:  # another method in a preset's setting
+            layers.insert(0, ({**own, "method": method}, f"preset {source}"))
         method = method or source
     else:
         path = Path(source)
@@ -87,16 +90,21 @@ def _preset_chain(method: Any) -> list[tuple[dict[str, Any], str]]:
             f"Unknown preset {method!r} for method;{_nearest(str(method), known)} "
             f"presets: {', '.join(known)}."
         )
-    text = (resources.files("hpcfed") / "presets" / f"{method}.yaml").read_text()
-    tree = _read_yaml(text, f"preset {method}")
-    tree.pop("description", None)
+    tree = _read_preset(method)
     base = tree.pop("method", None)
     return [*(_preset_chain(base) if base else []), (tree, f"preset {method}")]
 
 
+def _read_preset(name: str) -> dict[str, Any]:
+    text = (resources.files("hpcfed") / "presets" / f"{name}.yaml").read_text()
+    tree = _read_yaml(text, f"preset {name}")
+    tree.pop("description", None)
+    return tree
+
+
 def _final_method(method: str) -> str:
     """A preset that builds on a method runs that method: `demo` runs fibecfed."""
-    tree = yaml.safe_load((resources.files("hpcfed") / "presets" / f"{method}.yaml").read_text())
+    tree = _read_preset(method)
     return _final_method(tree["method"]) if "method" in tree else method
 
 

@@ -15,7 +15,7 @@ def test_later_sources_win_and_are_named(tmp_path):
     assert (config.local.lr, config.local.epochs, config.seed) == (4e-3, 3, 9)
     assert resolved.origin["local.lr"] == str(file)
     assert resolved.origin["seed"] == COMMAND_LINE
-    assert resolved.origin["layers.score"] == "preset fibecfed"
+    assert resolved.origin["layers.score"] == "preset lora-fedavg"
     assert resolved.origin["local.clip"] == "default"
 
 
@@ -23,7 +23,17 @@ def test_a_preset_may_build_on_another():
     resolved = resolve("demo")
     assert resolved.config.method == "fibecfed"
     assert resolved.origin["federation.clients"] == "preset demo"
-    assert resolved.origin["layers.score"] == "preset lora-fedavg"
+    assert resolved.origin["layers.score"] == "preset fibecfed"
+
+
+def test_another_method_in_a_presets_setting():
+    resolved = resolve("demo", ["method=lora-fedavg"])
+    assert resolved.config.method == "lora-fedavg"
+    assert resolved.config.layers.score == "all"
+    assert resolved.config.curriculum.pace == "all"
+    assert resolved.config.federation.clients == 24
+    assert resolved.origin["federation.clients"] == "preset demo"
+    assert resolve("fibecfed", ["method=lora-fedavg"]).config.layers.score == "all"
 
 
 def test_every_preset_resolves_and_has_a_description():
