@@ -19,8 +19,7 @@ from scipy.stats import spearmanr
 
 from hpcfed import preflight
 from hpcfed.cli import quiet
-from hpcfed.client import Floats
-from hpcfed.data.batches import form_batches
+from hpcfed.data.batches import Floats, form_batches
 from hpcfed.federation import Federation
 from hpcfed.policies.curriculum import text_difficulty
 from hpcfed.probe import fisher_traces

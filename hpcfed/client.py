@@ -18,15 +18,13 @@ from torch import nn
 from hpcfed.adapters.layout import AdapterLayout
 from hpcfed.collectives import sum_in_slot
 from hpcfed.config import Local
-from hpcfed.data.batches import Ids, Tokens, split_batch
+from hpcfed.data.batches import Floats, Ids, Tokens, split_batch
 from hpcfed.deepspeed_config import zero_stage
 from hpcfed.freezing import Freezer
 from hpcfed.importance.fisher import FisherSums, PerSampleGradients
 from hpcfed.importance.sensitivity import BlockWatch
 from hpcfed.model import Prepared
 from hpcfed.topology import Topology
-
-Floats = npt.NDArray[np.float64]
 
 # ZeRO-3 replaces this function for good, by one that rounds differently: without putting it back,
 # the next engine of the process would not have the bits it has in a process of its own.

@@ -38,7 +38,7 @@ class Evaluator:
     topology: Topology
     batch_size: int
 
-    def personal(
+    def evaluate(
         self,
         rows: Sequence[Ids],
         tokens: Tokens,

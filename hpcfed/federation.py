@@ -344,13 +344,13 @@ class Federation:
 
     def _evaluate(self, rows: list[Ids], tokens: Tokens, at: Snapshot) -> dict[str, Evaluation]:
         """Personal and global results on rows[k] of every client k; one pass if they coincide."""
-        personal = self.evaluator.personal(rows, tokens, at.states, lambda k: self.vector(k, at))
+        personal = self.evaluator.evaluate(rows, tokens, at.states, lambda k: self.vector(k, at))
         if not at.states:
             return {"personal": personal, "global": personal}
         start = self.vector(None, at)
         return {
             "personal": personal,
-            "global": self.evaluator.personal(rows, tokens, {}, lambda _: start),
+            "global": self.evaluator.evaluate(rows, tokens, {}, lambda _: start),
         }
 
     def _test(self, at: Snapshot) -> dict[str, Evaluation]:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcfed.client import Client, ClientError, Floats, Trained
+from hpcfed.client import Client, ClientError, Trained
 from hpcfed.config import Config
-from hpcfed.data.batches import Ids, Tokens, form_batches
+from hpcfed.data.batches import Floats, Ids, Tokens, form_batches
 from hpcfed.data.partition import ClientRows
 from hpcfed.policies import curriculum, sparsity
 from hpcfed.probe import fisher_traces, row_losses

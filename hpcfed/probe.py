@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hpcfed.client import Client, Floats
+from hpcfed.client import Client
 from hpcfed.collectives import sum_in_slot
-from hpcfed.data.batches import Ids, Tokens, split_batch
+from hpcfed.data.batches import Floats, Ids, Tokens, split_batch
 from hpcfed.importance.fisher import Consumer, FisherSums
 from hpcfed.importance.sensitivity import relative_change, worst_case_noise
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcfed.client import Client, ClientError, Floats
+from hpcfed.client import Client, ClientError
 from hpcfed.collectives import sum_over_ranks
 from hpcfed.config import Config
-from hpcfed.data.batches import Ids, Tokens, form_batches
+from hpcfed.data.batches import Floats, Ids, Tokens, form_batches
 from hpcfed.data.partition import ClientRows
 from hpcfed.importance.spectrum import STEPS, eigengap, lanczos, plateau, quadrature
 from hpcfed.policies import layers

@@ -17,6 +17,7 @@ from hpcfed.data.sources import Split
 from hpcfed.errors import UserError
 
 Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 # Batches are cut from pools of this many batches, sorted by length: rows of one batch have about
 # the same length, and which rows meet still changes from epoch to epoch.

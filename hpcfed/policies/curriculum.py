@@ -11,9 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hpcfed.data.batches import Ids, Tokens
-
-Floats = npt.NDArray[np.float64]
+from hpcfed.data.batches import Floats, Ids, Tokens
 
 # Difficulty of a row that no pass has met yet.
 UNKNOWN = np.inf
