@@ -2,10 +2,11 @@
 
     python -m benchmarks.fibecfed tune            learning rates, on validation data
     python -m benchmarks.fibecfed run             all cells of the table
+    python -m benchmarks.fibecfed clock           both methods alone on the machine, for seconds
     python -m benchmarks.fibecfed table           the table, from the finished cells
 
-Two runs side by side, one thread each. Finished cells are kept in benchmarks/fibecfed.jsonl and
-not run again. Needs the real tasks in ../shared/datasets.
+Two runs side by side, one thread each, but for `clock`. Finished cells are kept in
+benchmarks/fibecfed.jsonl and not run again. Needs the real tasks in ../shared/datasets.
 """
 
 import argparse
@@ -77,6 +78,13 @@ def table_cells(rates: dict[str, float]) -> Iterator[dict[str, Any]]:
                     yield cell(method, task, alpha, seed, rates[preset(method)])
 
 
+def clock_cells(rates: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """Runs of which the seconds count: nothing else may run on the machine."""
+    for task in ("mr", "trec"):
+        for method in ("lora-fedavg", "fibecfed"):
+            yield {**cell(method, task, 1.0, SEEDS[0], rates[method]), "alone": True}
+
+
 def finished() -> list[dict[str, Any]]:
     """All finished cells."""
     lines = CELLS.read_text().splitlines() if CELLS.exists() else []
@@ -85,7 +93,7 @@ def finished() -> list[dict[str, Any]]:
 
 def find(cells: list[dict[str, Any]], wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The finished cell, if it is there."""
-    return next((c for c in cells if all(c[k] == v for k, v in wanted.items())), None)
+    return next((c for c in cells if all(c.get(k) == v for k, v in wanted.items())), None)
 
 
 def best_rates(cells: list[dict[str, Any]]) -> dict[str, float]:
@@ -199,6 +207,25 @@ def report(cells: list[dict[str, Any]]) -> None:
             if both:
                 print(row(task, alpha, method, [own[s] for s in both], [base[s] for s in both]))
 
+    report_seconds(cells, rates)
+
+
+def report_seconds(cells: list[dict[str, Any]], rates: dict[str, float]) -> None:
+    """Print what `clock` measured: all rounds, and until the target; evaluation left out."""
+    print("\n| task | method | all rounds | to the target | share |\n|---|---|---|---|---|")
+    paid: dict[str, float | None] = {}
+    for wanted in clock_cells(rates):
+        one = find(cells, wanted)
+        other = find(cells, {**wanted, "method": "lora-fedavg", "lr": rates["lora-fedavg"]})
+        if one is None or other is None:
+            continue
+        spent = first(one, target(other), "seconds")
+        theirs = paid.setdefault(wanted["task"], spent)
+        until = "not reached" if spent is None else f"{spent:.0f} s"
+        share = f"{spent / theirs:.2f}" if spent and theirs else ""
+        whole = f"{one['curve'][-1]['seconds']:.0f} s"
+        print(f"| {wanted['task']} | {wanted['method']} | {whole} | {until} | {share} |")
+
 
 def group(
     cells: list[dict[str, Any]], method: str, task: str, alpha: float, rates: dict[str, float]
@@ -257,7 +284,7 @@ def difference(own: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("tune", "run", "table"))
+    parser.add_argument("what", choices=("tune", "run", "clock", "table"))
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     options = parser.parse_args()
     if options.what == "tune":
@@ -265,6 +292,8 @@ def main() -> None:
         print(best_rates(finished()))
     elif options.what == "run":
         run_cells(list(table_cells(best_rates(finished()))), options.jobs)
+    elif options.what == "clock":
+        run_cells(list(clock_cells(best_rates(finished()))), 1)
     else:
         report(finished())
 
