@@ -14,6 +14,8 @@ from hpcfed.resolve import Resolved, describe, presets, resolve
 
 _EPILOG = """examples:
   hpcfed run demo --ranks 4                         a first run, nothing to download
+  hpcfed run demo method=lora-fedavg --ranks 4      the same setting with another method
+  hpcfed run fibecfed task.name=trec --ranks 4      FibecFed on a task of the hub
   hpcfed run my.yaml local.lr=1e-3 seed=7           a configuration and two overrides
   mpirun -n 8 hpcfed run my.yaml                    inside an MPI world that you start
   srun --mpi=pmix hpcfed run my.yaml                the same under Slurm
