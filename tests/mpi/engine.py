@@ -48,12 +48,12 @@ def build(config: Config, local: Local, topology: Topology) -> Client:
     return Client(prepared, local, settings, topology)
 
 
-def some_tokens() -> Tokens:
-    """20 rows of random token ids, 3 to 9 tokens long."""
+def some_tokens(rows: int = 20, longest: int = 9) -> Tokens:
+    """Rows of random token ids, 3 to `longest` tokens long."""
     rng = np.random.default_rng(0)
-    lengths = rng.integers(3, 10, 20)
+    lengths = rng.integers(3, longest + 1, rows)
     ids = rng.integers(1000, 2000, lengths.sum()).astype(np.int32)
-    labels = rng.integers(0, len(LABELS), 20)
+    labels = rng.integers(0, len(LABELS), rows)
     return Tokens(ids, None, np.concatenate([[0], np.cumsum(lengths)]), labels, 0)
 
 

@@ -14,13 +14,13 @@ import torch
 
 from hpcfed.cli import quiet
 from hpcfed.config import Config
-from hpcfed.data.batches import Tokens
 from hpcfed.probe import fisher_traces, gradient, hessian_product, sensitivity
 from hpcfed.resolve import resolve
 from hpcfed.topology import Topology, connect_slots, connect_world
-from tests.mpi.engine import LABELS, build
+from tests.mpi.engine import LABELS, build, some_tokens
 from tests.mpi.slow import Plain
 
+ROWS = 13
 BATCHES = [np.arange(0, 5), np.arange(5, 12), np.arange(12, 13)]  # ragged; one smaller than ranks
 CLOSE = 1e-4
 
@@ -45,15 +45,6 @@ def main() -> None:
             print(f"{case['name']}: ok", flush=True)
 
 
-def some_tokens() -> Tokens:
-    """13 rows of random token ids, 3 to 11 tokens long: every batch has padding."""
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(3, 12, 13)
-    ids = rng.integers(1000, 2000, lengths.sum()).astype(np.int32)
-    labels = rng.integers(0, len(LABELS), 13)
-    return Tokens(ids, None, np.concatenate([[0], np.cumsum(lengths)]), labels, 0)
-
-
 def close(found: object, wanted: object, what: str) -> None:
     """Equal to 1e-4, relative to each value or, where that is tiny, to the largest."""
     one, two = np.asarray(found, dtype=float), np.asarray(wanted, dtype=float)
@@ -63,7 +54,7 @@ def close(found: object, wanted: object, what: str) -> None:
 
 def check_fisher(config: Config, plain: Plain, vector: torch.Tensor, topology: Topology) -> None:
     """Own pass, training pass and sensitivity equal loops over single samples."""
-    tokens = some_tokens()
+    tokens = some_tokens(ROWS, 11)
     gradients = torch.stack([plain.gradient(vector, row, tokens) for row in range(len(tokens))])
     wanted = gradients.double().square().sum(1).numpy()
 
@@ -91,7 +82,7 @@ def check_fisher(config: Config, plain: Plain, vector: torch.Tensor, topology: T
 
 def check_silence(config: Config, vector: torch.Tensor, topology: Topology) -> None:
     """Training has the same bits whether or not probes came between."""
-    tokens = some_tokens()
+    tokens = some_tokens(ROWS, 11)
     results = []
     for probes in (False, True):
         client = build(config, replace(config.local, lr=0.1, optimizer="sgd"), topology)
@@ -109,7 +100,7 @@ def check_silence(config: Config, vector: torch.Tensor, topology: Topology) -> N
 
 def check_curvature(config: Config, plain: Plain, vector: torch.Tensor, topology: Topology) -> None:
     """Hessian products equal differences of gradients of a float64 copy of the model."""
-    tokens = some_tokens()
+    tokens = some_tokens(ROWS, 11)
     batch = BATCHES[1]
     torch.manual_seed(3)
     direction = torch.randint(0, 2, (plain.layout.size,)).double() * 2 - 1
@@ -142,7 +133,7 @@ def check_curvature(config: Config, plain: Plain, vector: torch.Tensor, topology
 def check_frozen(config: Config, plain: Plain, vector: torch.Tensor, topology: Topology) -> None:
     """Frozen values keep their bits through real steps; the others equal those of a plain loop in
     which the frozen ones are not parameters; the next client is free again."""
-    tokens = some_tokens()
+    tokens = some_tokens(ROWS, 11)
     rng = np.random.default_rng(2)
     layout = plain.layout
     trainable = layout.expand(torch.from_numpy(rng.random(layout.neurons[-1].stop) < 0.5))
