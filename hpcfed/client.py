@@ -66,7 +66,7 @@ class Client:
         self.topology = topology
         self.stage = zero_stage(settings)
         self.checkpointing = prepared.checkpointing
-        self.micro_batch = local.micro_batch
+        self._micro_batch = local.micro_batch
         self.parameters = adapted.parameters
         self.watch = BlockWatch(adapted.blocks)
         # Modules with trained values -> the entries that are its weight and, if any, its bias.
@@ -180,13 +180,12 @@ class Client:
         result = Trained()
         seen = _Observer(self, len(tokens)) if observe else None
         for batch in batches:
-            micro_steps = split_batch(batch, topology.ranks_per_client, self.micro_batch)
+            micro_steps = self.shares(batch)
             # DeepSpeed averages over the ranks: ranks / len(batch) makes it the batch's mean.
             scale = topology.ranks_per_client / len(batch)
             if seen:
                 seen.forget(batch)
-            for number, shares in enumerate(micro_steps):
-                rows = shares[topology.rank_in_slot]
+            for number, rows in enumerate(micro_steps):
                 self._engine.set_gradient_accumulation_boundary(number == len(micro_steps) - 1)
                 if seen:
                     seen.begin(len(rows), scale)
@@ -209,6 +208,12 @@ class Client:
             found = seen.whole(result.rows, result.samples)
             result.losses, result.fisher, result.neurons = found
         return result
+
+    def shares(self, batch: Ids) -> list[Ids]:
+        """This rank's rows of the batch, micro-step by micro-step."""
+        topology = self.topology
+        micro_steps = split_batch(batch, topology.ranks_per_client, self._micro_batch)
+        return [step[topology.rank_in_slot] for step in micro_steps]
 
     def forward(self, rows: Ids, batch: Ids, tokens: Tokens, probing: bool = False) -> torch.Tensor:
         """(len(rows) or 1,) fp32 losses of this rank's rows, differentiable.

@@ -4,7 +4,7 @@ They take gradients with respect to the first block's input, so that a backward 
 every hook, and no parameter's gradient comes into being for DeepSpeed to reduce.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hpcfed.client import Client
 from hpcfed.collectives import sum_in_slot
-from hpcfed.data.batches import Floats, Ids, Tokens, split_batch
+from hpcfed.data.batches import Floats, Ids, Tokens
 from hpcfed.importance.fisher import Consumer, FisherSums
 from hpcfed.importance.sensitivity import relative_change, worst_case_noise
 
@@ -28,7 +28,7 @@ def fisher_traces(client: Client, batches: Sequence[Ids], tokens: Tokens) -> Flo
     found = np.zeros(len(tokens))
     sums = FisherSums([None] * len(client.linears), client.topology.device)
     for batch in batches:
-        for rows in _shares(client, batch):
+        for rows in client.shares(batch):
             sums.batch(max(len(rows), 1), 1.0)
             with client.watch.watch(outputs=False):
                 _backward(client, rows, batch, tokens, sums)
@@ -46,7 +46,7 @@ def row_losses(client: Client, batches: Sequence[Ids], tokens: Tokens) -> Floats
     found = np.zeros(len(tokens))
     with torch.no_grad():
         for batch in batches:
-            for rows in _shares(client, batch):
+            for rows in client.shares(batch):
                 losses = client.forward(rows, batch, tokens, probing=True)
                 if len(rows):
                     found[rows] = losses.cpu().numpy()
@@ -60,7 +60,7 @@ def sensitivity(client: Client, batch: Ids, tokens: Tokens) -> Floats:
     Dropout is off. Collective over the slot. Raises ClientError on all its ranks.
     """
     total = np.zeros(len(client.watch.blocks))
-    for rows in _shares(client, batch):
+    for rows in client.shares(batch):
         with client.watch.watch():
             slope = _backward(client, rows, batch, tokens, None)
             clean, entered = client.watch.left, client.watch.entered
@@ -91,7 +91,7 @@ def gradient(client: Client, batch: Ids, tokens: Tokens) -> torch.Tensor:
             own = next(part for part in parts if part.shape[1:] == entries[number].shape)
             total[entries[number].values] += own.sum(0).double().flatten().cpu()
 
-    for rows in _shares(client, batch):
+    for rows in client.shares(batch):
         with client.watch.watch(outputs=False):
             _backward(client, rows, batch, tokens, consume)
     sum_in_slot(total.numpy(), client.topology)
@@ -130,7 +130,7 @@ def _exact_product(
     total = torch.zeros(client.layout.size, dtype=torch.float64)
     # Of the attention kernels only the plain one can be differentiated twice.
     with sdpa_kernel(SDPBackend.MATH):
-        for rows in _shares(client, batch):
+        for rows in client.shares(batch):
             loss = client.forward(rows, batch, tokens, probing=True).sum()
             first = torch.autograd.grad(loss, client.parameters, create_graph=True)
             device = client.topology.device
@@ -142,13 +142,6 @@ def _exact_product(
             total += torch.cat([own.flatten().double().cpu() for own in second])
     sum_in_slot(total.numpy(), client.topology)
     return total / len(batch)
-
-
-def _shares(client: Client, batch: Ids) -> Iterator[Ids]:
-    """This rank's rows of the batch, micro-step by micro-step."""
-    topology = client.topology
-    for shares in split_batch(batch, topology.ranks_per_client, client.micro_batch):
-        yield shares[topology.rank_in_slot]
 
 
 def _backward(

@@ -6,7 +6,6 @@ shapes of the pace are our reading.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -39,26 +38,6 @@ def share(pace: str, start: float, full_at: float, number: int, rounds: int) -> 
     raise ValueError(f"unknown pace {pace!r}")
 
 
-@dataclass(frozen=True)
-class Rarity:
-    """Word rarity of a client's texts: the mean of -log of each token's frequency at this client.
-
-    Platanios et al. 2019 take the sum, which mostly orders by length; the mean orders by words.
-    """
-
-    surprise: Floats  # (ids up to the largest,) -log frequency
-
-    @staticmethod
-    def of(rows: Ids, tokens: Tokens) -> "Rarity":
-        """Counted on these rows only: nothing leaves the client."""
-        counts = np.bincount(np.concatenate([_ids(tokens, row) for row in rows]))
-        return Rarity(-np.log(np.maximum(counts, 1) / counts.sum()))
-
-    def score(self, row: int, tokens: Tokens) -> float:
-        """Of one of those rows."""
-        return float(self.surprise[_ids(tokens, row)].mean())
-
-
 def _ids(tokens: Tokens, row: int) -> npt.NDArray[np.int32]:
     return tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]]
 
@@ -68,8 +47,12 @@ def text_difficulty(kind: str, rows: Ids, tokens: Tokens) -> Floats:
     if kind == "length":
         return tokens.lengths[rows].astype(np.float64)
     if kind == "rarity":
-        rarity = Rarity.of(rows, tokens)
-        return np.array([rarity.score(int(row), tokens) for row in rows])
+        # The mean of -log of each token's frequency, counted on these rows only: nothing leaves the
+        # client. Platanios et al. 2019 take the sum, which mostly orders by length.
+        texts = [_ids(tokens, int(row)) for row in rows]
+        counts = np.bincount(np.concatenate(texts))
+        surprise = -np.log(np.maximum(counts, 1) / counts.sum())
+        return np.array([surprise[text].mean() for text in texts])
     raise ValueError(f"{kind!r} is no difficulty of texts")
 
 
