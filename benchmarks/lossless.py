@@ -58,6 +58,7 @@ def ask(federation: Federation, task: str, rule: Literal["eigengap", "plateau"],
         federation.client,
         federation.rows,
         federation.train_tokens,
+        federation.prepared.initial,
         federation.vector(None),
     )
     shares = [own["share"] for own in found.record["spectra"].values()]

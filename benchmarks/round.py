@@ -125,7 +125,7 @@ class Plain:
         prepared = model.prepare(
             federation.config, federation.task.labels, federation.train_tokens.pad_id, {}
         )
-        self.network = prepared.adapted.model.to(federation.topology.device).train()
+        self.network = prepared.adapted.network.to(federation.topology.device).train()
         self.parameters = prepared.adapted.parameters
 
     def round(self, number: int) -> None:
@@ -140,9 +140,11 @@ class Plain:
         local = self.federation.config.local
         optimizer = torch.optim.AdamW(self.parameters, lr=local.lr, weight_decay=local.weight_decay)
         for batch in batches:
-            inputs = self.federation.train_tokens.collate(batch, self.federation.topology.device)
-            labels = inputs.pop("labels")
-            loss = nn.functional.cross_entropy(self.network(**inputs).logits, labels)
+            tokens, device = self.federation.train_tokens, self.federation.topology.device
+            labels = torch.from_numpy(tokens.labels[batch]).to(device)
+            loss = nn.functional.cross_entropy(
+                self.network(**tokens.collate(batch, device)), labels
+            )
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.parameters, local.clip)

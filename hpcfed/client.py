@@ -20,15 +20,18 @@ from hpcfed.collectives import sum_in_slot
 from hpcfed.config import Local
 from hpcfed.data.batches import Floats, Ids, Tokens, split_batch
 from hpcfed.deepspeed_config import zero_stage
-from hpcfed.freezing import Freezer
 from hpcfed.importance.fisher import FisherSums, PerSampleGradients
 from hpcfed.importance.sensitivity import BlockWatch
+from hpcfed.masters import Masters
 from hpcfed.model import Prepared
 from hpcfed.topology import Topology
 
 # ZeRO-3 replaces this function for good, by one that rounds differently: without putting it back,
 # the next engine of the process would not have the bits it has in a process of its own.
 _LINEAR = nn.functional.linear
+
+
+STEPS = "steps"  # beside an optimizer's moments, how many steps it had made
 
 
 class ClientError(Exception):
@@ -66,32 +69,31 @@ class Client:
         self.topology = topology
         self.stage = zero_stage(settings)
         self.checkpointing = prepared.checkpointing
-        self._micro_batch = local.micro_batch
+        self._local = local
+        self.head = prepared.head
+        self.lead = adapted.lead
         self.parameters = adapted.parameters
         self.watch = BlockWatch(adapted.blocks)
         # Modules with trained values -> the entries that are its weight and, if any, its bias.
-        self.linears: dict[nn.Module, list[int]] = {}
-        for index, owner in enumerate(adapted.owners):
-            self.linears.setdefault(owner, []).append(index)
-        self.taps = PerSampleGradients(list(self.linears))
+        self.owners: dict[nn.Module, list[int]] = {}
+        for index, own in enumerate(adapted.found):
+            self.owners.setdefault(own.owner, []).append(index)
+        self.taps = PerSampleGradients(list(self.owners))
         self.precise = not settings.get("bf16", {}).get("enabled")
-        optimizer: torch.optim.Optimizer
-        if local.optimizer == "adamw":
-            optimizer = torch.optim.AdamW(
-                self.parameters, lr=local.lr, weight_decay=local.weight_decay
-            )
-        else:
-            optimizer = torch.optim.SGD(
-                self.parameters, lr=local.lr, weight_decay=local.weight_decay
-            )
         self._engine, *_ = deepspeed.initialize(
-            model=adapted.model,
+            model=adapted.network,
             model_parameters=self.parameters,
-            optimizer=optimizer,
+            optimizer=make_optimizer(self.parameters, local),
             config=settings,
             dist_init_required=False,
         )
-        self._freezer = Freezer(self.parameters, self._engine, self.stage)
+        self._masters = Masters(self.parameters, self._engine, self.stage)
+
+    @property
+    def anchor(self) -> torch.Tensor | None:
+        """Where a backward pass through prompts ends, after a forward; None without prompts."""
+        anchor: torch.Tensor | None = self._engine.module.anchor
+        return anchor
 
     @property
     def model(self) -> nn.Module:
@@ -99,25 +101,65 @@ class Client:
         module: nn.Module = self._engine.module
         return module
 
-    def load(self, vector: torch.Tensor, trainable: torch.Tensor | None = None) -> None:
+    def load(
+        self,
+        vector: torch.Tensor,
+        trainable: torch.Tensor | None = None,
+        moments: dict[str, torch.Tensor] | None = None,
+        control: torch.Tensor | None = None,
+    ) -> None:
         """Make the trainable values equal `vector` (layout.size,) fp32 on the CPU, with no trace
         of an earlier client: master copy, working copy, and a fresh optimizer.
 
         trainable: (layout.size,) bool; what is False stays bit for bit as it is until the next
         load, has no gradient before clipping, no moment and no weight decay. None: all train.
+        moments: what `moments` gave after this client's last round. control: (layout.size,), added
+        to the gradient of every step.
         """
-        self._freezer.release()
-        if trainable is None or bool(trainable.all()):
-            self._write(vector)
-        else:
-            absent = ~trainable
-            # Written like values, the mask takes the order of the engine's own partitions.
-            self._write(absent.float())
-            where = [master.detach() > 0.5 for master in self._freezer.masters()]
-            self._write(vector)
-            self._freezer.freeze([part > 0.5 for part in self._shaped(absent.float())], where)
-        base = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
-        base.state.clear()
+        masters = self._masters
+        masters.release()
+        kept = trainable if trainable is None or not bool(trainable.all()) else None
+        # Written like values, a vector takes the order of the engine's own partitions.
+        parts = {
+            name: self._in_master_order(value if kept is None else value * kept)
+            for name, value in (moments or {}).items()
+            if name != STEPS
+        }
+        added = None if control is None else self._in_master_order(control)
+        where = None if kept is None else self._in_master_order((~kept).float())
+        self._write(vector)
+        if kept is not None and where is not None:
+            absent = [part > 0.5 for part in self._shaped((~kept).float())]
+            masters.freeze(absent, [part > 0.5 for part in where])
+        if moments:
+            masters.set_moments(parts, int(moments[STEPS]))
+        if added is not None:
+            masters.add(added)
+        if self._local.proximal:
+            masters.pull(self._local.proximal)
+
+    def _in_master_order(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        self._write(vector)
+        return self._masters.copies()
+
+    def _in_layout_order(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Spoils the engine's values."""
+        self._masters.fill(parts)
+        return self._read(from_master=self.stage > 0)
+
+    def moments(self, steps: int) -> dict[str, torch.Tensor]:
+        """What the optimizer remembers, for a later `load`, `steps` steps after it was fresh.
+
+        By name (layout.size,) fp32. Spoils the values: read them before, load afterwards.
+        """
+        found = self._masters.moments()
+        vectors = {name: self._in_layout_order(parts) for name, parts in found.items()}
+        return {**vectors, STEPS: torch.tensor(steps)}
+
+    def mean_gradient(self, steps: int) -> torch.Tensor:
+        """(layout.size,) fp32: the mean over `steps` steps of what the optimizer would have got
+        without the control vector. Spoils the values: read them before, load afterwards."""
+        return self._in_layout_order([part / steps for part in self._masters.gradients()])
 
     def _shaped(self, vector: torch.Tensor) -> list[torch.Tensor]:
         return [
@@ -156,10 +198,12 @@ class Client:
     def read(self) -> torch.Tensor:
         """The trainable values (layout.size,) fp32 on the CPU, the same on all ranks of the slot;
         exact for fp32, and for bf16 exact in the fp32 master."""
+        return self._read(from_master=self.stage == 3 or not self.precise)
+
+    def _read(self, from_master: bool) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
         vector = torch.empty(self.layout.size, dtype=torch.float32)
-        from_master = self.stage == 3 or not self.precise
         for entry, parameter in zip(self.layout.entries, self.parameters, strict=True):
             value = safe_get_full_fp32_param(parameter) if from_master else parameter.data
             vector[entry.values] = value.detach().flatten()[: entry.size].float().cpu()
@@ -212,7 +256,7 @@ class Client:
     def shares(self, batch: Ids) -> list[Ids]:
         """This rank's rows of the batch, micro-step by micro-step."""
         topology = self.topology
-        micro_steps = split_batch(batch, topology.ranks_per_client, self._micro_batch)
+        micro_steps = split_batch(batch, topology.ranks_per_client, self._local.micro_batch)
         return [step[topology.rank_in_slot] for step in micro_steps]
 
     def forward(self, rows: Ids, batch: Ids, tokens: Tokens, probing: bool = False) -> torch.Tensor:
@@ -227,10 +271,8 @@ class Client:
         problem = ""
         losses = torch.zeros(1)
         try:
-            inputs = tokens.collate(filled, self.topology.device)
-            labels = inputs.pop("labels")
-            logits = network(**inputs).logits.float()
-            losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+            losses = self.head.losses(network, tokens, filled, self.topology.device)
+            self.taps.end_forward()
             if not len(rows):
                 losses = losses * 0.0
             if not math.isfinite(losses.sum().item()):
@@ -243,10 +285,13 @@ class Client:
         return losses
 
     def probing(self) -> None:
-        """Dropout off, while blocks that recompute their activations go on doing so."""
+        """Dropout off."""
         self._engine.eval()
-        for block in self.watch.blocks:
-            block.training = self.checkpointing
+
+    def mask(self, rows: Ids, tokens: Tokens) -> torch.Tensor:
+        """(len(rows), positions): 1 where the hidden states of these rows are no padding."""
+        mask = self.head.inputs(tokens, rows, self.topology.device)["attention_mask"]
+        return nn.functional.pad(mask, (self.lead, 0), value=1)
 
     def _first_problem(self, problem: str) -> str:
         """What went wrong on the first rank of the slot where something did, or ""."""
@@ -264,7 +309,7 @@ class Client:
             return
         self._engine.set_gradient_accumulation_boundary(True)
         ids = torch.ones((1, 4), dtype=torch.int64, device=self.topology.device)
-        zero = self._engine(input_ids=ids, attention_mask=ids).logits.float().sum() * 0.0
+        zero = self._engine(input_ids=ids, attention_mask=ids).float().sum() * 0.0
         self._engine.backward(zero, scale_wrt_gas=False)
         self._engine.step()
 
@@ -282,13 +327,10 @@ class Client:
             mine = start + rank
             # Forward is collective under ZeRO-3: a rank without a batch repeats another's.
             rows = batches[mine if mine < len(batches) else start]
-            inputs = tokens.collate(rows, self.topology.device)
-            labels = inputs.pop("labels")
-            logits = self._engine(**inputs).logits.float()
+            classes, losses = self.head.predict(self._engine, tokens, rows, self.topology.device)
             if mine < len(batches):
-                loss = nn.functional.cross_entropy(logits, labels, reduction="none")
-                result[0, rows] = logits.argmax(-1).cpu().numpy() + 1
-                result[1, rows] = loss.cpu().numpy()
+                result[0, rows] = classes.cpu().numpy() + 1
+                result[1, rows] = losses.cpu().numpy()
         return result
 
     def close(self) -> None:
@@ -303,7 +345,7 @@ class _Observer:
     def __init__(self, client: Client, rows: int) -> None:
         self._client = client
         layout = client.layout
-        axes = [layout.entries[own[0]].neuron_axis for own in client.linears.values()]
+        axes = [layout.entries[own[0]].neuron_axis for own in client.owners.values()]
         self._sums = FisherSums(axes, client.topology.device)
         self._losses, self._fisher = np.zeros(rows), np.zeros(rows)
 
@@ -325,7 +367,7 @@ class _Observer:
         """Added up over the ranks of the slot: losses, Fisher traces, mean Fisher per neuron."""
         layout = self._client.layout
         neurons = torch.zeros(layout.neurons[-1].stop)
-        for total, own in zip(self._sums.neurons, self._client.linears.values(), strict=True):
+        for total, own in zip(self._sums.neurons, self._client.owners.values(), strict=True):
             if total is not None:
                 neurons[layout.neurons[own[0]]] = total.cpu() / samples
         found = np.concatenate([self._losses[rows], self._fisher[rows], neurons.double().numpy()])
@@ -335,3 +377,12 @@ class _Observer:
             found[len(rows) : 2 * len(rows)],
         )
         return self._losses, self._fisher, torch.from_numpy(found[2 * len(rows) :]).float()
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], local: Local) -> torch.optim.Optimizer:
+    """The client's torch optimizer, with torch's own defaults for what is not configured."""
+    lr, decay = local.lr, local.weight_decay
+    if local.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, weight_decay=decay, momentum=local.momentum)
+    kind = torch.optim.AdamW if local.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, lr=lr, weight_decay=decay)

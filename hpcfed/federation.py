@@ -12,21 +12,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcfed import model, server
+from hpcfed import heads, model, server
 from hpcfed.adapters.layout import HEAD
 from hpcfed.client import Client, ClientError
 from hpcfed.collectives import MaskedSum, sum_in_slot, sum_over_ranks
 from hpcfed.config import Config
 from hpcfed.data import partition
-from hpcfed.data.batches import Ids, Tokens, tokenize
+from hpcfed.data.batches import Ids, Tokens
 from hpcfed.deepspeed_config import zero_stage
 from hpcfed.evaluation import Evaluation, Evaluator
-from hpcfed.local import LocalRounds
+from hpcfed.local import LocalRounds, Outcome
 from hpcfed.policies import sampling
 from hpcfed.preflight import Checked
 from hpcfed.progress import Progress
 from hpcfed.run import RunDirectory
 from hpcfed.selection import select
+from hpcfed.states import ClientStates
 from hpcfed.topology import Topology, World, connect_slots, keep_heap_small
 
 FP32_BYTES = 4
@@ -81,11 +82,14 @@ class Federation:
             keep_heap_small()
         with world.agreement("reading the tokenizer"):
             tokenizer = model.load_tokenizer(config)
-            self.train_tokens = tokenize(self.task.train, tokenizer, config.task.max_length)
-            self.test_tokens = tokenize(self.task.test, tokenizer, config.task.max_length)
+            head = heads.build(config, self.task, tokenizer)
+            self.train_tokens, self.test_tokens = (
+                head.encode(split, tokenizer, config.task.max_length)
+                for split in (self.task.train, self.task.test)
+            )
         with world.agreement("loading the model"):
             self.prepared = model.prepare(
-                config, self.task.labels, self.train_tokens.pad_id, settings
+                config, self.task.labels, self.train_tokens.pad_id, settings, head
             )
         self.client = Client(self.prepared, config.local, settings, self.topology)
         self.evaluator = Evaluator(
@@ -116,6 +120,10 @@ class Federation:
         self.local = LocalRounds(
             self.config, self.client, self.rows, self.train_tokens, self.run_directory
         )
+        rows = sum(len(own.train) for own in self.rows)
+        # Comes into play, with the clients' control variates, when the method begins.
+        self.server = server.Optimizer(self.config, len(self.rows), rows)
+        self.controls = ClientStates("control", self.run_directory, self.topology.is_root)
         self.best: Snapshot | None = None
 
     def _facts(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -157,8 +165,10 @@ class Federation:
         clock = time.monotonic()
         vector = self.base.clone()
         self.layout.unpack(self.shared, self.shared_blocks, vector)
-        chosen = select(config, self.client, self.rows, self.train_tokens, vector)
-        self.shared_blocks = (*chosen.chosen, HEAD)
+        chosen = select(
+            config, self.client, self.rows, self.train_tokens, self.prepared.initial, vector
+        )
+        self.shared_blocks = tuple(b for b in self.layout.blocks if b in (*chosen.chosen, HEAD))
         self.personal_blocks = tuple(b for b in self.layout.blocks if b not in self.shared_blocks)
         self.base = vector
         self.shared = self.layout.pack(vector, self.shared_blocks)
@@ -199,8 +209,10 @@ class Federation:
         lane = sampling.spread(costs, topology.slots)[topology.slot_index]
         seconds = {"select": time.monotonic() - clock}
 
+        adaptive = number >= config.curriculum.warmup
+        size = len(self.shared)
         total = MaskedSum(
-            self.layout.count(self.shared_blocks),
+            size * (1 + (self.server.extras if adaptive else 0)),
             len(STATS) * len(sampled) + 2 * topology.slots,
             wire=config.collective.wire,
         )
@@ -209,13 +221,9 @@ class Federation:
         reasons: dict[int, str] = {}
         clock = time.monotonic()
         for k in lane:
-            done = self.local.run(k, number, self.vector(k), self.personal_blocks)
+            done = self._client_round(k, number, total, adaptive)
             if done.values is None:
                 reasons[k] = done.reason
-            else:
-                total.add(
-                    self.layout.pack(done.values, self.shared_blocks), len(self.rows[k].train)
-                )
             stats[sampled.index(k)] = (
                 done.loss_sum, done.samples, done.steps, done.values is None, done.scored,
                 done.density,
@@ -231,7 +239,7 @@ class Federation:
         stats[:, 0] = sum_in_slot(stats[:, 0].copy(), topology)
         busy = own_seconds.sum()
         total.stats[:] = np.concatenate([stats.ravel(), own_seconds.ravel()])
-        mean = total.mean(self.shared, topology)
+        mean = total.mean(torch.nn.functional.pad(self.shared, (0, total.size - size)), topology)
         stats = mean.stats[: stats.size].reshape(stats.shape)
         own_seconds = mean.stats[stats.size :].reshape(own_seconds.shape)
         longest = own_seconds[own_seconds.sum(1).argmax()]
@@ -241,13 +249,49 @@ class Federation:
 
         failed = [k for k, row in zip(sampled, stats, strict=True) if row[3]]
         well = [k for k in sampled if k not in failed]
-        self.shared = server.step(self.shared, mean.values, config.server.optimizer)
+        if adaptive:
+            steps = int(sum(row[2] for row in stats if not row[3]))
+            rows = sum(len(self.rows[k].train) for k in well)
+            of = server.Sampled(len(well), rows, steps)
+            self.shared = self.server.step(self.shared, mean.values, of)
+        else:
+            self.shared = mean.values
         line = self._line(number, sampled, failed, reasons, stats, mean.wire_bytes, seconds)
-        if self.personal_blocks:
-            self.local.personal.keep(number, well)
-        if self.local.needs and number >= config.curriculum.warmup:
-            self.local.lessons.keep(number, well)
+        self.local.keep(number, well, bool(self.personal_blocks))
+        if adaptive and self.server.keeps:
+            self.controls.keep(number, well)
         return line
+
+    def _client_round(self, k: int, number: int, total: MaskedSum, adaptive: bool) -> Outcome:
+        """A client's round in this slot; adds what it sends to the sums."""
+        own = self.controls.load(k) if adaptive and self.server.keeps else None
+        before = own["control"] if own else None
+        control = self._correction(before) if adaptive else None
+        done = self.local.run(k, number, self.vector(k), self.personal_blocks, control)
+        if done.values is None:
+            return done
+        packed, control_after = self.layout.pack(done.values, self.shared_blocks), None
+        if adaptive:
+            gradient = done.gradient
+            if gradient is not None:
+                gradient = self.layout.pack(gradient, self.shared_blocks)
+            rows = len(self.rows[k].train)
+            message = self.server.message(self.shared, packed, before, rows, done.steps, gradient)
+            packed, control_after = message.packed, message.control
+        if not total.add(packed, len(self.rows[k].train)):
+            return replace(done, values=None, reason="what it would send is not finite")
+        if control_after is not None and self.topology.leads_slot:
+            self.controls.save(k, number, {"control": control_after})
+        return done
+
+    def _correction(self, own: torch.Tensor | None) -> torch.Tensor | None:
+        """(layout.size,) what a client adds to its gradients; nothing on personal layers."""
+        shared = self.server.correction(own, self.shared)
+        if shared is None:
+            return None
+        vector = torch.zeros(self.layout.size)
+        self.layout.unpack(shared, self.shared_blocks, vector)
+        return vector
 
     def vector(self, client: int | None, at: Snapshot | None = None) -> torch.Tensor:
         """All trainable values of a client, now or at a snapshot: the shared ones, and its
@@ -279,7 +323,9 @@ class Federation:
             reasons = {k: text for part in gathered for k, text in part.items()}
         values = self.layout.count(self.shared_blocks)
         head = self.layout.count([HEAD])
-        up, down = (len(sampled) - len(failed)) * values, len(sampled) * values
+        # SCAFFOLD's control variates travel both ways; those of the server do not travel at all.
+        each = 1 + (self.server.scaffold and number >= self.config.curriculum.warmup)
+        up, down = (len(sampled) - len(failed)) * values * each, len(sampled) * values * each
         if self.config.curriculum.warmup:  # what the warm-up made of the layers that stay home
             new = [k for k in sampled if k not in self.local.personal.current]
             down += len(new) * self.layout.count(self.personal_blocks)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcfed.client import Client, ClientError, Trained
+from hpcfed.client import STEPS, Client, ClientError, Trained
 from hpcfed.config import Config
 from hpcfed.data.batches import Floats, Ids, Tokens, form_batches
 from hpcfed.data.partition import ClientRows
@@ -29,6 +29,7 @@ class Outcome:
     steps: int = 0
     scored: int = 0  # sample passes spent on difficulties before training
     density: float = 1.0  # share of its personal values that trained
+    gradient: torch.Tensor | None = None  # (layout.size,) mean over its steps, for SCAFFOLD
     score_seconds: float = 0.0  # of the pass that took them
 
 
@@ -45,7 +46,7 @@ class Lesson:
 
 class LocalRounds:
     """The clients' side of the method. What they keep: `personal` holds the values of layers that
-    stay home and the Fisher momentum, `lessons` the difficulties."""
+    stay home and the Fisher momentum, `lessons` the difficulties, `moments` the optimizer's."""
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class LocalRounds:
         writes = client.topology.is_root
         self.personal = ClientStates("personal", directory, writes)
         self.lessons = ClientStates("curriculum", directory, writes)
+        self.moments = ClientStates("moments", directory, writes)
         spec = config.curriculum
         self._ordered = spec.pace != "all"
         self.needs = curriculum.NEEDS.get(spec.difficulty) if self._ordered else None
@@ -86,12 +88,27 @@ class LocalRounds:
         share = self._config.local.epochs * self.share(number)
         return round(tokens * (share + self.must_score(client, number)))
 
+    def keep(self, number: int, clients: list[int], personal: bool) -> None:
+        """What these clients saved in this round is current from now on."""
+        if personal:
+            self.personal.keep(number, clients)
+        if self.needs and number >= self._config.curriculum.warmup:
+            self.lessons.keep(number, clients)
+        if self._config.local.moments == "keep":
+            self.moments.keep(number, clients)
+
     def run(
-        self, client: int, number: int, vector: torch.Tensor, personal_blocks: tuple[str, ...]
+        self,
+        client: int,
+        number: int,
+        vector: torch.Tensor,
+        personal_blocks: tuple[str, ...],
+        control: torch.Tensor | None = None,
     ) -> Outcome:
         """Train a client from `vector` (layout.size,). Collective over the slot.
 
-        A failure that the slot's ranks agree on is in the outcome; the client keeps what it had.
+        control: (layout.size,), added to the gradient of every step. A failure that the slot's
+        ranks agree on is in the outcome; the client keeps what it had.
         """
         config, engine = self._config, self._client
         warm = number < config.curriculum.warmup
@@ -104,7 +121,8 @@ class LocalRounds:
             done.density = float(own.double().mean())
         tracks = not warm and config.sparsity.keep < 1 and bool(personal_blocks)
         try:
-            engine.load(vector, mask)
+            moments = self.moments.load(client)
+            engine.load(vector, mask, moments, control)
             clock = time.monotonic()
             lesson = self._lesson(client, number)
             done.scored = lesson.scored
@@ -115,6 +133,11 @@ class LocalRounds:
             values = engine.read()
             if not bool(torch.isfinite(values).all()):
                 raise ClientError("its values are not finite after training")
+            if control is not None:
+                done.gradient = engine.mean_gradient(trained.steps)
+            if config.local.moments == "keep":
+                so_far = int(moments[STEPS]) if moments else 0
+                moments = engine.moments(so_far + trained.steps)
         except ClientError as failure:
             done.reason = str(failure)
             return done
@@ -128,6 +151,8 @@ class LocalRounds:
                     gamma = config.sparsity.momentum
                     tensors["fisher"] = sparsity.momentum(old, trained.neurons, gamma)
                 self.personal.save(client, number, tensors)
+            if moments:
+                self.moments.save(client, number, moments)
             if self._ordered or tracks:
                 self._note(client, number, lesson, done)
         return done

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpcfed.adapters import lora
+from hpcfed.adapters import lora, prompts
+from hpcfed.adapters.base import Adapted, final_linear, full_shape, transformer_blocks
+from hpcfed.adapters.network import recompute
 from hpcfed.config import Config
 from hpcfed.deepspeed_config import zero_stage
 from hpcfed.errors import UserError
+from hpcfed.heads import Classifier, Head
 from hpcfed.rng import generator
 
 _DROPOUTS = (
@@ -36,7 +39,8 @@ _DROPOUTS = (
 class Prepared:
     """What a client needs of the model: adapted parameters, initial values, and what to export."""
 
-    adapted: lora.Adapted
+    adapted: Adapted
+    head: Head
     initial: torch.Tensor  # (layout.size,) fp32
     fresh: dict[str, torch.Tensor]  # frozen weights the checkpoint lacked, by name in the backbone
     source: str
@@ -87,42 +91,79 @@ def _unreachable(config: Config, what: str, error: Exception) -> UserError:
 
 
 def prepare(
-    config: Config, labels: tuple[str, ...], pad_id: int, ds_settings: dict[str, Any]
+    config: Config,
+    labels: tuple[str, ...],
+    pad_id: int,
+    ds_settings: dict[str, Any],
+    head: Head | None = None,
 ) -> Prepared:
-    """Load the backbone for sequence classification and add the adapter.
+    """Load the backbone for its head (by default a classifier) and add the adapter.
 
-    Values that the checkpoint does not hold (the head, and for some checkpoints a pooler) are
+    Values that the checkpoint does not hold (a classifier, and for some checkpoints a pooler) are
     drawn from the configuration's seed, so all slots and all ZeRO stages start from the same.
     Raises UserError for a model that cannot be loaded or adapted.
     """
+    spec = config.adapter
     with _sharded_at_load(ds_settings):
         model, missing = _load(config, labels, pad_id)
         layers = int(model.config.num_hidden_layers)
-        head = lora.final_linear(model, len(labels))
-        blocks = lora.transformer_blocks(model, layers)
+        trained = final_linear(model, len(labels)) if config.model.head == "classifier" else None
+        blocks = transformer_blocks(model, layers)
         std = float(getattr(model.config, "initializer_range", 0.02))
-        missing = [name for name in missing if not name.startswith(f"{head}.")]
-        inside = [name for name in missing if any(name.startswith(f"{b}.") for b in blocks)]
-        if inside:
-            raise UserError(
-                f"model.name: the checkpoint {config.model.name!r} holds no weights for "
-                f"{len(inside)} parameters of its transformer blocks (first: {inside[0]})."
-            )
+        missing = [name for name in missing if not trained or not name.startswith(f"{trained}.")]
+        _refuse_holes(config, model, missing, blocks)
+        _refuse_long_texts(config, model)
         fresh = _draw_missing(model, missing, config.seed, std)
+        if spec.kind == "lora":
+            adapted = lora.adapt(model, spec, layers, trained, std)
+        else:
+            adapted = prompts.adapt(model, spec, layers, trained, std, pad_id)
         if config.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
-        adapted = lora.adapt(model, config.adapter, layers, len(labels))
-    values = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+            recompute(adapted.blocks)
+    values = sum(getattr(p, "ds_numel", p.numel()) for p in adapted.network.parameters())
     return Prepared(
         adapted,
-        lora.initial_values(adapted.layout, config.seed, std),
+        head or Classifier(),
+        adapted.initial(config.seed),
         fresh,
         config.model.name,
         values - adapted.layout.size,
         config.model.gradient_checkpointing,
     )
+
+
+def _refuse_holes(config: Config, model: Any, missing: list[str], blocks: dict[str, str]) -> None:
+    """A checkpoint may lack what is drawn from the seed, but no layer and no language model."""
+    name = config.model.name
+    inside = [own for own in missing if any(own.startswith(f"{b}.") for b in blocks)]
+    if inside:
+        raise UserError(
+            f"model.name: the checkpoint {name!r} holds no weights for "
+            f"{len(inside)} parameters of its transformer blocks (first: {inside[0]})."
+        )
+    outside = [own for own in missing if not own.startswith(f"{model.base_model_prefix}.")]
+    if config.model.head != "classifier" and outside:
+        raise UserError(
+            f"model.name: the checkpoint {name!r} holds no language model head (first missing: "
+            f"{outside[0]}), which model.head={config.model.head} needs; use model.head=classifier "
+            "or a checkpoint with one."
+        )
+
+
+def _refuse_long_texts(config: Config, model: Any) -> None:
+    """Texts and virtual tokens must fit the positions that the model knows."""
+    known = getattr(model.config, "max_position_embeddings", None)
+    if known is None:
+        return
+    if model.config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        known -= model.config.pad_token_id + 1  # their positions start behind the padding's
+    virtual = config.adapter.virtual_tokens if config.adapter.kind != "lora" else 0
+    if config.task.max_length + virtual > known:
+        with_virtual = f" and adapter.virtual_tokens={virtual}" if virtual else ""
+        raise UserError(
+            f"task.max_length={config.task.max_length}{with_virtual} exceed the {known} positions "
+            f"of {config.model.name!r}."
+        )
 
 
 @contextlib.contextmanager
@@ -142,17 +183,26 @@ def _sharded_at_load(ds_settings: dict[str, Any]) -> Iterator[None]:
 
 def _load(config: Config, labels: tuple[str, ...], pad_id: int) -> tuple[Any, list[str]]:
     """The model, and the names of the parameters that its checkpoint lacks."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    import transformers
 
     source = resolve_name(config.model.name)
+    auto = {
+        "classifier": transformers.AutoModelForSequenceClassification,
+        "cloze": transformers.AutoModelForMaskedLM,
+        "label_words": transformers.AutoModelForCausalLM,
+    }[config.model.head]
+    classes: dict[str, Any] = {}
+    if config.model.head == "classifier":
+        named = dict(enumerate(labels))
+        classes = {
+            "num_labels": len(labels),
+            "id2label": named,
+            "label2id": {name: index for index, name in named.items()},
+        }
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.dtype]
     try:
-        hf_config = AutoConfig.from_pretrained(
-            source,
-            trust_remote_code=False,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={n: i for i, n in enumerate(labels)},
+        hf_config = transformers.AutoConfig.from_pretrained(
+            source, trust_remote_code=False, **classes
         )
         if config.model.dropout is not None:
             for attribute in _DROPOUTS:
@@ -160,7 +210,7 @@ def _load(config: Config, labels: tuple[str, ...], pad_id: int) -> tuple[Any, li
                     setattr(hf_config, attribute, config.model.dropout)
         hf_config.pad_token_id = pad_id
         hf_config.use_cache = False
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        model, report = auto.from_pretrained(
             source,
             config=hf_config,
             dtype=dtype,
@@ -184,7 +234,7 @@ def _draw_missing(
         if name not in parameters:
             continue
         parameter = parameters[name]
-        shape = lora.full_shape(parameter)
+        shape = full_shape(parameter)
         if len(shape) > 1:
             noise = generator(seed, "init", name).normal(0, std, shape)
             value = torch.from_numpy(noise).to(parameter.dtype)

@@ -11,6 +11,7 @@ from hpcfed.config import Config
 from hpcfed.data import partition, sources
 from hpcfed.data.partition import ClientRows
 from hpcfed.data.sources import TaskData
+from hpcfed.data.wordings import wording
 from hpcfed.errors import UserError
 from hpcfed.resolve import Resolved
 
@@ -54,10 +55,40 @@ def check(resolved: Resolved, ranks: int) -> Checked:
             "layers.keep=lossless needs model.dtype=fp32: bf16 rounds away the small steps that "
             "curvature is taken from; give a share."
         )
+    _check_choices(config)
     settings = deepspeed_config.load(config)
     output = output_folder(config)
     task = sources.load(config)
+    if config.model.head != "classifier":
+        wording(config, task)
     return Checked(resolved, settings, output, task, partition.partition(task, config))
+
+
+def _check_choices(config: Config) -> None:
+    """Raises UserError for options that contradict each other."""
+    kind, layers, server, local = config.adapter.kind, config.layers, config.server, config.local
+    if kind == "prompt" and layers.score != "all":
+        raise UserError(
+            f"layers.score={layers.score} chooses among layers, but adapter.kind=prompt has values "
+            "in front of the first layer only; use layers.score=all, or adapter.kind=prefix."
+        )
+    if server.optimizer != "momentum" and (server.control or server.gradient == "difference"):
+        raise UserError(
+            f"server.control and server.gradient=difference belong to server.optimizer=momentum, "
+            f"not to {server.optimizer}."
+        )
+    if server.control and local.control:
+        raise UserError(
+            "local.control and server.control are two ways to use control variates; set one."
+        )
+    if local.momentum and local.optimizer != "sgd":
+        raise UserError(
+            f"local.momentum belongs to local.optimizer=sgd; {local.optimizer} has its own."
+        )
+    if local.moments == "keep" and local.optimizer == "sgd" and not local.momentum:
+        raise UserError(
+            "local.moments=keep: plain sgd has no moments to keep; set local.momentum, or reset."
+        )
 
 
 def check_ranks(ranks: int, ranks_per_client: int) -> None:

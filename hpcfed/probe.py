@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hpcfed.client import Client
 from hpcfed.collectives import sum_in_slot
 from hpcfed.data.batches import Floats, Ids, Tokens
+from hpcfed.importance.eigenvalues import cosines, eigenvalue_score
 from hpcfed.importance.fisher import Consumer, FisherSums
 from hpcfed.importance.sensitivity import relative_change, worst_case_noise
 
@@ -26,7 +27,7 @@ def fisher_traces(client: Client, batches: Sequence[Ids], tokens: Tokens) -> Flo
     Dropout is off. Collective over the slot. Raises ClientError on all its ranks.
     """
     found = np.zeros(len(tokens))
-    sums = FisherSums([None] * len(client.linears), client.topology.device)
+    sums = FisherSums([None] * len(client.owners), client.topology.device)
     for batch in batches:
         for rows in client.shares(batch):
             sums.batch(max(len(rows), 1), 1.0)
@@ -66,7 +67,7 @@ def sensitivity(client: Client, batch: Ids, tokens: Tokens) -> Floats:
             clean, entered = client.watch.left, client.watch.entered
         assert entered is not None
         filled = rows if len(rows) else batch[:1]
-        mask = tokens.collate(filled, client.topology.device)["attention_mask"]
+        mask = client.mask(filled, tokens)
         noise = worst_case_noise(entered, slope, mask)
         with torch.no_grad(), client.watch.watch(noise):
             client.forward(rows, batch, tokens, probing=True)
@@ -76,6 +77,20 @@ def sensitivity(client: Client, batch: Ids, tokens: Tokens) -> Floats:
     return sum_in_slot(total, client.topology) / len(batch)
 
 
+def eigenvalue_scores(client: Client, batch: Ids, tokens: Tokens) -> Floats:
+    """(layers,): z[l], how alike each block makes the batch's samples. One forward; every rank of
+    the slot passes the whole batch, since each sample is compared with each.
+
+    Dropout is off. Collective over the slot. Raises ClientError on all its ranks.
+    """
+    client.probing()
+    mask = client.mask(batch, tokens)
+    with torch.no_grad(), client.watch.watch(reduce=lambda output: cosines(output, mask)):
+        client.forward(batch, batch, tokens, probing=True)
+        found = client.watch.left
+    return np.array([eigenvalue_score(own) for own in found])
+
+
 def gradient(client: Client, batch: Ids, tokens: Tokens) -> torch.Tensor:
     """(layout.size,) float64: the gradient of the batch's mean loss, from the hooks, at any stage.
 
@@ -83,7 +98,7 @@ def gradient(client: Client, batch: Ids, tokens: Tokens) -> torch.Tensor:
     """
     total = torch.zeros(client.layout.size, dtype=torch.float64)
     entries = client.layout.entries
-    owned = list(client.linears.values())
+    owned = list(client.owners.values())
 
     def consume(index: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         parts = [weight] if bias is None else [weight, bias]
@@ -155,7 +170,8 @@ def _backward(
         losses = client.forward(rows, batch, tokens, probing=True)
         entered = client.watch.entered
         assert entered is not None
-        (gradient,) = torch.autograd.grad(losses.sum(), entered)
+        ends = [entered] if client.anchor is None else [entered, client.anchor]
+        gradient, *_ = torch.autograd.grad(losses.sum(), ends)
     finally:
         client.taps.listen(None)
     return gradient

@@ -10,7 +10,7 @@ import difflib
 import operator
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,8 @@ def _preset_chain(method: Any) -> list[tuple[dict[str, Any], str]]:
             f"presets: {', '.join(known)}."
         )
     tree = _read_preset(method)
-    base = tree.pop("method", None)
+    # A setting (demo) names the `method` that it runs; a method may name another as its `base`.
+    base = tree.pop("method", None) or tree.pop("base", None)
     return [*(_preset_chain(base) if base else []), (tree, f"preset {method}")]
 
 
@@ -201,6 +202,15 @@ def _check(value: Any, hint: Any, bounds: dict[str, float], label: str) -> Any:
                 f"choose one of: {', '.join(map(str, choices))}."
             )
         return value
+    if typing.get_origin(kind) is Mapping:
+        if not isinstance(value, dict) or not all(
+            isinstance(word, str) for pair in value.items() for word in pair
+        ):
+            raise UserError(
+                f"{label} must give a text for each text, not {value!r}; mind that YAML reads yes "
+                "and no as true and false unless they stand in quotes."
+            )
+        return dict(value)
     if typing.get_origin(kind) is tuple:
         items = value if isinstance(value, list) else [value]
         if not items or not all(isinstance(item, str) for item in items):

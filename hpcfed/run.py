@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from hpcfed.adapters.lora import Adapted
+from hpcfed.adapters.base import Adapted
 from hpcfed.data.batches import Ids
 from hpcfed.evaluation import Evaluation
 from hpcfed.resolve import Resolved, describe
@@ -99,17 +99,13 @@ class RunDirectory:
         """
         folder = self.path / "adapter"
         folder.mkdir()
-        prefix = "base_model.model."
-        tensors = {
-            entry.name: values[entry.values].reshape(entry.shape).clone()
-            for entry in adapted.layout.entries
-        }
-        tensors |= {prefix + name: value.float() for name, value in fresh.items()}
+        tensors = adapted.saved(values)
+        tensors |= {adapted.prefix + name: value.float() for name, value in fresh.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = adapted.lora_config
-        config.modules_to_save = sorted(
-            {*config.modules_to_save, *(name.rpartition(".")[0] for name in fresh)}
-        )
+        config = adapted.peft_config
+        whole = tuple(f"{name}." for name in config.modules_to_save)
+        parts = {name.rpartition(".")[0] for name in fresh if not name.startswith(whole)}
+        config.modules_to_save = sorted({*config.modules_to_save, *parts})
         config.base_model_name_or_path = source
         config.inference_mode = True
         config.save_pretrained(folder)

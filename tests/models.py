@@ -37,8 +37,9 @@ ARCHITECTURES: dict[str, tuple[Any, Any, dict[str, Any], list[str]]] = {
 }  # fmt: skip
 
 
-def save(architecture: str, folder: Path, **changes: Any) -> Path:
-    """A small random model with MiniLM's tokenizer in `folder`."""
+def save(architecture: str, folder: Path, head: str = "classifier", **changes: Any) -> Path:
+    """A small random model with MiniLM's tokenizer in `folder`; it has the language model head that
+    `head` needs, if any."""
     from hpcfed.model import resolve_name
     from tests.support import MODEL
 
@@ -46,6 +47,12 @@ def save(architecture: str, folder: Path, **changes: Any) -> Path:
     config_class, model_class, settings, _ = ARCHITECTURES[architecture]
     torch.manual_seed(0)
     config = config_class(vocab_size=len(tokenizer), **{**settings, **changes})
-    model_class(config).save_pretrained(folder)
+    if head == "cloze":
+        model = transformers.AutoModelForMaskedLM.from_config(config)
+    elif head == "label_words":
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    else:
+        model = model_class(config)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

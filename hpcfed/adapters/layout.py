@@ -1,9 +1,9 @@
 """`AdapterLayout` names every trainable value once.
 
-A trainable value belongs to a block: a transformer layer ("0", "1", ...) or "head". All values lie
-in one flat fp32 vector, block after block, so a block is a slice, and packing the selected blocks
-is a concatenation of slices. Masks, Fisher, states, export and byte counts all speak layout;
-nothing else matches parameter names.
+A trainable value belongs to a block: a transformer layer ("0", "1", ...), "input" or "head". All
+values lie in one flat fp32 vector, block after block, so a block is a slice, and packing the
+selected blocks is a concatenation of slices. Masks, Fisher, states, export and byte counts all
+speak layout; nothing else matches parameter names.
 """
 
 import itertools
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 HEAD = "head"
+INPUT = "input"  # what stands in front of the first layer
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """The trainable values of a model, in order of layers, the head last."""
+    """The trainable values of a model, in order of layers: the input first, the head last."""
 
     entries: tuple[Entry, ...]
 
@@ -56,7 +57,8 @@ class AdapterLayout:
         parameters: Collection[tuple[str, str, tuple[int, ...], int | None]],
     ) -> "AdapterLayout":
         """From (block, name, shape, neuron axis) in any order; names must be unique."""
-        ordered = sorted(parameters, key=lambda p: (p[0] == HEAD, int(p[0]) if p[0] != HEAD else 0))
+        places = {HEAD: math.inf, INPUT: -1.0}
+        ordered = sorted(parameters, key=lambda p: places.get(p[0]) or float(p[0]))
         entries, offset = [], 0
         for block, name, shape, axis in ordered:
             entries.append(Entry(block, name, shape, offset, axis))

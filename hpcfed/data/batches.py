@@ -33,6 +33,7 @@ class Tokens:
     offsets: Ids
     labels: Ids
     pad_id: int
+    positions: Ids | None = None  # (n,) where a template has its gap
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,7 +45,7 @@ class Tokens:
 
     def collate(self, rows: Ids, device: torch.device) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask (and token_type_ids): (len(rows), longest row) int64, padded
-        on the right; labels: (len(rows),) int64."""
+        on the right."""
         lengths = self.lengths[rows]
         mask = np.arange(int(lengths.max())) < lengths[:, None]
         ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
@@ -55,7 +56,6 @@ class Tokens:
             types = np.zeros(mask.shape, dtype=np.int64)
             types[mask] = self.types[flat]
             batch["token_type_ids"] = types
-        batch["labels"] = self.labels[rows]
         return {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
 
 

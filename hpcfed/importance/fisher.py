@@ -1,9 +1,12 @@
-"""Per-sample gradients of linear layers from module hooks, and the Fisher information from them.
+"""Per-sample gradients of adapters from module hooks, and the Fisher information from them.
 
 For y = x W^T + b the gradient of sample s is dW_s = sum over its positions of g x^T, db_s = sum of
 g, with g the loss's gradient at y. Both x and g are at hand in an ordinary backward pass, so the
 per-sample gradients of all adapters cost a small batched product each, at every ZeRO stage, where
 param.grad holds only the batch's sum, or a rank's part of it.
+
+A module that gives every sample a copy of its own values (prompts) is simpler still: the gradient
+at a sample's copy is that sample's gradient.
 
 Positions of padding need no care: nothing that the loss sees depends on them, so their g is zero.
 The first dimension of x and y must be the samples, and samples must not touch (no batch norm).
@@ -15,13 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-# index of the module, per-sample gradients of its weight (samples, out, in) and, if it has one, of
+# index of the module, per-sample gradients of its weight (samples, *shape) and, if it has one, of
 # its bias (samples, out), fp32
 Consumer = Callable[[int, torch.Tensor, torch.Tensor | None], None]
 
 
 class PerSampleGradients:
-    """Hooks on linear modules; silent until `listen` names a consumer.
+    """Hooks on linear modules, and on modules that give each sample a copy of their weight, which
+    say so by an attribute `copies`; silent until `listen` names a consumer.
 
     The consumer gets each module's gradients once per backward, when the last of the module's uses
     in the forward has been passed, so a module used twice is added up before it is squared.
@@ -38,11 +42,15 @@ class PerSampleGradients:
             module.register_forward_hook(self._hook(index))
 
     def listen(self, consumer: Consumer | None) -> None:
-        """Call before each forward; None ends it."""
+        """Call before each forward, and `end_forward` after it; None ends it."""
         self._consumer = consumer
         self._uses = [0] * len(self._uses)
         self._sums.clear()
         self._in_backward = False
+
+    def end_forward(self) -> None:
+        """What runs from now on is backward, and what it recomputes is no further use."""
+        self._in_backward = True
 
     def _hook(self, index: int) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor | None]:
         def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
@@ -50,23 +58,30 @@ class PerSampleGradients:
                 return None
             if not self._in_backward:  # checkpointing runs forward again inside backward
                 self._uses[index] += 1
+            x = None if getattr(module, "copies", False) else inputs[0]
+            bias = getattr(module, "bias", None)
             tapped: torch.Tensor = _Tap.apply(  # type: ignore[no-untyped-call]
-                output, inputs[0], self, index, module.bias
+                output, x, self, index, bias
             )
             return tapped
 
         return hook
 
-    def receive(self, index: int, x: torch.Tensor, grad: torch.Tensor, has_bias: bool) -> None:
+    def receive(
+        self, index: int, x: torch.Tensor | None, grad: torch.Tensor, has_bias: bool
+    ) -> None:
         """One use of a module has been passed in backward."""
-        self._in_backward = True
         if self._consumer is None:
             return
         rows = len(grad)
-        grad = grad.reshape(rows, -1, grad.shape[-1]).float()
-        x = x.reshape(rows, -1, x.shape[-1]).float()
-        weight = torch.bmm(grad.transpose(1, 2), x)
-        bias = grad.sum(1) if has_bias else None
+        bias = None
+        if x is None:
+            weight = grad.float()
+        else:
+            grad = grad.reshape(rows, -1, grad.shape[-1]).float()
+            x = x.reshape(rows, -1, x.shape[-1]).float()
+            weight = torch.bmm(grad.transpose(1, 2), x)
+            bias = grad.sum(1) if has_bias else None
         if index in self._sums:
             old_weight, old_bias = self._sums.pop(index)
             weight += old_weight
@@ -90,7 +105,7 @@ class _Tap(torch.autograd.Function):
     def forward(
         ctx: Any,
         output: torch.Tensor,
-        x: torch.Tensor,
+        x: torch.Tensor | None,
         taps: PerSampleGradients,
         index: int,
         bias: torch.Tensor | None,
@@ -103,7 +118,7 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (grad,) = grads
         (x,) = ctx.saved_tensors
-        ctx.taps.receive(ctx.index, x.detach(), grad.detach(), ctx.has_bias)
+        ctx.taps.receive(ctx.index, x, grad.detach(), ctx.has_bias)
         return grad, None, None, None, None
 
 
@@ -111,8 +126,8 @@ class FisherSums:
     """A consumer that squares: the diagonal empirical Fisher of the batch, in two summaries.
 
     trace (samples,): sum over all values of (d log p(y_s|s) / d value)^2, the difficulty D(s).
-    neurons[i] (n,): the squares of module i summed over samples and over each neuron's values, a
-    neuron being a row (axis 0) or a column (axis 1) of the weight; axis None: not wanted.
+    neurons[i] (n,): the squares of module i summed over samples and over each neuron's values, the
+    neurons being the entries along this axis of the weight; axis None: not wanted.
     """
 
     def __init__(self, axes: Sequence[int | None], device: torch.device) -> None:
@@ -130,7 +145,8 @@ class FisherSums:
     def __call__(self, index: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Consume one module's per-sample gradients."""
         axis = self._axes[index]
-        squares = weight.square().sum(1 if axis == 1 else 2) * self._factor  # (samples, neurons)
+        others = [d for d in range(1, weight.ndim) if d != 1 + (axis or 0)]
+        squares = weight.square().sum(others) * self._factor  # (samples, neurons)
         self.trace += squares.sum(1)
         if bias is not None:
             self.trace += bias.square().sum(1) * self._factor

@@ -4,7 +4,7 @@ FibecFed scores layers by noise on the input and the difference in each layer's 
 are our reading. e is the input of the first block (the embeddings after their LayerNorm).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,14 +20,22 @@ class BlockWatch:
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.blocks = blocks
         self._noise: torch.Tensor | None = None
+        self._reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.entered: torch.Tensor | None = None
         self.left: list[torch.Tensor] = []
 
     @contextmanager
-    def watch(self, noise: torch.Tensor | None = None, outputs: bool = True) -> Iterator[None]:
-        """During it, `entered` is differentiable, `left` collects the outputs if wanted, and
-        `noise` (samples, positions, hidden) is added to what enters the first block."""
+    def watch(
+        self,
+        noise: torch.Tensor | None = None,
+        outputs: bool = True,
+        reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> Iterator[None]:
+        """During it, `entered` is differentiable, `left` collects the outputs if wanted, or what
+        `reduce` makes of each, and `noise` (samples, positions, hidden) is added to what enters the
+        first block."""
         self._noise, self.entered, self.left = noise, None, []
+        self._reduce = reduce
         handles = [self.blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)]
         if outputs:
             handles += [block.register_forward_hook(self._leave) for block in self.blocks]
@@ -55,7 +63,8 @@ class BlockWatch:
         return None
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.left.append((output[0] if isinstance(output, tuple) else output).detach())
+        hidden = (output[0] if isinstance(output, tuple) else output).detach()
+        self.left.append(self._reduce(hidden) if self._reduce else hidden)
 
 
 def worst_case_noise(

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+# Scores that are measured on clients.
+SCORED = ("sensitivity", "eigenvalue")
+
 
 def count(share: float, layers: int) -> int:
     """clip(round(share * L), 1, L), halves rounded up."""
@@ -21,7 +24,7 @@ def choose(
 ) -> list[str]:
     """The shared layers, in the model's order: `all` of them, else `number` of the L.
 
-    `sensitivity` takes those with the highest scores (L,), ties to the lower layer.
+    `sensitivity` and `eigenvalue` take those with the highest scores (L,), ties to the lower.
     """
     if score == "all":
         return list(layers)
@@ -31,7 +34,7 @@ def choose(
         return list(layers[-number:])
     if score == "random":
         picks = np.sort(rng.permutation(len(layers))[:number])
-    elif score == "sensitivity":
+    elif score in SCORED:
         assert scores is not None
         picks = np.sort(np.argsort(-scores, kind="stable")[:number])
     else:

@@ -15,10 +15,18 @@ from hpcfed.cli import quiet
 from hpcfed.client import Client
 from hpcfed.config import Config, Local
 from hpcfed.data.batches import Tokens
+from hpcfed.data.wordings import Wording
+from hpcfed.heads import Classifier, Cloze, LabelWords
 from hpcfed.resolve import resolve
 from hpcfed.topology import Topology, connect_slots, connect_world
 
 LABELS = ("a", "b", "c")  # an odd number: partitions of the head are uneven
+_WORDING = Wording(("{a}", "<mask>"), LABELS)
+HEADS = {
+    "classifier": Classifier(),
+    "cloze": Cloze(_WORDING, (1500, 1600, 1700)),
+    "label_words": LabelWords(_WORDING, ((1500,), (1600, 1601), (1700, 1500, 1602))),
+}
 
 
 def main() -> None:
@@ -44,7 +52,7 @@ def main() -> None:
 def build(config: Config, local: Local, topology: Topology) -> Client:
     """A client with these local settings."""
     settings = deepspeed_config.load(replace(config, local=local))
-    prepared = model.prepare(config, LABELS, 0, settings)
+    prepared = model.prepare(config, LABELS, 0, settings, HEADS[config.model.head])
     return Client(prepared, local, settings, topology)
 
 
@@ -54,7 +62,8 @@ def some_tokens(rows: int = 20, longest: int = 9) -> Tokens:
     lengths = rng.integers(3, longest + 1, rows)
     ids = rng.integers(1000, 2000, lengths.sum()).astype(np.int32)
     labels = rng.integers(0, len(LABELS), rows)
-    return Tokens(ids, None, np.concatenate([[0], np.cumsum(lengths)]), labels, 0)
+    gaps = np.random.default_rng(1).integers(0, lengths)
+    return Tokens(ids, None, np.concatenate([[0], np.cumsum(lengths)]), labels, 0, gaps)
 
 
 def check_values(config: Config, topology: Topology) -> None:

@@ -17,7 +17,7 @@ from hpcfed.config import Config
 from hpcfed.probe import fisher_traces, gradient, hessian_product, sensitivity
 from hpcfed.resolve import resolve
 from hpcfed.topology import Topology, connect_slots, connect_world
-from tests.mpi.engine import LABELS, build, some_tokens
+from tests.mpi.engine import HEADS, LABELS, build, some_tokens
 from tests.mpi.slow import Plain
 
 ROWS = 13
@@ -33,12 +33,17 @@ def main() -> None:
     for case in json.loads(Path(sys.argv[1]).read_text()):
         config = resolve("lora-fedavg", case["overrides"]).config
         topology = topology or connect_slots(world, config.cluster)
-        plain = Plain(config, LABELS)
+        plain = Plain(config, LABELS, HEADS[config.model.head])
         torch.manual_seed(1)
         vector = torch.randn(plain.layout.size) * 0.3
         check_fisher(config, plain, vector, topology)
-        check_frozen(config, plain, vector, topology)
         check_curvature(config, plain, vector, topology)
+        if config.adapter.kind != "prompt":
+            check_frozen(config, plain, vector, topology)
+        if config.adapter.kind == "lora" and config.model.head == "classifier":
+            # What surrounds a step knows nothing of adapters and heads.
+            check_corrections(config, plain, vector, topology)
+            check_moments(config, vector, topology)
         if "zero3" in case["name"]:
             check_silence(config, vector, topology)
         if world.rank == 0:
@@ -55,7 +60,11 @@ def close(found: object, wanted: object, what: str) -> None:
 def check_fisher(config: Config, plain: Plain, vector: torch.Tensor, topology: Topology) -> None:
     """Own pass, training pass and sensitivity equal loops over single samples."""
     tokens = some_tokens(ROWS, 11)
-    gradients = torch.stack([plain.gradient(vector, row, tokens) for row in range(len(tokens))])
+    exactly = Plain(config, LABELS, HEADS[config.model.head])
+    exactly.network.double()
+    gradients = torch.stack(
+        [exactly.gradient(vector.double(), row, tokens) for row in range(len(tokens))]
+    )
     wanted = gradients.double().square().sum(1).numpy()
 
     client = build(config, replace(config.local, lr=0.0, optimizer="sgd"), topology)
@@ -72,7 +81,7 @@ def check_fisher(config: Config, plain: Plain, vector: torch.Tensor, topology: T
     counts = torch.tensor([1.0] * 5 + [2.0] * 8)  # batches 1 and 2 were trained on twice
     mean = (gradients.square() * counts[:, None]).sum(0) / counts.sum()
     neurons = [
-        mean[e.values].reshape(e.shape).sum(1 - e.neuron_axis)
+        mean[e.values].reshape(e.shape).movedim(e.neuron_axis, 0).flatten(1).sum(1)
         for e in plain.layout.entries
         if e.neuron_axis is not None
     ]
@@ -104,7 +113,7 @@ def check_curvature(config: Config, plain: Plain, vector: torch.Tensor, topology
     batch = BATCHES[1]
     torch.manual_seed(3)
     direction = torch.randint(0, 2, (plain.layout.size,)).double() * 2 - 1
-    exactly = Plain(config, LABELS)
+    exactly = Plain(config, LABELS, HEADS[config.model.head])
     exactly.network.double()
 
     def slope(at: torch.Tensor) -> torch.Tensor:
@@ -159,6 +168,73 @@ def check_frozen(config: Config, plain: Plain, vector: torch.Tensor, topology: T
         client.train(BATCHES, tokens, 0)
         free = client.read()
         assert float((free != vector).float()[~trainable].mean()) > 0.9, "still frozen"
+        client.close()
+
+
+def check_corrections(
+    config: Config, plain: Plain, vector: torch.Tensor, topology: Topology
+) -> None:
+    """Proximal term and control variate move the values as in a plain loop that adds them to the
+    clipped gradient, also under a mask; the mean gradient is that of the loop, without them."""
+    tokens = some_tokens(ROWS, 11)
+    rng = np.random.default_rng(4)
+    layout, lr, clip, mu = plain.layout, 0.1, 0.2, 0.7
+    chosen = rng.random(layout.neurons[-1].stop) < 0.5
+    chosen[0] = True
+    trainable = layout.expand(torch.from_numpy(chosen))
+    control = torch.from_numpy(rng.normal(0, 0.05, layout.size)).float()
+    local = replace(config.local, optimizer="sgd", lr=lr, clip=clip, proximal=mu)
+    client = build(config, local, topology)
+    for mask in (None, trainable):
+        client.load(vector, mask, control=control)
+        client.train(BATCHES, tokens, 0)
+        found = client.read()
+        mean = client.mean_gradient(len(BATCHES))
+        kept = torch.ones(layout.size) if mask is None else mask.float()
+        wanted, gradients = vector.clone(), []
+        for batch in BATCHES:
+            leaf = wanted.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(plain.losses(leaf, batch, tokens).mean(), leaf)
+            slope = slope * kept
+            slope = slope * min(1.0, clip / float(slope.norm()))
+            gradients.append(slope)
+            wanted = wanted - lr * kept * (slope + control + mu * (wanted - vector))
+        wanted_mean = torch.stack(gradients).mean(0)
+        error = float((mean - wanted_mean).norm() / wanted_mean.norm())
+        assert error <= 1e-5, f"mean gradient: {error:.1e} off"
+        error = float((found - wanted).norm() / (wanted - vector).norm())
+        assert error <= 1e-5, f"corrected steps: {error:.1e} from the plain loop"
+        if mask is not None:
+            assert torch.equal(found[~mask], vector[~mask])
+    client.load(vector)
+    client.train(BATCHES, tokens, 0)
+    without = client.read()
+    assert not torch.allclose(without, found), "the control vector outlived its client"
+    client.close()
+
+
+def check_moments(config: Config, vector: torch.Tensor, topology: Topology) -> None:
+    """A round cut in two, its moments kept in between while another client trains, ends with the
+    bits of the whole; without its moments it does not."""
+    tokens = some_tokens(ROWS, 11)
+    for name, momentum in (("adamw", 0.0), ("adam", 0.0), ("sgd", 0.9)):
+        local = replace(config.local, optimizer=name, lr=1e-2, momentum=momentum, weight_decay=0.01)
+        client = build(config, local, topology)
+        client.load(vector)
+        client.train([*BATCHES, *BATCHES], tokens, 0)
+        wanted = client.read()
+        client.load(vector)
+        client.train(BATCHES, tokens, 0)
+        half = client.read()
+        moments = client.moments(len(BATCHES))
+        client.load(vector * 2)
+        client.train(BATCHES, tokens, 0)
+        client.load(half, moments=moments)
+        client.train(BATCHES, tokens, 0)
+        assert torch.equal(client.read(), wanted), f"{name}: moments were lost"
+        client.load(half)
+        client.train(BATCHES, tokens, 0)
+        assert not torch.equal(client.read(), wanted)
         client.close()
 
 

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpcfed import model
+from hpcfed import heads, model
 from hpcfed.config import Config
 from hpcfed.data import partition, sources
-from hpcfed.data.batches import form_batches, tokenize
+from hpcfed.data.batches import form_batches
 from hpcfed.policies.sampling import sample
 from hpcfed.rng import generator
+from tests.mpi.slow import obvious_losses
 
 
 def federated_average(config: Config) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -21,9 +22,10 @@ def federated_average(config: Config) -> tuple[torch.Tensor, torch.Tensor, list[
     task = sources.load(config)
     rows = partition.partition(task, config)
     tokenizer = model.load_tokenizer(config)
-    tokens = tokenize(task.train, tokenizer, config.task.max_length)
+    head = heads.build(config, task, tokenizer)
+    tokens = head.encode(task.train, tokenizer, config.task.max_length)
     prepared = model.prepare(config, task.labels, tokens.pad_id, {})
-    network, parameters = prepared.adapted.model, prepared.adapted.parameters
+    network, parameters = prepared.adapted.network, prepared.adapted.parameters
     network.train()  # dropout is off by configuration
     shared = prepared.initial.clone()
     sizes = []
@@ -39,9 +41,7 @@ def federated_average(config: Config) -> tuple[torch.Tensor, torch.Tensor, list[
                 for batch in form_batches(
                     rows[client].train, tokens.lengths, config.local.batch_size, rng
                 ):
-                    inputs = tokens.collate(batch, torch.device("cpu"))
-                    labels = inputs.pop("labels")
-                    loss = nn.functional.cross_entropy(network(**inputs).logits, labels)
+                    loss = obvious_losses(network, head, batch, tokens).mean()
                     optimizer.zero_grad()
                     loss.backward()
                     if config.local.clip:

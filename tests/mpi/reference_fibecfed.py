@@ -59,7 +59,7 @@ class Reference:
         shared = found.initial.clone()
         for number in range(config.federation.rounds):
             if number == config.curriculum.warmup:
-                self.choose_layers(shared)
+                self.choose_layers(found.initial)
                 if config.curriculum.when == "start":
                     for k in range(config.federation.clients):
                         self.score(k, number, shared)

@@ -1,5 +1,7 @@
 """The obvious versions: one sample at a time, no padding, plain PyTorch, none of hpcfed's hooks."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,17 +11,56 @@ from torch import nn
 from hpcfed import model
 from hpcfed.config import Config
 from hpcfed.data.batches import Ids, Tokens
+from hpcfed.heads import Classifier, Head, LabelWords
 
 CPU = torch.device("cpu")
+
+
+def obvious_losses(
+    network: Callable[..., torch.Tensor], head: Head, rows: Ids, tokens: Tokens
+) -> torch.Tensor:
+    """(len(rows),) losses from logits at all positions; each row by itself, without padding."""
+    found = []
+    for row in rows:
+        ids = tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]].tolist()
+        label = int(tokens.labels[row])
+        if isinstance(head, LabelWords):
+            ids = ids + list(head.words[label])
+        batch = torch.tensor([ids])
+        inputs = {"input_ids": batch, "attention_mask": torch.ones_like(batch)}
+        if tokens.types is not None:
+            types = tokens.types[tokens.offsets[row] : tokens.offsets[row + 1]]
+            inputs["token_type_ids"] = torch.tensor([types.tolist()])
+        logits = network(**inputs)[0]
+        text = logits[-len(ids) :]  # virtual tokens may stand in front
+        if isinstance(head, Classifier):
+            wanted, picked = [label], logits[None]
+        elif isinstance(head, LabelWords):
+            wanted = list(head.words[label])
+            picked = text[len(ids) - 1 - len(wanted) : len(ids) - 1]
+        else:
+            assert tokens.positions is not None
+            wanted, picked = [head.words[label]], text[int(tokens.positions[row])][None]
+        found.append(nn.functional.cross_entropy(picked, torch.tensor(wanted)))
+    return torch.stack(found)
+
+
+def _blocks(backbone: Any) -> Any:
+    if hasattr(backbone, "encoder"):
+        return backbone.encoder.layer
+    return backbone.h if hasattr(backbone, "h") else backbone.layers
 
 
 class Plain:
     """The adapted model, unsharded, as one function of its trainable vector."""
 
-    def __init__(self, config: Config, labels: tuple[str, ...]) -> None:
-        prepared = model.prepare(config, labels, 0, {})
+    def __init__(self, config: Config, labels: tuple[str, ...], head: Head | None = None) -> None:
+        plain = replace(config.model, gradient_checkpointing=False)
+        prepared = model.prepare(replace(config, model=plain), labels, 0, {})
+        self.head = head or Classifier()
+        self.initial = prepared.initial
         self.layout = prepared.adapted.layout
-        self.network = prepared.adapted.model.eval()
+        self.network = prepared.adapted.network.eval()
         names = {id(p): name for name, p in self.network.named_parameters()}
         self._names = [names[id(p)] for p in prepared.adapted.parameters]
 
@@ -29,10 +70,12 @@ class Plain:
             name: vector[entry.values].reshape(entry.shape)
             for name, entry in zip(self._names, self.layout.entries, strict=True)
         }
-        inputs = tokens.collate(rows, CPU)
-        labels = inputs.pop("labels")
-        output = torch.func.functional_call(self.network, values, kwargs=inputs)
-        return nn.functional.cross_entropy(output.logits, labels, reduction="none")
+
+        def network(**inputs: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = torch.func.functional_call(self.network, values, kwargs=inputs)
+            return logits
+
+        return obvious_losses(network, self.head, rows, tokens)
 
     def gradient(self, vector: torch.Tensor, row: int, tokens: Tokens) -> torch.Tensor:
         """(size,) of one sample's loss."""
@@ -60,6 +103,25 @@ class Plain:
         result[trainable] = free.detach()
         return result
 
+    def outputs(self, vector: torch.Tensor, row: int, tokens: Tokens) -> list[torch.Tensor]:
+        """(positions, hidden) of each block, for one sample without padding."""
+        seen: list[torch.Tensor] = []
+        handles = [
+            block.register_forward_hook(
+                lambda m, a, out: seen.append((out[0] if isinstance(out, tuple) else out)[0])
+            )
+            for block in _blocks(self._backbone())
+        ]
+        with torch.no_grad():
+            self.losses(vector, np.array([row]), tokens)
+        for handle in handles:
+            handle.remove()
+        return seen
+
+    def _backbone(self) -> Any:
+        inner: Any = self.network.backbone
+        return (inner.get_base_model() if hasattr(inner, "peft_config") else inner).base_model
+
     def sensitivity(self, vector: torch.Tensor, row: int, tokens: Tokens) -> list[float]:
         """Relative change of each block's output under noise of 0.05 ||e|| along the gradient at
         the embeddings, one sample without padding."""
@@ -67,11 +129,11 @@ class Plain:
             for name, entry in zip(self._names, self.layout.entries, strict=True):
                 part = vector[entry.values].reshape(entry.shape)
                 self.network.get_parameter(name).copy_(part)
-        inputs = tokens.collate(np.array([row]), CPU)
-        labels = inputs.pop("labels")
-        backbone = self.network.get_base_model().base_model  # type: ignore[operator, union-attr]
-        blocks = backbone.encoder.layer if hasattr(backbone, "encoder") else backbone.layers
-        embeddings = getattr(backbone, "embeddings", None) or backbone.embed_tokens
+        rows = np.array([row])
+        backbone = self._backbone()
+        blocks = _blocks(backbone)
+        names = ("embeddings", "embed_tokens", "drop")
+        embeddings = next(getattr(backbone, own) for own in names if hasattr(backbone, own))
         noise = torch.zeros(1)
         seen: list[torch.Tensor] = []
 
@@ -84,11 +146,11 @@ class Plain:
 
         handles = [embeddings.register_forward_hook(enter)]
         handles += [block.register_forward_hook(leave) for block in blocks]
-        loss = nn.functional.cross_entropy(self.network(**inputs).logits, labels)
+        loss = obvious_losses(self.network, self.head, rows, tokens).sum()
         (entered, *clean), seen = seen, []
         (gradient,) = torch.autograd.grad(loss, entered)
         noise = 0.05 * entered.norm() * gradient / gradient.norm()
-        self.network(**inputs)
+        obvious_losses(self.network, self.head, rows, tokens)
         for handle in handles:
             handle.remove()
         return [

@@ -52,6 +52,23 @@ def alone(*words, **variables):
         (["deepspeed=pyproject.toml"], ["pyproject.toml", "not valid JSON"]),
         (["adapter.targets=[q_proj]"], ["'q_proj'", "legal targets", "query"]),
         (["task.name=other"], ["train.jsonl", "data.root"]),
+        (["adapter.kind=prompt", "layers.score=last"], ["adapter.kind=prompt", "layers.score=all"]),
+        (["server.control=true"], ["server.control", "server.optimizer=momentum"]),
+        (["local.momentum=0.9", "local.optimizer=adam"], ["local.momentum", "sgd"]),
+        (["local.moments=keep", "local.optimizer=sgd"], ["local.moments", "no moments to keep"]),
+        (
+            ["local.control=true", "server.control=true", "server.optimizer=momentum"],
+            ["local.control", "set one"],
+        ),
+        (["model.head=cloze"], ["model.head=cloze", "task.template", "task.verbalizer"]),
+        (
+            ["model.head=cloze", "task.template='{a} <mask>'", "task.verbalizer={yes: a, no: b}"],
+            ["task.verbalizer", "in quotes"],
+        ),
+        (
+            ["adapter.kind=prefix", "adapter.virtual_tokens=500"],
+            ["512 positions", "virtual_tokens"],
+        ),
         (["output=x/{nowhere}"], ["{task} and {method}"]),
         (["output=pyproject.toml"], ["exists already", "output="]),
     ],

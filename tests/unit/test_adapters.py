@@ -74,7 +74,7 @@ def test_lora_in_every_layer_and_only_the_final_linear_of_the_head(prepared):
         own = [e for e in layout.entries if e.block == layer]
         assert len(own) == 2 * len(config.adapter.targets)
         assert all(f".{layer}." in e.name for e in own)
-    trainable = sum(p.numel() for p in found.adapted.model.parameters() if p.requires_grad)
+    trainable = sum(p.numel() for p in found.adapted.network.parameters() if p.requires_grad)
     assert trainable == layout.size
 
 
@@ -110,7 +110,7 @@ def test_the_saved_adapter_loads_and_gives_the_same_logits(prepared, tmp_path):
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
     batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
     with torch.no_grad():
-        wanted = adapted.model.eval()(**batch).logits
+        wanted = adapted.network.eval()(**batch)
         assert torch.allclose(loaded(**batch).logits, wanted, atol=1e-5)
     assert wanted.std() > 1e-4
 
@@ -129,7 +129,7 @@ def test_dropout_overrides_the_models_own(tmp_path):
     folder = models.save("bert", tmp_path, hidden_dropout_prob=0.3)
     for dropout, wanted in ((None, {0.0, 0.3}), (0.0, {0.0}), (0.2, {0.2})):
         config = Config(model=Model(name=str(folder), dropout=dropout))
-        network = model.prepare(config, LABELS, 0, {}).adapted.model
+        network = model.prepare(config, LABELS, 0, {}).adapted.network
         found = {m.p for n, m in network.named_modules() if isinstance(m, torch.nn.Dropout)}
         assert found - {0.0} == wanted - {0.0}
 
@@ -164,6 +164,6 @@ def test_missing_frozen_weights_are_seeded(prepared):
     again = model.prepare(config, LABELS, 0, {}).fresh
     assert found.fresh.keys() == again.keys()
     assert all(torch.equal(v, again[n]) for n, v in found.fresh.items())
-    if "Roberta" in type(found.adapted.model.get_base_model()).__name__:
+    if "Roberta" in type(found.adapted.network.backbone.get_base_model()).__name__:
         assert any("classifier.dense" in name for name in found.fresh)
         assert np.isclose(float(found.fresh["classifier.dense.weight"].std()), 0.02, rtol=0.2)

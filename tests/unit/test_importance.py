@@ -1,10 +1,15 @@
 """Per-sample gradients and worst-case noise against obvious versions, without an engine."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from hpcfed.adapters.prompts import Copies
+from hpcfed.importance.eigenvalues import cosines, eigenvalue_score
 from hpcfed.importance.fisher import FisherSums, PerSampleGradients
 from hpcfed.importance.sensitivity import (
     RADIUS,
@@ -48,7 +53,9 @@ def test_a_module_used_twice_and_recomputed(recompute):
     for _ in range(2):  # the second pass must not remember the first
         taps.listen(sums)
         sums.batch(4, scale)
-        (network(x).sum() * scale).backward()
+        loss = network(x).sum() * scale
+        taps.end_forward()
+        loss.backward()
     taps.listen(None)
     columns, rows, wanted = torch.zeros(5), torch.zeros(6), []
     for sample in x:
@@ -70,7 +77,9 @@ def test_silent_hooks_change_no_gradient():
         taps = PerSampleGradients([network.first, network.shared, network.head])
         if listening:
             taps.listen(lambda *_: None)
-        network(torch.ones(2, 3, 5)).sum().backward()
+        loss = network(torch.ones(2, 3, 5)).sum()
+        taps.end_forward()
+        loss.backward()
         found.append([p.grad for p in network.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -145,3 +154,51 @@ def test_linear_layers_with_a_known_answer():
     assert torch.allclose(found[0], torch.full((2, 3), RADIUS), rtol=1e-4)
     assert torch.equal(*found)
     assert not watch.left and watch.entered is None, "nothing is kept alive"
+
+
+def test_the_eigenvalue_score_against_numpy():
+    """Outputs of different lengths: padding counts for nothing, wherever it lies."""
+    rng = np.random.default_rng(0)
+    for samples in (1, 2, 5, 8):
+        outputs = rng.normal(size=(samples, 6, 4)).astype(np.float32)
+        lengths = rng.integers(1, 7, samples)
+        mask = np.arange(6) < lengths[:, None]
+        flat = (outputs * mask[:, :, None]).reshape(samples, -1).astype(np.float64)
+        c = np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a in flat] for b in flat])
+        lam = np.maximum(np.linalg.eigvals(c).real, 0) + 1e-5
+        wanted = float(np.sum(np.log(lam) + 1 / lam))
+        found = cosines(torch.from_numpy(outputs), torch.from_numpy(mask))
+        assert np.allclose(found.numpy(), c)
+        assert eigenvalue_score(found) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 8])
+def test_the_eigenvalue_score_bears_samples_that_are_the_same(samples):
+    same = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0)).expand(samples, 3, 4)
+    found = eigenvalue_score(cosines(same, torch.ones(samples, 3)))
+    wanted = math.log(samples) + 1 / samples + (samples - 1) * (math.log(1e-5) + 1e5)
+    assert found == pytest.approx(wanted, rel=1e-3)
+    assert math.isfinite(eigenvalue_score(cosines(same * 0, torch.ones(samples, 3))))
+
+
+def test_alike_samples_score_higher():
+    torch.manual_seed(0)
+    apart, mask = torch.randn(5, 3, 8), torch.ones(5, 3)
+    alike = apart[:1] + 0.1 * apart
+    assert eigenvalue_score(cosines(alike, mask)) > eigenvalue_score(cosines(apart, mask))
+
+
+def test_a_copys_gradient_is_its_samples():
+    copies = Copies((3, 2, 4), torch.float32)
+    nn.init.normal_(copies.weight)
+    taps = PerSampleGradients([copies])
+    sums = FisherSums([0], torch.device("cpu"))
+    x = torch.randn(5, 3, 2, 4)
+    taps.listen(sums)
+    sums.batch(5, 1.0)
+    loss = (copies(torch.zeros(5, requires_grad=True)) * x).square().sum()
+    taps.end_forward()
+    loss.backward()
+    gradients = 2 * copies.weight.detach() * x.square()
+    assert torch.allclose(sums.trace, gradients.square().flatten(1).sum(1))
+    assert torch.allclose(sums.neurons[0], gradients.square().sum((0, 2, 3)))

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
-from hpcfed import deepspeed_config, server
+from hpcfed import deepspeed_config
 from hpcfed.config import Cluster, Config, Local, Model
 from hpcfed.errors import UserError
 from hpcfed.policies.layers import choose
@@ -50,11 +49,6 @@ def test_spreading_is_complete_balanced_and_longest_first():
         loads = [sum(costs[k] for k in lane) for lane in lanes]
         assert max(loads) <= 4 / 3 * max(sum(costs.values()) / slots, max(costs.values()))
     assert spread({1: 5}, 3) == [[1], [], []]
-
-
-def test_the_mean_is_the_next_value():
-    mean = torch.randn(5)
-    assert torch.equal(server.step(torch.zeros(5), mean, "mean"), mean)
 
 
 def test_draws_depend_on_every_part_of_their_purpose():

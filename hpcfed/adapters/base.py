@@ -1,0 +1,154 @@
+"""What every adapter is made of: the adapted model, its layout, and how it is saved."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from hpcfed.adapters.layout import HEAD, AdapterLayout
+from hpcfed.errors import UserError
+from hpcfed.rng import generator
+
+# (rng, shape) -> where a parameter's values start
+Draw = Callable[[np.random.Generator, tuple[int, ...]], npt.NDArray[np.float64]]
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> Any:
+    """N(0, std)."""
+    return rng.normal(0, std, shape)
+
+
+def zero(rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
+    """Nothing drawn."""
+    return np.zeros(shape)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A trainable parameter: its block, its name where PEFT saves it, the module it belongs to,
+    where its values start, and the axis of its neurons (None: it is never masked)."""
+
+    block: str
+    name: str
+    parameter: nn.Parameter
+    owner: nn.Module
+    draw: Draw
+    neuron_axis: int | None = None
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A network with its trainable parameters.
+
+    network(positions=None, **inputs) gives logits. found: the parameters, in layout order. blocks:
+    the transformer's blocks. lead: virtual tokens in front of every text inside the network.
+    prefix: of the names under which PEFT saves the model's own weights.
+    """
+
+    network: nn.Module
+    found: tuple[Found, ...]
+    layout: AdapterLayout
+    blocks: tuple[nn.Module, ...]
+    peft_config: Any  # peft.PeftConfig
+    prefix: str
+    lead: int = 0
+    columns: bool = False  # PEFT keeps the blocks as columns of one embedding
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """In layout order."""
+        return tuple(own.parameter for own in self.found)
+
+    def initial(self, seed: int) -> torch.Tensor:
+        """(layout.size,) fp32: the values that training starts from."""
+        vector = np.zeros(self.layout.size, dtype=np.float32)
+        for own, entry in zip(self.found, self.layout.entries, strict=True):
+            drawn = own.draw(generator(seed, "init", entry.name), entry.shape)
+            vector[entry.values] = drawn.ravel()
+        return torch.from_numpy(vector)
+
+    def saved(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Values (layout.size,) as the tensors of a PEFT checkpoint."""
+        tensors = {
+            entry.name: values[entry.values].reshape(entry.shape).clone()
+            for entry in self.layout.entries
+        }
+        if self.columns:
+            parts = [
+                tensors.pop(entry.name).flatten(1)
+                for entry in self.layout.entries
+                if entry.block != HEAD
+            ]
+            tensors["prompt_embeddings"] = torch.cat(parts, dim=1)
+        return tensors
+
+
+def lay_out(found: list[Found]) -> tuple[AdapterLayout, tuple[Found, ...]]:
+    """The layout of these parameters, and they in its order."""
+    layout = AdapterLayout.build(
+        [(own.block, own.name, full_shape(own.parameter), own.neuron_axis) for own in found]
+    )
+    by_name = {own.name: own for own in found}
+    return layout, tuple(by_name[entry.name] for entry in layout.entries)
+
+
+def transformer_blocks(model: nn.Module, layers: int) -> dict[str, str]:
+    """Module name of each transformer block -> its block name "0", "1", ...
+
+    The stack is the ModuleList with as many entries as the model has layers.
+    """
+    blocks: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
+            for index in range(layers):
+                blocks[f"{name}.{index}"] = str(len(blocks))
+    if not blocks:
+        raise UserError(
+            f"No stack of {layers} transformer blocks found in {type(model).__name__}; "
+            "this architecture is not supported."
+        )
+    return blocks
+
+
+def block_of(name: str, blocks: dict[str, str]) -> str | None:
+    """The block that a module or parameter of this name lies in."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((blocks[prefix] for prefix in prefixes if prefix in blocks), None)
+
+
+def final_linear(model: nn.Module, labels: int) -> str:
+    """Name of the classifier: the last linear layer with one output per label."""
+    heads = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == labels
+    ]
+    if not heads:
+        raise UserError(
+            f"{type(model).__name__} has no linear layer with {labels} outputs to use as the head."
+        )
+    return heads[-1]
+
+
+def train_head(model: nn.Module, head: str | None, prefix: str, std: float) -> list[Found]:
+    """Make the final linear layer of this name, if any, trainable: weight N(0, std), bias 0."""
+    if head is None:
+        return []
+    owner = model.get_submodule(head)
+    found = []
+    for name, parameter in owner.named_parameters():
+        parameter.requires_grad_(True)
+        draw = partial(normal, std=std) if len(full_shape(parameter)) > 1 else zero
+        found.append(Found(HEAD, f"{prefix}{head}.{name}", parameter, owner, draw))
+    return found
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of a parameter, also where ZeRO-3 has partitioned it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,0 +1,76 @@
+"""The network that an engine runs: backbone, prompts in front of it, logits only where wanted."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Network(nn.Module):
+    """A Hugging Face model, adapted, as one function of token ids.
+
+    backbone: the model, or PEFT's wrapper around it; inner: the model itself. prompts rewrites the
+    inputs, see hpcfed.adapters.prompts.
+
+    anchor: zeros (samples,) of the last forward, which prompts add to their values. Nothing in
+    front of a prompt depends on the text, so this is where a backward pass through prompts ends
+    that shall not end in parameters; and ZeRO-3 learns from it that a prompt's backward is over.
+    """
+
+    def __init__(self, backbone: nn.Module, inner: Any, prompts: nn.Module | None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.prompts = prompts
+        self.anchor: torch.Tensor | None = None
+        self._positions: torch.Tensor | None = None
+        inner.base_model.register_forward_hook(self._pick)
+
+    def forward(
+        self, positions: torch.Tensor | None = None, **inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits: (samples, classes) of a classifier; of a language model (samples, n, vocabulary)
+        at `positions` (samples, n) of the text, or at all of them.
+
+        inputs: input_ids, attention_mask (samples, longest) and perhaps token_type_ids.
+        """
+        prepared: dict[str, Any] = dict(inputs)
+        lead = 0
+        if self.prompts is not None:
+            ids = inputs["input_ids"]
+            self.anchor = torch.zeros(
+                len(ids), device=ids.device, requires_grad=torch.is_grad_enabled()
+            )
+            prepared = self.prompts(inputs, self.anchor)
+            lead = prepared["input_ids"].shape[1] - ids.shape[1]
+        self._positions = None if positions is None else positions + lead
+        logits: torch.Tensor = self.backbone(**prepared).logits
+        return logits
+
+    def _pick(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Of the hidden states (samples, longest, hidden) keep those that logits are wanted of: a
+        vocabulary's worth of logits at every position is the largest tensor of a training step."""
+        if self._positions is not None:
+            hidden = output.last_hidden_state
+            index = self._positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+            output.last_hidden_state = hidden.gather(1, index)
+        return output
+
+
+def recompute(blocks: Iterable[nn.Module]) -> None:
+    """Gradient checkpointing: keep only what enters these blocks, run them again in backward.
+
+    Not transformers' own, which drops past_key_values, and with them every prefix, without a word.
+    """
+    for block in blocks:
+        block.forward = _recomputed(block.forward)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return forward(*args, **kwargs)
+
+    return run

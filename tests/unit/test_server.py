@@ -1,0 +1,209 @@
+"""Server steps against the published formulas, written out client by client."""
+
+import numpy as np
+import pytest
+import torch
+
+from hpcfed.config import Config, Local, Server
+from hpcfed.server import Optimizer, Sampled
+
+SIZE, CLIENTS, LOCAL_LR = 7, 6, 0.3
+ROWS = (5, 9, 2, 7, 4, 3)  # of each client
+
+
+def make(**server):
+    control = server.pop("local_control", False)
+    config = Config(server=Server(**server), local=Local(lr=LOCAL_LR, control=control))
+    return Optimizer(config, CLIENTS, sum(ROWS))
+
+
+class Slow:
+    """A federation whose clients return given values; what is kept per client is a dictionary."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.controls = optimizer, {}
+        self.w = torch.zeros(SIZE)
+
+    def round(self, updates, gradients=None):
+        """updates: client -> (values it returns, steps). The exchange, as the collective does it:
+        n_i-weighted means, in float64."""
+        total = torch.zeros(SIZE * (1 + self.optimizer.extras), dtype=torch.float64)
+        after = {}
+        for k, (values, steps) in updates.items():
+            gradient = None if gradients is None else gradients[k]
+            own = self.controls.get(k)
+            message = self.optimizer.message(self.w, values, own, ROWS[k], steps, gradient)
+            total += ROWS[k] * message.packed.double()
+            after[k] = message.control
+        rows = sum(ROWS[k] for k in updates)
+        sampled = Sampled(len(updates), rows, sum(steps for _, steps in updates.values()))
+        self.w = self.optimizer.step(self.w, (total / max(rows, 1)).float(), sampled)
+        self.controls |= after
+
+
+def rounds(seed=0, number=5):
+    """Partial participation with unequal steps: round -> client -> (values, steps)."""
+    rng = np.random.default_rng(seed)
+    for _ in range(number):
+        sampled = sorted(rng.choice(CLIENTS, 3, replace=False).tolist())
+        yield {
+            k: (torch.from_numpy(rng.normal(size=SIZE)).float(), int(rng.integers(1, 9)))
+            for k in sampled
+        }
+
+
+def mean(updates):
+    rows = sum(ROWS[k] for k in updates)
+    return sum(ROWS[k] * v.double() for k, (v, _) in updates.items()) / rows
+
+
+def close(found, wanted):
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_without_momentum_and_control_the_momentum_step_is_the_plain_mean_bit_for_bit():
+    plain, momentum = Slow(make()), Slow(make(optimizer="momentum", momentum=0.0))
+    for updates in rounds():
+        plain.round(updates)
+        momentum.round(updates)
+        assert torch.equal(plain.w, momentum.w)
+        close(plain.w, mean(updates))
+
+
+def test_momentum_is_fedavgm():
+    slow = Slow(make(optimizer="momentum", momentum=0.7, lr=0.5))
+    w, v = torch.zeros(SIZE).double(), torch.zeros(SIZE).double()
+    for updates in rounds():
+        v = 0.7 * v + (w - mean(updates))
+        w = w - 0.5 * v
+        slow.round(updates)
+        close(slow.w, w)
+
+
+@pytest.mark.parametrize("name", ["adam", "yogi"])
+def test_adam_and_yogi_are_those_of_fedopt(name):
+    slow = Slow(make(optimizer=name, momentum=0.8, beta2=0.95, tau=0.01, lr=0.1))
+    w, m = torch.zeros(SIZE).double(), torch.zeros(SIZE).double()
+    v = torch.full((SIZE,), 0.01**2).double()
+    for updates in rounds():
+        delta = mean(updates) - w  # Reddi et al. 2021, algorithm 2: added, not subtracted
+        m = 0.8 * m + 0.2 * delta
+        if name == "adam":
+            v = 0.95 * v + 0.05 * delta**2
+        else:
+            v = v - 0.05 * delta**2 * torch.sign(v - delta**2)
+        w = w + 0.1 * m / (v.sqrt() + 0.01)
+        slow.round(updates)
+        close(slow.w, w)
+
+
+@pytest.mark.parametrize("control", [True, False])
+def test_difference_is_the_published_loop_over_clients(control):
+    slow = Slow(
+        make(
+            optimizer="momentum", gradient="difference", control=control, lr=0.05, lr_decay=0.99,
+            momentum=0.9,
+        )
+    )  # fmt: skip
+    zero = torch.zeros(SIZE).double()
+    w, v, c, lr, before = zero, zero, zero, 0.05, None
+    controls = dict.fromkeys(range(CLIENTS), zero)
+    for updates in rounds():
+        wbar = mean(updates)
+        rows, steps = sum(ROWS[k] for k in updates), sum(s for _, s in updates.values())
+        new = {k: controls[k] - c + (w - own) / (s * LOCAL_LR) for k, (own, s) in updates.items()}
+        moved = sum(s / steps * (new[k] - controls[k]) for k, (_, s) in updates.items())
+        c = c + len(updates) / CLIENTS * moved
+        controls |= new
+        delta = w - wbar
+        if before is None:
+            w = wbar
+        else:
+            g = before - delta
+            each = {k: 0.9 * v + 0.1 * g + (c - new[k] if control else zero) for k in updates}
+            w = sum(ROWS[k] / rows * (wbar - lr * each[k]) for k in updates)
+            v = sum(ROWS[k] / rows * each[k] for k in updates)
+            lr = max(0.99 * lr, 1e-4)
+        before = delta
+        slow.round(updates)
+        close(slow.w, w)
+
+
+def test_server_control_stands_in_for_the_clients_that_were_not_sampled():
+    slow = Slow(make(optimizer="momentum", momentum=0.5, control=True))
+    zero = torch.zeros(SIZE).double()
+    w, v = zero, zero
+    last = dict.fromkeys(range(CLIENTS), zero)  # each client's last update
+    for updates in rounds():
+        rows = sum(ROWS[k] for k in updates)
+        everyone = sum(ROWS[k] * last[k] for k in last) / sum(ROWS)
+        fresh = sum(ROWS[k] * ((w - own) - last[k]) for k, (own, _) in updates.items()) / rows
+        v = 0.5 * v + fresh + everyone
+        last |= {k: w - own.double() for k, (own, _) in updates.items()}
+        w = w - v
+        slow.round(updates)
+        close(slow.w, w)
+
+
+def test_server_control_changes_nothing_when_everybody_takes_part():
+    plain = Slow(make(optimizer="momentum"))
+    control = Slow(make(optimizer="momentum", control=True))
+    rng = np.random.default_rng(3)
+    for _ in range(4):
+        updates = {k: (torch.from_numpy(rng.normal(size=SIZE)).float(), 3) for k in range(CLIENTS)}
+        plain.round(updates)
+        control.round(updates)
+        torch.testing.assert_close(plain.w, control.w, rtol=1e-4, atol=1e-4)
+
+
+def test_scaffold_is_the_published_loop_over_clients():
+    slow = Slow(make(local_control=True))
+    zero = torch.zeros(SIZE).double()
+    w, c = zero, zero
+    controls = dict.fromkeys(range(CLIENTS), zero)
+    rng = np.random.default_rng(5)
+    for updates in rounds():
+        gradients = {k: torch.from_numpy(rng.normal(size=SIZE)).float() for k in updates}
+        for k in updates:
+            own = slow.controls.get(k)
+            close(slow.optimizer.correction(own, slow.w), c - controls[k])
+        c = c + sum(gradients[k].double() - controls[k] for k in updates) / CLIENTS
+        controls |= {k: g.double() for k, g in gradients.items()}
+        w = mean(updates)
+        slow.round(updates, gradients)
+        close(slow.w, w)
+
+
+def test_after_a_full_round_from_zero_c_is_the_mean_of_the_clients():
+    updates = {k: next(iter(rounds(seed=k, number=1))) for k in range(CLIENTS)}
+    updates = {k: (next(iter(own.values()))[0], k + 1) for k, own in updates.items()}
+    slow = Slow(make(optimizer="momentum", gradient="difference", control=True))
+    slow.round(updates)
+    steps = sum(s for _, s in updates.values())
+    wanted = sum(s * slow.controls[k].double() for k, (_, s) in updates.items()) / steps
+    close(slow.optimizer.state.tensors["control"], wanted)
+    slow = Slow(make(optimizer="momentum", control=True))
+    slow.round(updates)
+    wanted = sum(ROWS[k] * slow.controls[k].double() for k in updates) / sum(ROWS)
+    close(slow.optimizer.state.tensors["control"], wanted)
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adam"}, {"optimizer": "momentum"}])
+def test_a_round_in_which_every_client_failed_changes_nothing(options):
+    slow = Slow(make(**options))
+    for updates in rounds(number=2):
+        slow.round(updates)
+    before, state = slow.w.clone(), {k: v.clone() for k, v in slow.optimizer.state.tensors.items()}
+    slow.round({})
+    assert torch.equal(slow.w, before)
+    assert all(torch.equal(v, state[k]) for k, v in slow.optimizer.state.tensors.items())
+
+
+def test_the_rate_decays_to_its_floor():
+    slow = Slow(make(optimizer="momentum", lr=1e-3, lr_decay=0.1, momentum=0.0))
+    rates = []
+    for updates in rounds():
+        before = slow.w.double()
+        slow.round(updates)
+        rates.append(float(((before - slow.w.double()) / (before - mean(updates))).mean()))
+    assert rates == pytest.approx([1e-3, 1e-4, 1e-4, 1e-4, 1e-4], rel=0.05)
