@@ -184,13 +184,13 @@ class Reference:
             if self.global_part[entry.offset]:
                 continue
             scores = self.fisher[k][entry.values].reshape(entry.shape)
-            axis = 0 if "lora_B" in entry.name else 1
-            neurons = scores.sum(1 - axis)
+            axis = 1 if "lora_A" in entry.name else 0
+            neurons = scores.movedim(axis, 0).flatten(1).sum(1)
             number = math.floor(self.config.sparsity.keep * len(neurons) + 0.5)
             best = sorted(range(len(neurons)), key=lambda i: -float(neurons[i]))[:number]
             own = torch.zeros(entry.shape, dtype=torch.bool)
             if axis == 0:
-                own[best, :] = True
+                own[best] = True
             else:
                 own[:, best] = True
             mask[entry.values] = own.flatten()

@@ -10,7 +10,7 @@ from hpcfed.resolve import resolve
 from tests import models
 from tests.mpi.reference_fedpeptao import Loop
 from tests.mpi.variants import COMMON, write_data
-from tests.support import many_runs
+from tests.support import many_runs, mpiexec
 
 SGD = ["local.optimizer=sgd", "local.lr=0.5", "local.clip=1.0"]
 # With SGD on MiniLM a prefix moves a thousandth of what the classifier does, and hardly more than
@@ -185,3 +185,34 @@ def test_what_travels(results, references):
         assert last["values"]["up"] == 3 * shared * factor
         warm = loop.config.curriculum.warmup
         assert [line["values"]["up"] for line in lines[:warm]] == [3 * loop.layout.size] * warm
+
+
+@pytest.mark.parametrize(("name", "vectors"), [("published", 3), ("control", 2), ("scaffold", 2)])
+def test_one_exchange_carries_all_sums(results, references, name, vectors):
+    """Values, control sums, a weight and statistics of each of 2 slots as float64; then the means
+    as fp32: nothing else is on the wire in a round."""
+    loop, _ = references[name]
+    run = results[2, 1] / f"{name}-zero0"
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    values = vectors * loop.layout.count((*loop.layers, "head"))
+    small = 1 + 3 * 6 + 2 * 2
+    assert last["bytes"]["wire"] == (values + small) * 8 * 2 + values * 4
+
+
+def test_a_rank_holds_no_more_with_more_clients(tmp_path):
+    assert "clients: ok" in mpiexec(1, "clients.py", str(tmp_path))
+
+
+def test_a_client_that_fails_keeps_its_control_variate(tmp_path):
+    """Its values are not finite in one round: nothing of it is sent or saved."""
+    write_data(tmp_path)
+    models.save("bert", tmp_path / "bert-classifier", initializer_range=0.2)
+    own = overrides(tmp_path, "control:zero0")
+    runs = {"calm": own, "wild": [*own, "local.lr=1e20", "federation.rounds=3"]}
+    many_runs(tmp_path, 1, 1, runs, preset="p-tuning-v2")
+    lines = (tmp_path / "wild" / "metrics.jsonl").read_text().splitlines()
+    failed = [json.loads(line)["failed"] for line in lines]
+    assert all(len(own) == 3 for own in failed[1:]), failed  # the first is warm-up
+    assert np.isfinite(np.load(tmp_path / "wild.npy")).all()
+    assert not list((tmp_path / "wild").glob("clients/*/control-*"))
+    assert list((tmp_path / "calm").glob("clients/*/control-*"))

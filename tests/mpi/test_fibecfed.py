@@ -15,20 +15,30 @@ from tests.mpi.reference_fibecfed import Reference
 from tests.mpi.variants import FIBECFED, write_data
 from tests.support import many_runs, mpiexec
 
-# (slots, ranks per client) -> ZeRO stages; where difficulties come from, if not from training
+# (slots, ranks per client) -> ZeRO stages; where difficulties come from, if not from training; or
+# FibecFed on deep prompts
 WORLDS = {
-    (1, 1): ["zero0", "zero2", "zero0 first_use", "zero0 start"],
+    (1, 1): ["zero0", "zero2", "zero0 first_use", "zero0 start", "zero0 prefix"],
     (2, 1): ["zero0"],
     (4, 1): ["zero0"],
-    (1, 2): ["zero1", "zero3"],
+    (1, 2): ["zero1", "zero3", "zero3 prefix"],
     (2, 2): ["zero1"],
 }
 
 
 def overrides(out, case):
     stage, when = case.split() if " " in case else (case, "training")
-    return [*FIBECFED, f"deepspeed=ds_configs/{stage}.json", f"data.root={out}",
-            f"curriculum.when={when}", f"curriculum.refresh={when != 'start'}"]  # fmt: skip
+    prefix = []
+    if when == "prefix":
+        when, prefix = "training", [
+            "adapter.kind=prefix", "adapter.virtual_tokens=4", f"model.name={out}/bert",
+            "local.lr=1",
+        ]  # fmt: skip
+    rest = [
+        f"deepspeed=ds_configs/{stage}.json", f"data.root={out}", f"curriculum.when={when}",
+        f"curriculum.refresh={when != 'start'}",
+    ]  # fmt: skip
+    return [*FIBECFED, *rest, *prefix]
 
 
 def kind(case):
@@ -42,6 +52,7 @@ def results(tmp_path_factory):
     for (slots, ranks_per_client), stages in WORLDS.items():
         out = tmp_path_factory.mktemp(f"fibecfed-{slots}x{ranks_per_client}")
         write_data(out)
+        models.save("bert", out / "bert", initializer_range=0.2)
         runs = {stage: overrides(out, stage) for stage in stages}
         many_runs(out, slots, ranks_per_client, runs, preset="fibecfed")
         folders[slots, ranks_per_client] = out
@@ -52,7 +63,7 @@ def results(tmp_path_factory):
 def references(results):
     """Where difficulties come from -> the plain loop, and what it came to."""
     found = {}
-    for case in ("zero0", "zero0 first_use", "zero0 start"):
+    for case in ("zero0", "zero0 first_use", "zero0 start", "zero0 prefix"):
         loop = Reference(resolve("fibecfed", overrides(results[1, 1], case)).config)
         found[kind(case)] = loop, loop.run()
     return found
@@ -76,7 +87,8 @@ def test_equals_the_plain_loop(results, references, world, stage):
     run = results[world] / stage
     # Decisions first: the same layers, batches and masks.
     selection = json.loads((run / "selection.json").read_text())
-    assert selection["shared_layers"] == wanted.layers and len(wanted.layers) == 3
+    assert selection["shared_layers"] == wanted.layers
+    assert 1 < len(wanted.layers) < len(own.layout.layers)
     lines = history(run)
     assert {key: line["trained"] for key, line in lines.items()} == wanted.trained
     for key, difficulty in wanted.difficulty.items():
@@ -114,7 +126,7 @@ def check(values, reference, start, span, what):
     assert difference <= 1e-5, f"{what}: {difference:.2e}"
 
 
-@pytest.mark.parametrize("when", ["", "first_use", "start"])
+@pytest.mark.parametrize("when", ["", "first_use", "start", "prefix"])
 def test_the_case_is_a_real_one(references, when):
     """Masks were in force, orders differ from the batches' own, and some batches were left out."""
     _, wanted = references[when]
@@ -148,7 +160,7 @@ def metrics(run):
     return lines
 
 
-@pytest.mark.parametrize("case", ["zero0", "zero0 first_use", "zero0 start"])
+@pytest.mark.parametrize("case", ["zero0", "zero0 first_use", "zero0 start", "zero0 prefix"])
 def test_what_was_spent(results, references, case):
     own, wanted = references[kind(case)]
     config, layout = own.config, own.layout

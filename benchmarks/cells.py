@@ -1,0 +1,272 @@
+"""Studies of whole runs: cells of a table, each a run in a process of its own, and what they cost.
+
+A study names its methods, of which one is the base; learning rates are tuned on validation data;
+finished cells are kept in a JSONL file and not run again.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = (1, 2, 3)
+TUNING_SEED = 42
+TUNING_TASKS = ("mr", "trec")
+
+COMMON = [
+    "data.root=../shared/datasets", "task.max_train=2000", "task.max_length=64",
+    "federation.clients=50", "federation.per_round=5", "federation.rounds=20",
+    "evaluation.every=2", "cluster.threads=1",
+]  # fmt: skip
+
+Cell = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A line of the table: a preset, what it changes of it, and whose learning rate it takes."""
+
+    preset: str
+    overrides: tuple[str, ...] = ()
+    rate_of: str = ""  # another method; empty: it is tuned itself
+
+
+@dataclass(frozen=True)
+class Study:
+    """A table's methods, by name; `base` is what the others are compared with."""
+
+    file: Path
+    methods: dict[str, Method]
+    base: str
+    rates: tuple[float, ...]
+
+    @property
+    def tuned(self) -> list[str]:
+        """Methods with a learning rate of their own."""
+        return [name for name, own in self.methods.items() if not own.rate_of]
+
+    def cell(self, method: str, task: str, alpha: float, seed: int, rate: float) -> Cell:
+        """What identifies a run."""
+        return {"method": method, "task": task, "alpha": alpha, "seed": seed, "lr": rate}
+
+    def tuning(self) -> Iterator[Cell]:
+        """The learning-rate runs: the same rates for all."""
+        for method in self.tuned:
+            for rate in self.rates:
+                for task in TUNING_TASKS:
+                    yield self.cell(method, task, 1.0, TUNING_SEED, rate)
+
+    def cells(
+        self, methods: Iterable[str], tasks: Iterable[tuple[str, float]], seeds: Iterable[int]
+    ) -> Iterator[Cell]:
+        """Runs at the tuned rates: each task and seed, the methods side by side."""
+        rates = self.best_rates()
+        methods, seeds = tuple(methods), tuple(seeds)
+        for task, alpha in tasks:
+            for seed in seeds:
+                for method in methods:
+                    yield self.cell(method, task, alpha, seed, rates[method])
+
+    def finished(self) -> list[Cell]:
+        """All finished cells."""
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def best_rates(self) -> dict[str, float]:
+        """Method -> the rate with the best validation accuracy, mean of the second half of the
+        rounds (a single round jumps by 0.1) and of the tuning tasks."""
+        done = self.finished()
+        found: dict[str, float] = {}
+        for method in self.tuned:
+            scores = {rate: self.score(done, method, rate, TUNING_TASKS) for rate in self.rates}
+            found[method] = max(scores, key=lambda rate: scores[rate])
+        return {name: found[own.rate_of or name] for name, own in self.methods.items()}
+
+    def score(self, done: list[Cell], method: str, rate: float, tasks: Iterable[str]) -> float:
+        """Mean validation accuracy of a rate over the second half of the rounds and the tasks."""
+        scores = []
+        for task in tasks:
+            own = find(done, self.cell(method, task, 1.0, TUNING_SEED, rate))
+            if own is None:
+                raise SystemExit("Some learning-rate runs are missing; start with `tune`.")
+            points = [point["validation"] for point in own["curve"]]
+            scores.append(mean(points[len(points) // 2 :]))
+        return mean(scores)
+
+    def run(self, wanted: Iterable[Cell], jobs: int) -> None:
+        """Run what is not finished, `jobs` at a time."""
+        lock = threading.Lock()
+        done, cells = self.finished(), list(wanted)
+        todo = [own for own in cells if find(done, own) is None]
+        print(f"{len(cells) - len(todo)} cells are finished, {len(todo)} to go", flush=True)
+
+        def work(own: Cell) -> None:
+            result = run_cell(own, self.methods[own["method"]], self.file.stem)
+            with lock, self.file.open("a") as stream:
+                stream.write(json.dumps(result) + "\n")
+                print(f"{own}: test {result['test']:.4f}, {result['seconds']:.0f} s", flush=True)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(work, todo))
+
+    def report(self, tasks: Iterable[tuple[str, float]]) -> None:
+        """Print the learning rates and the methods as Markdown tables."""
+        done = self.finished()
+        print("| method | lr | mr | trec | mean |\n|---|---|---|---|---|")
+        for method in self.tuned:
+            for rate in self.rates:
+                mr, trec = (self.score(done, method, rate, [task]) for task in TUNING_TASKS)
+                print(f"| {method} | {rate:g} | {mr:.3f} | {trec:.3f} | {(mr + trec) / 2:.3f} |")
+        rates = self.best_rates()
+        print(f"\nlearning rates: { {name: rates[name] for name in self.tuned} }\n")
+        titles = (
+            "task", "Dirichlet", "method", "seeds", "test, round 20", "spread", "test, best round",
+            "difference at round 20", "samples", "uploads",
+        )  # fmt: skip
+        print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
+        for task, alpha in tasks:
+            base = self._group(done, self.base, task, alpha, rates)
+            for method in self.methods:
+                own = self._group(done, method, task, alpha, rates)
+                both = sorted(own.keys() & base.keys())
+                if both:
+                    pair = [own[s] for s in both], [base[s] for s in both]
+                    print(self._row(task, alpha, method, *pair))
+
+    def _group(
+        self, done: list[Cell], method: str, task: str, alpha: float, rates: dict[str, float]
+    ) -> dict[int, Cell]:
+        """Seed -> a method's finished cell."""
+        found = {s: find(done, self.cell(method, task, alpha, s, rates[method])) for s in SEEDS}
+        return {seed: own for seed, own in found.items() if own is not None}
+
+    def _row(self, task: str, alpha: float, method: str, own: list[Cell], base: list[Cell]) -> str:
+        """A line of the table: accuracy over seeds, and what it cost to reach the targets, as a
+        share of what the base paid for the same seeds."""
+        tests = [c["test"] for c in own]
+        parts = [
+            task, f"{alpha:g}", method, str(len(own)), f"{mean(tests):.3f}",
+            f"{min(tests):.3f}-{max(tests):.3f}", f"{mean(c['best'] for c in own):.3f}",
+            "" if method == self.base else difference(own, base),
+        ]  # fmt: skip
+        for what in ("samples", "up"):
+            ours = [first(c, target(b), what) for c, b in zip(own, base, strict=True)]
+            theirs = [first(b, target(b), what) for b in base]
+            pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b]
+            text = f"{sum(a for a, _ in pairs) / sum(b for _, b in pairs):.2f}" if pairs else "none"
+            if len(pairs) < len(own):
+                text += f" ({len(pairs)} of {len(own)} reach it)"
+            parts.append(text)
+        return "| " + " | ".join(parts) + " |"
+
+    def clock_cells(self, methods: Iterable[str]) -> list[Cell]:
+        """Runs of which the seconds count: nothing else may run on the machine."""
+        cells = self.cells(methods, [(task, 1.0) for task in TUNING_TASKS], SEEDS[:1])
+        return [{**own, "alone": True} for own in cells]
+
+    def report_seconds(self, methods: Iterable[str]) -> None:
+        """Print what was clocked: all rounds, and until the target; evaluation left out."""
+        print("\n| task | method | all rounds | to the target | share |\n|---|---|---|---|---|")
+        done, rates = self.finished(), self.best_rates()
+        paid: dict[str, float | None] = {}
+        for wanted in self.clock_cells(methods):
+            one = find(done, wanted)
+            other = find(done, {**wanted, "method": self.base, "lr": rates[self.base]})
+            if one is None or other is None:
+                continue
+            spent = first(one, target(other), "seconds")
+            theirs = paid.setdefault(wanted["task"], spent)
+            until = "not reached" if spent is None else f"{spent:.0f} s"
+            share = f"{spent / theirs:.2f}" if spent and theirs else ""
+            whole = f"{one['curve'][-1]['seconds']:.0f} s"
+            print(f"| {wanted['task']} | {wanted['method']} | {whole} | {until} | {share} |")
+
+
+def find(cells: list[Cell], wanted: Cell) -> Cell | None:
+    """The finished cell, if it is there."""
+    return next((c for c in cells if all(c.get(k) == v for k, v in wanted.items())), None)
+
+
+def run_cell(own: Cell, method: Method, folder: str) -> Cell:
+    """One run in a process of its own; what the table needs of it."""
+    name = "-".join(str(v).replace(" ", "_") for v in own.values())
+    out = ROOT / "runs" / folder / name
+    shutil.rmtree(out, ignore_errors=True)
+    words = [
+        method.preset, *COMMON, *method.overrides, f"task.name={own['task']}",
+        f"data.partition.alpha={own['alpha']}", f"seed={own['seed']}", f"local.lr={own['lr']}",
+        f"output={out}",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "hpcfed", "run", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"{own}: exit code {done.returncode}\n{done.stderr[-3000:]}")
+    summary = json.loads((out / "summary.json").read_text())
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    predictions = json.loads((out / "predictions.json").read_text())
+    right = [
+        int(a == b) for a, b in zip(predictions["personal"], predictions["label"], strict=True)
+    ]
+    return {
+        **own,
+        "words": [word for word in words if not word.startswith("output=")],
+        "test": summary["accuracy"]["personal"],
+        "best": summary["best"]["personal"]["accuracy"],
+        "majority": summary["majority"],
+        "seconds": summary["seconds"]["total"],
+        "curve": list(curve(lines)),
+        "right": "".join(map(str, right)),
+    }
+
+
+def curve(lines: list[Cell]) -> Iterator[Cell]:
+    """At each validation: its accuracy, and what had been spent until then."""
+    spent = {"samples": 0, "up": 0, "down": 0, "seconds": 0.0}
+    for line in lines:
+        spent["samples"] += line["samples"]
+        spent["up"] += line["bytes"]["up"]
+        spent["down"] += line["bytes"]["down"]
+        spent["seconds"] += sum(v for k, v in line["seconds"].items() if k != "evaluate")
+        if "validation" in line:
+            validation = line["validation"]["personal"]["accuracy"]
+            yield {"round": line["round"], "validation": validation, **spent}
+
+
+def target(base: Cell) -> float:
+    """95 % of the base's final validation accuracy with this seed."""
+    return 0.95 * float(base["curve"][-1]["validation"])
+
+
+def first(own: Cell, wanted: float, what: str) -> float | None:
+    """What had been spent when the validation accuracy first reached the target."""
+    return next((p[what] for p in own["curve"] if p["validation"] >= wanted), None)
+
+
+def difference(own: list[Cell], base: list[Cell]) -> str:
+    """Difference of test accuracy after the last round, and its 95 % interval by the paired
+    bootstrap over test rows: each row's correctness is the mean over seeds, so what another seed
+    would give is not in the interval; the spread shows that."""
+    ours, theirs = (
+        np.array([[int(r) for r in c["right"]] for c in runs]).mean(0) for runs in (own, base)
+    )
+    gain = ours - theirs
+    rng = np.random.default_rng(0)
+    draws = [gain[rng.integers(0, len(gain), len(gain))].mean() for _ in range(10_000)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return f"{gain.mean():+.3f} ({low:+.3f} to {high:+.3f})"

@@ -1,0 +1,110 @@
+"""Does FedPepTAO win? The table against P-tuning v2 with a plain mean, and what adaptive
+optimization adds to the same layers.
+
+    python -m benchmarks.fedpeptao tune            learning rates, on validation data
+    python -m benchmarks.fedpeptao choose          adaptive optimization, on validation data
+    python -m benchmarks.fedpeptao run             all cells of the table
+    python -m benchmarks.fedpeptao clock           both methods alone on the machine, for seconds
+    python -m benchmarks.fedpeptao table           the table, from the finished cells
+
+Two runs side by side, one thread each, but for `clock`. Finished cells are kept in
+benchmarks/fedpeptao.jsonl and not run again. Needs the real tasks in ../shared/datasets.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.cells import SEEDS, TUNING_SEED, Cell, Method, Study, find
+
+MAIN = ("p-tuning-v2", "fedpeptao")
+TASKS = (("trec", 1.0), ("mr", 1.0), ("rte", 1.0))
+DRIFT = (("mr", 1.0), ("mr", 0.3))
+PLAIN = ("server.optimizer=mean", "server.control=false")
+MOMENTUM = ("server.optimizer=momentum", "server.lr=1", "server.lr_decay=1")
+PUBLISHED = (
+    "server.optimizer=momentum", "server.gradient=difference", "server.momentum=0.9",
+    "server.lr=0.05", "server.lr_decay=0.99",
+)  # fmt: skip
+
+
+def same_layers(*overrides: str) -> Method:
+    """FedPepTAO with another server, at its learning rate."""
+    return Method("fedpeptao", overrides, rate_of="fedpeptao")
+
+
+STUDY = Study(
+    Path(__file__).with_suffix(".jsonl"),
+    {
+        "p-tuning-v2": Method("p-tuning-v2"),
+        "fedpeptao": Method("fedpeptao"),
+        "plain mean": same_layers(*PLAIN),
+        "momentum 0.9": same_layers(*MOMENTUM, "server.momentum=0.9", "server.control=false"),
+        "momentum 0.5": same_layers(*MOMENTUM, "server.momentum=0.5", "server.control=false"),
+        "momentum 0.9, control": same_layers(
+            *MOMENTUM, "server.momentum=0.9", "server.control=true"
+        ),
+        "momentum 0.5, control": same_layers(
+            *MOMENTUM, "server.momentum=0.5", "server.control=true"
+        ),
+        "control": same_layers(*MOMENTUM, "server.momentum=0", "server.control=true"),
+        "difference": same_layers(*PUBLISHED, "server.control=false"),
+        "difference, control": same_layers(*PUBLISHED, "server.control=true"),
+    },
+    base="p-tuning-v2",
+    rates=(5e-3, 1e-2, 2e-2, 4e-2),
+)
+ADAPTIVE = [name for name in STUDY.methods if name not in MAIN]
+
+
+def choices() -> list[Cell]:
+    """Every server on the drifting task, with the tuning seed."""
+    return list(STUDY.cells(ADAPTIVE, DRIFT, [TUNING_SEED]))
+
+
+def report_choices() -> None:
+    """Mean validation accuracy of the second half of the rounds."""
+    done, rates = STUDY.finished(), STUDY.best_rates()
+    print("\n| server | mr, 1.0 | mr, 0.3 |\n|---|---|---|")
+    for method in ADAPTIVE:
+        scores = []
+        for task, alpha in DRIFT:
+            own = find(done, STUDY.cell(method, task, alpha, TUNING_SEED, rates[method]))
+            points = [point["validation"] for point in own["curve"]] if own else []
+            scores.append(f"{mean(points[len(points) // 2 :]):.3f}" if points else "")
+        print(f"| {method} | {scores[0]} | {scores[1]} |")
+
+
+def cells() -> list[Cell]:
+    """The runs of the table, the most telling first."""
+    servers = ("plain mean", "control", "difference, control")
+    return list(
+        itertools.chain(STUDY.cells(MAIN, TASKS, SEEDS), STUDY.cells(servers, DRIFT, SEEDS))
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("tune", "choose", "run", "clock", "table"))
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    options = parser.parse_args()
+    if options.what == "tune":
+        STUDY.run(STUDY.tuning(), options.jobs)
+        print(STUDY.best_rates())
+    elif options.what == "choose":
+        STUDY.run(choices(), options.jobs)
+        report_choices()
+    elif options.what == "run":
+        STUDY.run(cells(), options.jobs)
+    elif options.what == "clock":
+        STUDY.run(STUDY.clock_cells(MAIN), 1)
+    else:
+        STUDY.report((*TASKS, *DRIFT[1:]))
+        report_choices()
+        STUDY.report_seconds(MAIN)
+
+
+if __name__ == "__main__":
+    main()
