@@ -16,6 +16,7 @@ _EPILOG = """examples:
   hpcfed run demo --ranks 4                         a first run, nothing to download
   hpcfed run demo method=lora-fedavg --ranks 4      the same setting with another method
   hpcfed run fibecfed task.name=trec --ranks 4      FibecFed on a task of the hub
+  hpcfed run fedpeptao task.name=trec --ranks 4     FedPepTAO: deep prompts
   hpcfed run my.yaml local.lr=1e-3 seed=7           a configuration and two overrides
   mpirun -n 8 hpcfed run my.yaml                    inside an MPI world that you start
   srun --mpi=pmix hpcfed run my.yaml                the same under Slurm

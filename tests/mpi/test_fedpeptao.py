@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from hpcfed.resolve import resolve
+from hpcfed.resolve import presets, resolve
 from tests import models
 from tests.mpi.reference_fedpeptao import Loop
 from tests.mpi.variants import COMMON, write_data
@@ -216,3 +216,29 @@ def test_a_client_that_fails_keeps_its_control_variate(tmp_path):
     assert np.isfinite(np.load(tmp_path / "wild.npy")).all()
     assert not list((tmp_path / "wild").glob("clients/*/control-*"))
     assert list((tmp_path / "calm").glob("clients/*/control-*"))
+
+
+def test_every_method_runs_from_its_preset(tmp_path):
+    """Each composition as shipped, two rounds behind its warm-up: it ends, and it has moved."""
+    write_data(tmp_path)
+    for head in ("classifier", "cloze"):
+        models.save("bert", tmp_path / f"bert-{head}", head, initializer_range=0.2)
+    methods = [name for name in presets() if name != "demo"]
+    runs = {}
+    for name in methods:
+        config = resolve(name).config
+        runs[name] = [
+            *COMMON, f"method={name}", f"data.root={tmp_path}",
+            f"model.name={tmp_path}/bert-{config.model.head}",
+            f"federation.rounds={2 + config.curriculum.warmup}",
+            *(GAP if config.model.head == "cloze" else []),
+        ]  # fmt: skip
+    many_runs(tmp_path, 1, 1, runs)
+    for name in methods:
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert summary["method"] == name and summary["failures"] == 0
+        values = np.load(tmp_path / f"{name}.npy")
+        assert np.isfinite(values).all() and np.abs(values).max() > 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses = [json.loads(line)["train_loss"] for line in lines]
+        assert len(set(losses)) == len(losses), f"{name}: the loss does not move: {losses}"
