@@ -166,3 +166,36 @@ def test_texts_and_virtual_tokens_must_fit_the_positions(architecture, known, tm
         else:
             with pytest.raises(UserError, match=f"exceed the {known} positions"):
                 model.prepare(config, LABELS, 0, {})
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt", "lora"])
+@pytest.mark.parametrize(
+    ("architecture", "head"),
+    [("bert", "cloze"), ("roberta", "cloze"), ("gpt2", "label_words"), ("llama", "label_words")],
+)
+def test_peft_loads_adapters_of_language_models(architecture, head, kind, tmp_path):
+    models.save(architecture, tmp_path / "model", head)
+    targets = tuple(models.ARCHITECTURES[architecture][3])
+    config = Config(
+        model=Model(name=str(tmp_path / "model"), head=head),
+        adapter=Adapter(kind=kind, virtual_tokens=4, targets=targets),
+    )
+    found = model.prepare(config, LABELS, 0, {})
+    adapted = found.adapted
+    torch.manual_seed(3)
+    write(adapted, torch.randn(adapted.layout.size) * 0.5)
+    run = RunDirectory(tmp_path)
+    run.save_adapter(adapted, values(adapted), found.fresh, LABELS, found.source)
+    auto = {
+        "cloze": transformers.AutoModelForMaskedLM, "label_words": transformers.AutoModelForCausalLM
+    }[head]  # fmt: skip
+    loaded = PeftModel.from_pretrained(auto.from_pretrained(found.source), tmp_path / "adapter")
+    batch = {name: value[:1] for name, value in BATCH.items()}
+    with torch.no_grad():
+        wanted = adapted.network.eval()(**batch)
+        theirs = loaded.eval()(**batch).logits
+        torch.testing.assert_close(theirs, wanted, rtol=1e-4, atol=1e-5)
+        positions = torch.tensor([[3, 0]])
+        lead = wanted.shape[1] - 5
+        picked = adapted.network(positions=positions, **batch)
+    torch.testing.assert_close(picked, wanted[:, [3 + lead, lead]])
