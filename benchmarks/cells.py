@@ -4,13 +4,14 @@ A study names its methods, of which one is the base; learning rates are tuned on
 finished cells are kept in a JSONL file and not run again.
 """
 
+import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +85,7 @@ class Study:
         return [json.loads(line) for line in lines]
 
     def best_rates(self) -> dict[str, float]:
-        """Method -> the rate with the best validation accuracy, mean of the second half of the
-        rounds (a single round jumps by 0.1) and of the tuning tasks."""
+        """Method -> the rate with the best validation accuracy, mean of the tuning tasks."""
         done = self.finished()
         found: dict[str, float] = {}
         for method in self.tuned:
@@ -100,9 +100,13 @@ class Study:
             own = find(done, self.cell(method, task, 1.0, TUNING_SEED, rate))
             if own is None:
                 raise SystemExit("Some learning-rate runs are missing; start with `tune`.")
-            points = [point["validation"] for point in own["curve"]]
-            scores.append(mean(points[len(points) // 2 :]))
+            scores.append(late_validation(own))
         return mean(scores)
+
+    def tune(self, jobs: int) -> None:
+        """Run and print the learning rates."""
+        self.run(self.tuning(), jobs)
+        print(self.best_rates())
 
     def run(self, wanted: Iterable[Cell], jobs: int) -> None:
         """Run what is not finished, `jobs` at a time."""
@@ -191,6 +195,26 @@ class Study:
             share = f"{spent / theirs:.2f}" if spent and theirs else ""
             whole = f"{one['curve'][-1]['seconds']:.0f} s"
             print(f"| {wanted['task']} | {wanted['method']} | {whole} | {until} | {share} |")
+
+
+def variant(preset: str, *overrides: str) -> Method:
+    """A tuned method, changed in something, at its learning rate."""
+    return Method(preset, overrides, rate_of=preset)
+
+
+def command_line(doc: str, actions: Mapping[str, Callable[[int], None]]) -> None:
+    """Parse `what` and --jobs, and do it. doc: of the module."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("what", choices=actions)
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    options = parser.parse_args()
+    actions[options.what](options.jobs)
+
+
+def late_validation(own: Cell) -> float:
+    """Mean validation accuracy of the second half of the rounds; a single round jumps by 0.1."""
+    points = [point["validation"] for point in own["curve"]]
+    return mean(points[len(points) // 2 :])
 
 
 def find(cells: list[Cell], wanted: Cell) -> Cell | None:

@@ -11,12 +11,20 @@ Two runs side by side, one thread each, but for `clock`. Finished cells are kept
 benchmarks/fedpeptao.jsonl and not run again. Needs the real tasks in ../shared/datasets.
 """
 
-import argparse
 import itertools
 from pathlib import Path
-from statistics import mean
 
-from benchmarks.cells import SEEDS, TUNING_SEED, Cell, Method, Study, find
+from benchmarks.cells import (
+    SEEDS,
+    TUNING_SEED,
+    Cell,
+    Method,
+    Study,
+    command_line,
+    find,
+    late_validation,
+    variant,
+)
 
 MAIN = ("p-tuning-v2", "fedpeptao")
 TASKS = (("trec", 1.0), ("mr", 1.0), ("rte", 1.0))
@@ -29,28 +37,27 @@ PUBLISHED = (
 )  # fmt: skip
 
 
-def same_layers(*overrides: str) -> Method:
-    """FedPepTAO with another server, at its learning rate."""
-    return Method("fedpeptao", overrides, rate_of="fedpeptao")
-
-
 STUDY = Study(
     Path(__file__).with_suffix(".jsonl"),
     {
         "p-tuning-v2": Method("p-tuning-v2"),
         "fedpeptao": Method("fedpeptao"),
-        "plain mean": same_layers(*PLAIN),
-        "momentum 0.9": same_layers(*MOMENTUM, "server.momentum=0.9", "server.control=false"),
-        "momentum 0.5": same_layers(*MOMENTUM, "server.momentum=0.5", "server.control=false"),
-        "momentum 0.9, control": same_layers(
-            *MOMENTUM, "server.momentum=0.9", "server.control=true"
+        "plain mean": variant("fedpeptao", *PLAIN),
+        "momentum 0.9": variant(
+            "fedpeptao", *MOMENTUM, "server.momentum=0.9", "server.control=false"
         ),
-        "momentum 0.5, control": same_layers(
-            *MOMENTUM, "server.momentum=0.5", "server.control=true"
+        "momentum 0.5": variant(
+            "fedpeptao", *MOMENTUM, "server.momentum=0.5", "server.control=false"
         ),
-        "control": same_layers(*MOMENTUM, "server.momentum=0", "server.control=true"),
-        "difference": same_layers(*PUBLISHED, "server.control=false"),
-        "difference, control": same_layers(*PUBLISHED, "server.control=true"),
+        "momentum 0.9, control": variant(
+            "fedpeptao", *MOMENTUM, "server.momentum=0.9", "server.control=true"
+        ),
+        "momentum 0.5, control": variant(
+            "fedpeptao", *MOMENTUM, "server.momentum=0.5", "server.control=true"
+        ),
+        "control": variant("fedpeptao", *MOMENTUM, "server.momentum=0", "server.control=true"),
+        "difference": variant("fedpeptao", *PUBLISHED, "server.control=false"),
+        "difference, control": variant("fedpeptao", *PUBLISHED, "server.control=true"),
     },
     base="p-tuning-v2",
     rates=(5e-3, 1e-2, 2e-2, 4e-2),
@@ -71,8 +78,7 @@ def report_choices() -> None:
         scores = []
         for task, alpha in DRIFT:
             own = find(done, STUDY.cell(method, task, alpha, TUNING_SEED, rates[method]))
-            points = [point["validation"] for point in own["curve"]] if own else []
-            scores.append(f"{mean(points[len(points) // 2 :]):.3f}" if points else "")
+            scores.append(f"{late_validation(own):.3f}" if own else "")
         print(f"| {method} | {scores[0]} | {scores[1]} |")
 
 
@@ -84,27 +90,27 @@ def cells() -> list[Cell]:
     )
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("tune", "choose", "run", "clock", "table"))
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    options = parser.parse_args()
-    if options.what == "tune":
-        STUDY.run(STUDY.tuning(), options.jobs)
-        print(STUDY.best_rates())
-    elif options.what == "choose":
-        STUDY.run(choices(), options.jobs)
-        report_choices()
-    elif options.what == "run":
-        STUDY.run(cells(), options.jobs)
-    elif options.what == "clock":
-        STUDY.run(STUDY.clock_cells(MAIN), 1)
-    else:
-        STUDY.report((*TASKS, *DRIFT[1:]))
-        report_choices()
-        STUDY.report_seconds(MAIN)
+def choose(jobs: int) -> None:
+    """Run and print the servers."""
+    STUDY.run(choices(), jobs)
+    report_choices()
+
+
+def table(jobs: int) -> None:
+    """Print everything."""
+    STUDY.report((*TASKS, *DRIFT[1:]))
+    report_choices()
+    STUDY.report_seconds(MAIN)
 
 
 if __name__ == "__main__":
-    main()
+    command_line(
+        __doc__,
+        {
+            "tune": STUDY.tune,
+            "choose": choose,
+            "run": lambda jobs: STUDY.run(cells(), jobs),
+            "clock": lambda jobs: STUDY.run(STUDY.clock_cells(MAIN), 1),
+            "table": table,
+        },
+    )
