@@ -30,7 +30,6 @@ from hpcfed.topology import Topology
 # the next engine of the process would not have the bits it has in a process of its own.
 _LINEAR = nn.functional.linear
 
-
 STEPS = "steps"  # beside an optimizer's moments, how many steps it had made
 
 
@@ -71,7 +70,8 @@ class Client:
         self.checkpointing = prepared.checkpointing
         self._local = local
         self.head = prepared.head
-        self.lead = adapted.lead
+        # The module inside the engine; its values go through load and read.
+        self.model = adapted.network
         self.parameters = adapted.parameters
         self.watch = BlockWatch(adapted.blocks)
         # Modules with trained values -> the entries that are its weight and, if any, its bias.
@@ -88,18 +88,6 @@ class Client:
             dist_init_required=False,
         )
         self._masters = Masters(self.parameters, self._engine, self.stage)
-
-    @property
-    def anchor(self) -> torch.Tensor | None:
-        """Where a backward pass through prompts ends, after a forward; None without prompts."""
-        anchor: torch.Tensor | None = self._engine.module.anchor
-        return anchor
-
-    @property
-    def model(self) -> nn.Module:
-        """The module inside the engine, for measuring; its values go through load and read."""
-        module: nn.Module = self._engine.module
-        return module
 
     def load(
         self,
@@ -118,19 +106,18 @@ class Client:
         """
         masters = self._masters
         masters.release()
-        kept = trainable if trainable is None or not bool(trainable.all()) else None
+        absent = None if trainable is None or bool(trainable.all()) else ~trainable
         # Written like values, a vector takes the order of the engine's own partitions.
         parts = {
-            name: self._in_master_order(value if kept is None else value * kept)
+            name: self._in_master_order(value if absent is None else value.masked_fill(absent, 0))
             for name, value in (moments or {}).items()
             if name != STEPS
         }
         added = None if control is None else self._in_master_order(control)
-        where = None if kept is None else self._in_master_order((~kept).float())
+        where = None if absent is None else self._in_master_order(absent.float())
         self._write(vector)
-        if kept is not None and where is not None:
-            absent = [part > 0.5 for part in self._shaped((~kept).float())]
-            masters.freeze(absent, [part > 0.5 for part in where])
+        if absent is not None and where is not None:
+            masters.freeze(self._shaped(absent), [part > 0.5 for part in where])
         if moments:
             masters.set_moments(parts, int(moments[STEPS]))
         if added is not None:
@@ -266,7 +253,7 @@ class Client:
         zero. Raises ClientError on all ranks of the slot if it fails on any of them.
         probing: for gradients by autograd, which the engine refuses; its module does not.
         """
-        network = self._engine.module if probing else self._engine
+        network = self.model if probing else self._engine
         filled = rows if len(rows) else batch[:1]
         problem = ""
         losses = torch.zeros(1)
@@ -291,7 +278,7 @@ class Client:
     def mask(self, rows: Ids, tokens: Tokens) -> torch.Tensor:
         """(len(rows), positions): 1 where the hidden states of these rows are no padding."""
         mask = self.head.inputs(tokens, rows, self.topology.device)["attention_mask"]
-        return nn.functional.pad(mask, (self.lead, 0), value=1)
+        return nn.functional.pad(mask, (self.model.lead, 0), value=1)
 
     def _first_problem(self, problem: str) -> str:
         """What went wrong on the first rank of the slot where something did, or ""."""

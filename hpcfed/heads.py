@@ -15,7 +15,7 @@ from torch import nn
 
 from hpcfed.config import Config
 from hpcfed.data import gaps, wordings
-from hpcfed.data.batches import Ids, Tokens, tokenize
+from hpcfed.data.batches import Ids, Tokens, flatten, tokenize
 from hpcfed.data.sources import Split, TaskData
 from hpcfed.errors import UserError
 
@@ -160,25 +160,17 @@ class LabelWords:
     ) -> tuple[Inputs, torch.Tensor]:
         """Inputs in which label labels[i]'s word follows text rows[i], positions (rows, longest
         word) that predict its tokens, and the tokens, -1 where a word is shorter."""
-        texts = tokens.lengths[rows]
         words = [self.words[int(label)] for label in labels]
+        joined = [[*tokens.row(row), *word] for row, word in zip(rows, words, strict=True)]
+        inputs = flatten(joined, labels, tokens.pad_id).collate(np.arange(len(rows)), device)
         longest = max(map(len, words))
-        ids = np.full((len(rows), int(texts.max()) + longest), tokens.pad_id, dtype=np.int64)
         targets = np.full((len(rows), longest), -1, dtype=np.int64)
-        for i, (row, length, word) in enumerate(zip(rows, texts, words, strict=True)):
-            start = tokens.offsets[row]
-            ids[i, :length] = tokens.ids[start : start + length]
-            ids[i, length : length + len(word)] = targets[i, : len(word)] = word
-        ends = texts + np.array([len(word) for word in words])
-        ids = ids[:, : int(ends.max())]
-        mask = np.arange(ids.shape[1]) < ends[:, None]
+        for own, word in zip(targets, words, strict=True):
+            own[: len(word)] = word
         # The token at p is predicted at p - 1; where a word is shorter, any place will do.
-        positions = np.minimum(texts[:, None] - 1 + np.arange(longest), ids.shape[1] - 1)
-        inputs = {
-            "input_ids": torch.from_numpy(ids).to(device),
-            "attention_mask": torch.from_numpy(mask.astype(np.int64)).to(device),
-            "positions": torch.from_numpy(positions).to(device),
-        }
+        first = tokens.lengths[rows, None] - 1
+        positions = np.minimum(first + np.arange(longest), inputs["input_ids"].shape[1] - 1)
+        inputs["positions"] = torch.from_numpy(positions).to(device)
         return inputs, torch.from_numpy(targets).to(device)
 
 

@@ -32,7 +32,6 @@ class Masters:
         self._start: dict[int, torch.Tensor] = {}
         self._gradients: dict[int, torch.Tensor] = {}
         self._pull = 0.0
-        self._counts = False
         for index, parameter in enumerate(parameters):
             parameter.register_hook(self._gradient_hook(index))  # type: ignore[no-untyped-call]
         self._base = getattr(engine.optimizer, "optimizer", engine.optimizer)
@@ -56,7 +55,7 @@ class Masters:
 
     def release(self) -> None:
         """Nothing is frozen, corrected, or remembered of earlier steps."""
-        self._absent, self._pull, self._counts = [], 0.0, False
+        self._absent, self._pull = [], 0.0
         self._frozen, self._added, self._start, self._gradients = {}, {}, {}, {}
         self._base.state.clear()
 
@@ -80,7 +79,6 @@ class Masters:
     def add(self, parts: Sequence[torch.Tensor]) -> None:
         """Add these to each gradient, and sum up the gradients as they are without them."""
         self._added = {id(m): part for m, part in zip(self.tensors(), parts, strict=True)}
-        self._counts = True
 
     def gradients(self) -> list[torch.Tensor]:
         """The sum of all gradients since `add`."""
@@ -108,7 +106,7 @@ class Masters:
         return hook
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._pull and not self._counts:
+        if not self._pull and not self._added:
             return
         for group in optimizer.param_groups:
             for master in group["params"]:
@@ -117,7 +115,7 @@ class Masters:
     def _correct(self, master: torch.Tensor) -> None:
         gradient, own = master.grad, id(master)
         assert gradient is not None
-        if self._counts:
+        if self._added:
             so_far = self._gradients.get(own)
             self._gradients[own] = gradient.clone() if so_far is None else so_far + gradient
             gradient = gradient + self._added[own]

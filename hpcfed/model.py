@@ -106,18 +106,17 @@ def prepare(
     spec = config.adapter
     with _sharded_at_load(ds_settings):
         model, missing = _load(config, labels, pad_id)
-        layers = int(model.config.num_hidden_layers)
         trained = final_linear(model, len(labels)) if config.model.head == "classifier" else None
-        blocks = transformer_blocks(model, layers)
+        blocks = transformer_blocks(model, int(model.config.num_hidden_layers))
         std = float(getattr(model.config, "initializer_range", 0.02))
         missing = [name for name in missing if not trained or not name.startswith(f"{trained}.")]
         _refuse_holes(config, model, missing, blocks)
         _refuse_long_texts(config, model)
         fresh = _draw_missing(model, missing, config.seed, std)
         if spec.kind == "lora":
-            adapted = lora.adapt(model, spec, layers, trained, std)
+            adapted = lora.adapt(model, spec, blocks, trained, std)
         else:
-            adapted = prompts.adapt(model, spec, layers, trained, std, pad_id)
+            adapted = prompts.adapt(model, spec, blocks, trained, std, pad_id)
         if config.model.gradient_checkpointing:
             recompute(adapted.blocks)
     values = sum(getattr(p, "ds_numel", p.numel()) for p in adapted.network.parameters())

@@ -170,7 +170,8 @@ def _backward(
         losses = client.forward(rows, batch, tokens, probing=True)
         entered = client.watch.entered
         assert entered is not None
-        ends = [entered] if client.anchor is None else [entered, client.anchor]
+        anchor = client.model.anchor
+        ends = [entered] if anchor is None else [entered, anchor]
         gradient, *_ = torch.autograd.grad(losses.sum(), ends)
     finally:
         client.taps.listen(None)

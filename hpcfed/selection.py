@@ -82,7 +82,7 @@ def select(
     They are scored at the `initial` values (layout.size,), their number is estimated at `vector`,
     after the warm-up. (A few rounds on skewed clients can leave a layer saturated, which a score
     then takes for unimportant: measured on trec at Dirichlet 0.3, where the last layer dropped out
-    of the choice in 2 of 3 seeds, and with it 7 to 14 points of accuracy.)
+    of the choice in 2 of 3 seeds, and with it 9 and 14 points of accuracy.)
     """
     spec = config.layers
     names = client.layout.layers

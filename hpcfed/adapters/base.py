@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hpcfed.adapters.layout import HEAD, AdapterLayout
+from hpcfed.adapters.network import Network
 from hpcfed.errors import UserError
 from hpcfed.rng import generator
 
@@ -46,17 +47,15 @@ class Adapted:
     """A network with its trainable parameters.
 
     network(positions=None, **inputs) gives logits. found: the parameters, in layout order. blocks:
-    the transformer's blocks. lead: virtual tokens in front of every text inside the network.
-    prefix: of the names under which PEFT saves the model's own weights.
+    the transformer's blocks. prefix: of the names under which PEFT saves the model's own weights.
     """
 
-    network: nn.Module
+    network: Network
     found: tuple[Found, ...]
     layout: AdapterLayout
     blocks: tuple[nn.Module, ...]
     peft_config: Any  # peft.PeftConfig
     prefix: str
-    lead: int = 0
     columns: bool = False  # PEFT keeps the blocks as columns of one embedding
 
     @property
@@ -88,13 +87,23 @@ class Adapted:
         return tensors
 
 
-def lay_out(found: list[Found]) -> tuple[AdapterLayout, tuple[Found, ...]]:
-    """The layout of these parameters, and they in its order."""
+def assemble(
+    network: Network,
+    model: nn.Module,
+    found: list[Found],
+    blocks: dict[str, str],
+    peft_config: Any,
+    prefix: str,
+    columns: bool = False,
+) -> Adapted:
+    """Lay out the found parameters. blocks: module name of each transformer block in `model`."""
     layout = AdapterLayout.build(
         [(own.block, own.name, full_shape(own.parameter), own.neuron_axis) for own in found]
     )
     by_name = {own.name: own for own in found}
-    return layout, tuple(by_name[entry.name] for entry in layout.entries)
+    ordered = tuple(by_name[entry.name] for entry in layout.entries)
+    modules = tuple(model.get_submodule(name) for name in blocks)
+    return Adapted(network, ordered, layout, modules, peft_config, prefix, columns)
 
 
 def transformer_blocks(model: nn.Module, layers: int) -> dict[str, str]:

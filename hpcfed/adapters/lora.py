@@ -10,15 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from hpcfed.adapters.base import (
-    Adapted,
-    Found,
-    block_of,
-    lay_out,
-    train_head,
-    transformer_blocks,
-    zero,
-)
+from hpcfed.adapters.base import Adapted, Found, assemble, block_of, train_head, zero
 from hpcfed.adapters.network import Network
 from hpcfed.config import Adapter
 from hpcfed.errors import UserError
@@ -27,17 +19,16 @@ PREFIX = "base_model.model."
 
 
 def adapt(
-    model: nn.Module, adapter: Adapter, layers: int, head: str | None, head_std: float
+    model: nn.Module, adapter: Adapter, blocks: dict[str, str], head: str | None, head_std: float
 ) -> Adapted:
     """Freeze the backbone, add LoRA to the targets in every block, train the classifier of this
-    name, if any.
+    name, if any. blocks: see `transformer_blocks`.
 
     Raises UserError, listing the legal ones, if a target names no linear layer of a block.
     """
     import peft
     from transformers.pytorch_utils import Conv1D
 
-    blocks = transformer_blocks(model, layers)
     linear = {
         name: module
         for name, module in model.named_modules()
@@ -70,16 +61,10 @@ def adapt(
             draw, axis = (_uniform, 1) if ".lora_A." in name else (zero, 0)
             saved = name.replace(".default.", ".")
             found.append(Found(block, saved, parameter, owner, draw, axis))
-    layout, ordered = lay_out([*found, *train_head(model, head, PREFIX, head_std)])
+    found += train_head(model, head, PREFIX, head_std)
     lora_config.modules_to_save = [head] if head else []
-    return Adapted(
-        Network(wrapped, model, None),
-        ordered,
-        layout,
-        tuple(model.get_submodule(name) for name in blocks),
-        lora_config,
-        PREFIX,
-    )
+    network = Network(wrapped, model, None)
+    return assemble(network, model, found, blocks, lora_config, PREFIX)
 
 
 def _uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> Any:

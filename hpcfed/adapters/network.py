@@ -12,18 +12,19 @@ class Network(nn.Module):
     """A Hugging Face model, adapted, as one function of token ids.
 
     backbone: the model, or PEFT's wrapper around it; inner: the model itself. prompts rewrites the
-    inputs, see hpcfed.adapters.prompts.
+    inputs, see hpcfed.adapters.prompts. lead: virtual tokens in front of every text.
 
     anchor: zeros (samples,) of the last forward, which prompts add to their values. Nothing in
     front of a prompt depends on the text, so this is where a backward pass through prompts ends
     that shall not end in parameters; and ZeRO-3 learns from it that a prompt's backward is over.
     """
 
-    def __init__(self, backbone: nn.Module, inner: Any, prompts: nn.Module | None) -> None:
+    def __init__(self, backbone: nn.Module, inner: Any, prompts: Any | None) -> None:
         super().__init__()
         self.backbone = backbone
         self.prompts = prompts
         self.anchor: torch.Tensor | None = None
+        self.lead = 0 if prompts is None else prompts.lead
         self._positions: torch.Tensor | None = None
         inner.base_model.register_forward_hook(self._pick)
 
@@ -36,15 +37,13 @@ class Network(nn.Module):
         inputs: input_ids, attention_mask (samples, longest) and perhaps token_type_ids.
         """
         prepared: dict[str, Any] = dict(inputs)
-        lead = 0
         if self.prompts is not None:
             ids = inputs["input_ids"]
             self.anchor = torch.zeros(
                 len(ids), device=ids.device, requires_grad=torch.is_grad_enabled()
             )
             prepared = self.prompts(inputs, self.anchor)
-            lead = prepared["input_ids"].shape[1] - ids.shape[1]
-        self._positions = None if positions is None else positions + lead
+        self._positions = None if positions is None else positions + self.lead
         logits: torch.Tensor = self.backbone(**prepared).logits
         return logits
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from hpcfed.adapters.base import Adapted, Found, lay_out, normal, train_head, transformer_blocks
+from hpcfed.adapters.base import Adapted, Found, assemble, normal, train_head
 from hpcfed.adapters.layout import INPUT
 from hpcfed.adapters.network import Network
 from hpcfed.config import Adapter
@@ -48,6 +48,8 @@ class Copies(nn.Module):
 
 class Prefix(nn.Module):
     """Keys and values of virtual tokens in every layer."""
+
+    lead = 0  # they stand beside the text, not in front of it
 
     def __init__(self, config: Any, adapter: Adapter, dtype: torch.dtype) -> None:
         super().__init__()
@@ -82,7 +84,7 @@ class Prompt(nn.Module):
         embedding = model.get_input_embeddings()
         self.copies = Copies((adapter.virtual_tokens, embedding.embedding_dim), dtype)
         self.dropout = nn.Dropout(adapter.dropout)
-        self._tokens = adapter.virtual_tokens
+        self.lead = adapter.virtual_tokens
         self._placeholder = 0 if pad_id else 1
         self._values: torch.Tensor | None = None
         embedding.register_forward_hook(self._replace)
@@ -92,14 +94,14 @@ class Prompt(nn.Module):
         self._values = self.dropout(self.copies(anchor))
         fillers = {"input_ids": self._placeholder, "attention_mask": 1, "token_type_ids": 0}
         return {
-            name: _lengthened(value, self._tokens, fillers[name]) for name, value in inputs.items()
+            name: _lengthened(value, self.lead, fillers[name]) for name, value in inputs.items()
         }
 
     def _replace(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         if self._values is None:
             return output
         values, self._values = self._values, None
-        return torch.cat([values.to(output.dtype), output[:, self._tokens :]], dim=1)
+        return torch.cat([values.to(output.dtype), output[:, self.lead :]], dim=1)
 
 
 def _lengthened(values: torch.Tensor, tokens: int, filler: int) -> torch.Tensor:
@@ -112,7 +114,6 @@ class FixedCache(DynamicCache):  # type: ignore[misc]
 
     def __init__(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         super().__init__()
-        self._pairs = pairs
         for index, (keys, values) in enumerate(pairs):
             super().update(keys, values, index)
 
@@ -120,8 +121,8 @@ class FixedCache(DynamicCache):  # type: ignore[misc]
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's prefix and the text's keys and values, joined."""
-        own_keys, own_values = self._pairs[layer]
-        return torch.cat([own_keys, keys], dim=-2), torch.cat([own_values, values], dim=-2)
+        own = self.layers[layer]
+        return torch.cat([own.keys, keys], dim=-2), torch.cat([own.values, values], dim=-2)
 
 
 def key_value_heads(config: Any) -> int:
@@ -136,16 +137,21 @@ def head_width(config: Any) -> int:
 
 
 def adapt(
-    model: Any, adapter: Adapter, layers: int, head: str | None, head_std: float, pad_id: int
+    model: Any,
+    adapter: Adapter,
+    blocks: dict[str, str],
+    head: str | None,
+    head_std: float,
+    pad_id: int,
 ) -> Adapted:
-    """Freeze the backbone, put prompts in front, train the classifier of this name, if any.
+    """Freeze the backbone, put prompts in front, train the classifier of this name, if any. blocks:
+    see `transformer_blocks`.
 
     Raises UserError for an architecture whose attention takes no past keys and values.
     """
     import peft
 
     model.requires_grad_(False)
-    blocks = transformer_blocks(model, layers)
     dtype = next(model.parameters()).dtype
     config = model.config
     prompts: Prefix | Prompt
@@ -169,10 +175,9 @@ def adapt(
         Found(block, f"{block}.weight", own.weight, own, draw, neuron_axis=0)
         for block, own in copies.items()
     ]
-    layout, ordered = lay_out([*found, *train_head(model, head, PREFIX, head_std)])
     peft_config = kind(
         num_virtual_tokens=adapter.virtual_tokens,
-        num_layers=layers,
+        num_layers=int(config.num_hidden_layers),
         num_transformer_submodules=1,
         num_attention_heads=heads,
         token_dim=width,
@@ -180,16 +185,9 @@ def adapt(
     )
     # PEFT takes the classifier as a whole, whatever of it is trained.
     peft_config.modules_to_save = [head.partition(".")[0]] if head else []
-    return Adapted(
-        Network(model, model, prompts),
-        ordered,
-        layout,
-        tuple(model.get_submodule(name) for name in blocks),
-        peft_config,
-        PREFIX,
-        lead=adapter.virtual_tokens if adapter.kind == "prompt" else 0,
-        columns=True,
-    )
+    found += train_head(model, head, PREFIX, head_std)
+    network = Network(model, model, prompts)
+    return assemble(network, model, found, blocks, peft_config, PREFIX, columns=True)
 
 
 def _task_type(model: Any, head: str | None) -> str:

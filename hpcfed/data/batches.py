@@ -5,7 +5,8 @@ A batch is an array of row numbers. How a client's batch is cut into micro-batch
 of a client agree without talking.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +44,10 @@ class Tokens:
         """(n,) tokens of each row, special tokens included."""
         return np.diff(self.offsets)
 
+    def row(self, number: int) -> npt.NDArray[np.int32]:
+        """The token ids of a row."""
+        return self.ids[self.offsets[number] : self.offsets[number + 1]]
+
     def collate(self, rows: Ids, device: torch.device) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask (and token_type_ids): (len(rows), longest row) int64, padded
         on the right."""
@@ -62,20 +67,26 @@ class Tokens:
 def tokenize(split: Split, tokenizer: Any, max_length: int) -> Tokens:
     """Tokenize a split with a Hugging Face tokenizer; pairs are cut longest-first."""
     encoded = tokenizer(split.texts, split.pairs, truncation=True, max_length=max_length)
-    rows = encoded["input_ids"]
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    if lengths.min() == 0:
-        raise UserError(
-            f"The tokenizer makes no token of the text {split.texts[int(lengths.argmin())]!r}; "
-            "remove that row."
-        )
+    tokens = flatten(encoded["input_ids"], split.labels, tokenizer.pad_token_id)
+    if tokens.lengths.min() == 0:
+        empty = split.texts[int(tokens.lengths.argmin())]
+        raise UserError(f"The tokenizer makes no token of the text {empty!r}; remove that row.")
     types = encoded.get("token_type_ids") if split.pairs is not None else None
+    if not types:
+        return tokens
+    flat = np.concatenate([np.asarray(row, dtype=np.int8) for row in types])
+    return replace(tokens, types=flat)
+
+
+def flatten(rows: Sequence[Sequence[int]], labels: Ids, pad_id: int) -> Tokens:
+    """Tokens of rows of ids."""
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
     return Tokens(
         ids=np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]),
-        types=np.concatenate([np.asarray(row, dtype=np.int8) for row in types]) if types else None,
+        types=None,
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        labels=split.labels,
-        pad_id=tokenizer.pad_token_id,
+        labels=labels,
+        pad_id=pad_id,
     )
 
 

@@ -1,11 +1,12 @@
 """Rows filled into a template and tokenized, the gap never cut away."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from hpcfed.data.batches import Tokens
+from hpcfed.data.batches import Tokens, flatten
 from hpcfed.data.sources import Split
 from hpcfed.data.wordings import Wording
 from hpcfed.errors import UserError
@@ -20,18 +21,11 @@ def encode(split: Split, wording: Wording, tokenizer: Any, room: int, ends: bool
     """
     gap = "" if ends else tokenizer.mask_token
     rows = [_row(a, b, wording, tokenizer, gap, room) for a, b in _texts(split, tokenizer)]
-    lengths = [len(row) for row in rows]
-    positions = None
-    if not ends:
-        positions = np.array([row.index(tokenizer.mask_token_id) for row in rows], dtype=np.int64)
-    return Tokens(
-        ids=np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]),
-        types=None,
-        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-        labels=split.labels,
-        pad_id=tokenizer.pad_token_id,
-        positions=positions,
-    )
+    tokens = flatten(rows, split.labels, tokenizer.pad_token_id)
+    if ends:
+        return tokens
+    positions = np.array([row.index(tokenizer.mask_token_id) for row in rows], dtype=np.int64)
+    return replace(tokens, positions=positions)
 
 
 def _texts(split: Split, tokenizer: Any) -> Iterator[tuple[str, str]]:

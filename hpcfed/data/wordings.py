@@ -8,13 +8,14 @@ the end, they are ours, with the same words.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from hpcfed.config import Config
 from hpcfed.data.sources import TaskData
 from hpcfed.errors import UserError
 
 GAP = "<mask>"
+_Encoded = TypeVar("_Encoded", int, tuple[int, ...])
 _FIELDS = re.compile(r"(\{a\}|\{b\}|<mask>)")
 _SENTIMENT = {"positive": "great", "negative": "terrible"}
 _ENTAILMENT = {"entailment": "Yes", "not_entailment": "No"}
@@ -127,18 +128,13 @@ def single_tokens(wording: Wording, tokenizer: Any) -> tuple[int, ...]:
                 "another word, or model.head=classifier."
             )
         found.append(int(ids[0]))
-    if len(set(found)) < len(found):
-        raise UserError(
-            "task.verbalizer: two labels' words are the same token of this model "
-            f"({', '.join(wording.words)}); choose other words."
-        )
-    return tuple(found)
+    return _all_different(found, wording)
 
 
 def continuations(wording: Wording, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
     """The tokens of each label's word where it goes on from a text.
 
-    Raises UserError for a word of which nothing is left, or that is the beginning of another.
+    Raises UserError for a word of which nothing is left, or that another label has.
     """
     before = tokenizer("x", add_special_tokens=False)["input_ids"]
     found = []
@@ -150,6 +146,11 @@ def continuations(wording: Wording, tokenizer: Any) -> tuple[tuple[int, ...], ..
                 f"before {GAP} in task.template."
             )
         found.append(tuple(int(i) for i in whole[len(before) :]))
+    return _all_different(found, wording)
+
+
+def _all_different(found: list[_Encoded], wording: Wording) -> tuple[_Encoded, ...]:
+    """The labels' encoded words. Raises UserError if the model cannot tell two labels apart."""
     if len(set(found)) < len(found):
         raise UserError(
             "task.verbalizer: two labels' words are the same tokens of this model "

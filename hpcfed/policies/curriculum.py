@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from hpcfed.data.batches import Floats, Ids, Tokens
 
@@ -38,10 +37,6 @@ def share(pace: str, start: float, full_at: float, number: int, rounds: int) -> 
     raise ValueError(f"unknown pace {pace!r}")
 
 
-def _ids(tokens: Tokens, row: int) -> npt.NDArray[np.int32]:
-    return tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]]
-
-
 def text_difficulty(kind: str, rows: Ids, tokens: Tokens) -> Floats:
     """(len(rows),) difficulty that needs no model: `length` in tokens, `rarity` of the words."""
     if kind == "length":
@@ -49,7 +44,7 @@ def text_difficulty(kind: str, rows: Ids, tokens: Tokens) -> Floats:
     if kind == "rarity":
         # The mean of -log of each token's frequency, counted on these rows only: nothing leaves the
         # client. Platanios et al. 2019 take the sum, which mostly orders by length.
-        texts = [_ids(tokens, int(row)) for row in rows]
+        texts = [tokens.row(row) for row in rows]
         counts = np.bincount(np.concatenate(texts))
         surprise = -np.log(np.maximum(counts, 1) / counts.sum())
         return np.array([surprise[text].mean() for text in texts])

@@ -22,7 +22,7 @@ def obvious_losses(
     """(len(rows),) losses from logits at all positions; each row by itself, without padding."""
     found = []
     for row in rows:
-        ids = tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]].tolist()
+        ids = tokens.row(row).tolist()
         label = int(tokens.labels[row])
         if isinstance(head, LabelWords):
             ids = ids + list(head.words[label])

@@ -13,8 +13,8 @@ from hpcfed import model
 from hpcfed.data import sources
 from hpcfed.resolve import resolve
 from tests.mpi.reference import federated_average
-from tests.mpi.variants import STAGES, VARIANTS, overrides, write_data
-from tests.support import many_runs
+from tests.mpi.variants import STAGES, VARIANTS, overrides
+from tests.mpi.worlds import run_worlds
 
 # (slots, ranks per client) -> the runs made in that world; every stage in each kind of world.
 SGD = [f"sgd:{stage}" for stage in STAGES]
@@ -37,17 +37,10 @@ WORLDS = {
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """World -> folder with the final values of its runs."""
-    folders = {}
-    for slots, ranks_per_client in WORLDS:
-        out = tmp_path_factory.mktemp(f"world-{slots}x{ranks_per_client}")
-        write_data(out)
-        runs = WORLDS[slots, ranks_per_client] + (BITS_ONLY if ranks_per_client == 1 else [])
-        many_runs(
-            out, slots, ranks_per_client,
-            {run.replace(":", "-"): overrides(out, *run.split(":")) for run in runs},
-        )  # fmt: skip
-        folders[slots, ranks_per_client] = out
-    return folders
+    worlds = {
+        world: [*runs, *(BITS_ONLY if world[1] == 1 else [])] for world, runs in WORLDS.items()
+    }
+    return run_worlds(tmp_path_factory, worlds, lambda out, run: overrides(out, *run.split(":")))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from hpcfed.resolve import presets, resolve
 from tests import models
 from tests.mpi.reference_fedpeptao import Loop
 from tests.mpi.variants import COMMON, write_data
+from tests.mpi.worlds import run_worlds
 from tests.support import many_runs, mpiexec
 
 SGD = ["local.optimizer=sgd", "local.lr=0.5", "local.clip=1.0"]
@@ -77,23 +78,18 @@ def overrides(out, case):
             f"deepspeed=ds_configs/{stage}.json"]  # fmt: skip
 
 
+def save_models(out):
+    for architecture, head, width in (
+        ("bert", "classifier", 0.2), ("bert", "cloze", 0.2), ("llama", "label_words", 0.02),
+        ("gpt2", "label_words", 0.02),
+    ):  # fmt: skip
+        models.save(architecture, out / f"{architecture}-{head}", head, initializer_range=width)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """World -> folder with its runs."""
-    folders = {}
-    for (slots, ranks_per_client), cases in WORLDS.items():
-        out = tmp_path_factory.mktemp(f"fedpeptao-{slots}x{ranks_per_client}")
-        write_data(out)
-        for architecture, head, width in (
-            ("bert", "classifier", 0.2), ("bert", "cloze", 0.2), ("llama", "label_words", 0.02),
-            ("gpt2", "label_words", 0.02),
-        ):  # fmt: skip
-            folder = out / f"{architecture}-{head}"
-            models.save(architecture, folder, head, initializer_range=width)
-        runs = {case.replace(":", "-"): overrides(out, case) for case in cases}
-        many_runs(out, slots, ranks_per_client, runs, preset="p-tuning-v2")
-        folders[slots, ranks_per_client] = out
-    return folders
+    return run_worlds(tmp_path_factory, WORLDS, overrides, "p-tuning-v2", save_models)
 
 
 @pytest.fixture(scope="module")

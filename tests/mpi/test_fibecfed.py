@@ -13,6 +13,7 @@ from hpcfed.resolve import resolve
 from tests import models
 from tests.mpi.reference_fibecfed import Reference
 from tests.mpi.variants import FIBECFED, write_data
+from tests.mpi.worlds import run_worlds
 from tests.support import many_runs, mpiexec
 
 # (slots, ranks per client) -> ZeRO stages; where difficulties come from, if not from training; or
@@ -48,15 +49,11 @@ def kind(case):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """World -> folder with its runs."""
-    folders = {}
-    for (slots, ranks_per_client), stages in WORLDS.items():
-        out = tmp_path_factory.mktemp(f"fibecfed-{slots}x{ranks_per_client}")
-        write_data(out)
+
+    def save_model(out):
         models.save("bert", out / "bert", initializer_range=0.2)
-        runs = {stage: overrides(out, stage) for stage in stages}
-        many_runs(out, slots, ranks_per_client, runs, preset="fibecfed")
-        folders[slots, ranks_per_client] = out
-    return folders
+
+    return run_worlds(tmp_path_factory, WORLDS, overrides, "fibecfed", save_model)
 
 
 @pytest.fixture(scope="module")
