@@ -99,7 +99,7 @@ def main() -> None:
 def report(ours: list[float], reference: list[float], parts: Clock, federation: Federation) -> None:
     """The ratio, and where the difference goes."""
     took, base = statistics.median(ours), statistics.median(reference)
-    steps = federation.totals.steps / (ROUNDS + 1)
+    steps = federation.account.totals.steps / (ROUNDS + 1)
     print(
         f"{federation.config.deepspeed}, {steps:.0f} steps a round\n"
         f"round {took:.3f} s, plain loop {base:.3f} s, ratio {took / base:.3f}"

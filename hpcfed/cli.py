@@ -8,9 +8,11 @@ import time
 import warnings
 from collections.abc import Sequence
 
-from hpcfed import launcher, preflight
+from hpcfed import launcher, preflight, rejoin
 from hpcfed.errors import UserError
 from hpcfed.resolve import Resolved, describe, presets, resolve
+from hpcfed.stop import INTERRUPTED
+from hpcfed.topology import connect_world, deepspeed_process, restarted
 
 _EPILOG = """examples:
   hpcfed run demo --ranks 4                         a first run, nothing to download
@@ -44,6 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_source(run)
     run.add_argument("--ranks", type=int, metavar="N", help="start N MPI ranks on this machine")
     run.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where the run in the run directory was when it ended, if there is one; a job "
+        "that Slurm has requeued does so on its own",
+    )
+    run.add_argument(
         "--live",
         action=argparse.BooleanOptionalAction,
         default=None,
@@ -64,8 +72,12 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 2 for anything the user can mend."""
+def main(arguments: Sequence[str] | None = None, listen: bool = True) -> int:
+    """Run the command line; returns the exit code: 2 for anything the user can mend.
+
+    listen: a run stops between two rounds when a signal asks it to; False under a scheduler of
+    Python functions, which has handlers of its own.
+    """
     started = time.monotonic()
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
@@ -87,39 +99,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
         live = on_terminal if options.live is None else options.live
         if options.ranks is not None:
             return _start(resolved, options, live)
+        process = deepspeed_process()
+        if process is not None:
+            quiet()
+            return rejoin.take_part(process, _words(options, live))
     except UserError as error:
         print(f"hpcfed: {error}", file=sys.stderr)
         return 2
-    return _take_part(resolved, live, started)
+    return _take_part(resolved, options, live, started, listen)
 
 
 def _start(resolved: Resolved, options: argparse.Namespace, live: bool) -> int:
     """Check what can be checked without MPI, then start the ranks."""
     if options.ranks < 1:
         raise UserError(f"--ranks is {options.ranks}; it must be at least 1.")
-    preflight.check(resolved, options.ranks)
+    resume = options.resume or restarted()
+    if not (resume and preflight.is_complete(resolved.config)):
+        preflight.check(resolved, options.ranks, resume)
+    return launcher.start(options.ranks, _words(options, live))
+
+
+def _words(options: argparse.Namespace, live: bool) -> list[str]:
+    """The command line of each rank."""
     words = ["run", options.source, *options.overrides, "--live" if live else "--no-live"]
-    return launcher.start(options.ranks, words)
+    return [*words, "--resume"] if options.resume else words
 
 
-def _take_part(resolved: Resolved, live: bool, started: float) -> int:
+def _take_part(
+    resolved: Resolved, options: argparse.Namespace, live: bool, started: float, listen: bool
+) -> int:
     """This process as one rank of the MPI world."""
     quiet()
-    from hpcfed.topology import connect_world
-
     try:
         world = connect_world()
     except UserError as error:
         print(f"hpcfed: {error}", file=sys.stderr)
         return 2
     try:
+        resume = options.resume or restarted()
+        with world.agreement("looking for the run directory"):
+            complete = resume and preflight.is_complete(resolved.config)
+        if complete:
+            if world.rank == 0:
+                print(f"the run in {preflight.output_folder(resolved.config)}/ is complete")
+            return 0
         with world.agreement("checking the configuration"):
-            checked = preflight.check(resolved, world.size)
+            checked = preflight.check(resolved, world.size, resume)
         from hpcfed.federation import Federation
         from hpcfed.progress import Progress
 
         federation = Federation(checked, world, started)
-        federation.run(Progress(speaks=world.rank == 0, live=live))
+        if listen:
+            federation.stop.listen()
+        summary = federation.run(Progress(speaks=world.rank == 0, live=live))
+        if summary is None:
+            world.comm.Barrier()
+            return INTERRUPTED
         if world.rank == 0:
             print(f"everything lies in {federation.run_directory.path}/")
     except UserError as error:  # raised on all ranks alike
@@ -147,3 +182,4 @@ def quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its sockets look up names in vain

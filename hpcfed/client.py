@@ -24,6 +24,7 @@ from hpcfed.importance.fisher import FisherSums, PerSampleGradients
 from hpcfed.importance.sensitivity import BlockWatch
 from hpcfed.masters import Masters
 from hpcfed.model import Prepared
+from hpcfed.stop import Stop
 from hpcfed.topology import Topology
 
 # ZeRO-3 replaces this function for good, by one that rounds differently: without putting it back,
@@ -31,6 +32,10 @@ from hpcfed.topology import Topology
 _LINEAR = nn.functional.linear
 
 STEPS = "steps"  # beside an optimizer's moments, how many steps it had made
+
+
+# What a rank reports to its slot in place of a problem, if the round has to be dropped.
+_STOPPING = "the job has to stop"
 
 
 class ClientError(Exception):
@@ -59,7 +64,12 @@ class Client:
     """The engine of one slot. Every method is collective over the ranks of the slot."""
 
     def __init__(
-        self, prepared: Prepared, local: Local, settings: dict[str, Any], topology: Topology
+        self,
+        prepared: Prepared,
+        local: Local,
+        settings: dict[str, Any],
+        topology: Topology,
+        stop: Stop | None = None,
     ) -> None:
         import deepspeed
 
@@ -69,6 +79,9 @@ class Client:
         self.stage = zero_stage(settings)
         self.checkpointing = prepared.checkpointing
         self._local = local
+        self._stop = stop
+        # Whether a step was left because the job has to stop; the same on all ranks of the slot.
+        self.interrupted = False
         self.head = prepared.head
         # The module inside the engine; its values go through load and read.
         self.model = adapted.network
@@ -266,7 +279,10 @@ class Client:
                 problem = "the loss is not finite"
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
+        if self._stop is not None and self._stop.must_drop:
+            problem = _STOPPING
         problem = self._first_problem(problem)
+        self.interrupted = self.interrupted or problem == _STOPPING
         if problem:
             raise ClientError(problem)
         return losses

@@ -263,6 +263,11 @@ class Cluster:
     timeout_minutes: float = option(
         30.0, "a collective inside a client that takes longer ends the job", above=0
     )
+    grace_seconds: float = option(
+        30.0,
+        "from USR1, USR2 or TERM to the kill: a round that fits in it is finished, else dropped",
+        at_least=0,
+    )
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,23 @@
 
 state(k) + shared values -> slot's engine -> batches -> local steps -> new values
   -> packed, only the shared blocks, times n_k, added up over the slot's clients
-  -> one Allreduce between slots -> server step (the same on every rank) -> next round
+  -> one Allreduce between slots -> server step (the same on every rank) -> commit -> next round
 """
 
+import socket
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from hpcfed import heads, model, server
+from hpcfed import commits, heads, model, server
+from hpcfed.account import FAILED, STATS, Account, Traffic
 from hpcfed.adapters.layout import HEAD
 from hpcfed.client import Client, ClientError
 from hpcfed.collectives import MaskedSum, sum_in_slot, sum_over_ranks
@@ -25,29 +31,13 @@ from hpcfed.local import LocalRounds, Outcome
 from hpcfed.policies import sampling
 from hpcfed.preflight import Checked
 from hpcfed.progress import Progress
-from hpcfed.run import RunDirectory
+from hpcfed.run import Commit, RunDirectory
 from hpcfed.selection import select
 from hpcfed.states import ClientStates
-from hpcfed.topology import Topology, World, connect_slots, keep_heap_small
+from hpcfed.stop import Stop
+from hpcfed.topology import Topology, World, connect_slots, job, keep_heap_small, restarted
 
-FP32_BYTES = 4
-
-# Of each sampled client, on the same wire as the values.
-STATS = ("loss_sum", "samples", "steps", "failed", "scored", "density")
-
-
-@dataclass
-class Totals:
-    """What the run has cost so far; the names are those of summary.json."""
-
-    samples: int = 0
-    scored: int = 0
-    steps: int = 0
-    updates: int = 0
-    failures: int = 0
-    up: int = 0
-    down: int = 0
-    wire: int = 0
+LOCK_PATIENCE = 120.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -68,7 +58,8 @@ class Federation:
     def __init__(
         self, checked: Checked, world: World, started: float, topology: Topology | None = None
     ) -> None:
-        """Load everything; nothing is written before all of it succeeded.
+        """Load everything; nothing is written before all of it succeeded. A run that has begun
+        goes on from its last commit.
 
         topology: for callers that run several configurations in one MPI world.
         Raises UserError, on all ranks, for anything the user can mend.
@@ -77,6 +68,13 @@ class Federation:
         config, settings = checked.config, checked.settings
         self.task, self.rows = checked.task, checked.rows
         self.run_directory = RunDirectory(checked.output)
+        self.started = started
+        commit: Commit | None = None
+        with world.agreement("opening the run directory"):
+            if checked.begun and world.rank == 0:
+                # The earlier life of a requeued job may take a moment to end.
+                commit = self.run_directory.reopen(job(), LOCK_PATIENCE if restarted() else 0.0)
+        self.stop = Stop(config.cluster.grace_seconds)
         self.topology = topology or connect_slots(world, config.cluster)
         if zero_stage(settings) == 3 and self.topology.device.type == "cpu":
             keep_heap_small()
@@ -91,29 +89,31 @@ class Federation:
             self.prepared = model.prepare(
                 config, self.task.labels, self.train_tokens.pad_id, settings, head
             )
-        self.client = Client(self.prepared, config.local, settings, self.topology)
+        self.client = Client(self.prepared, config.local, settings, self.topology, self.stop)
         self.evaluator = Evaluator(
             self.client, self.task, self.topology, config.evaluation.batch_size
         )
         self._compose()
-        self.totals = Totals()
-        # Sample passes and seconds of selecting and scoring, which the next round's line carries.
-        self.charged = 0
-        self.pending: dict[str, float] = {}
-        self.seconds = dict.fromkeys(("select", "score", "train", "exchange", "evaluate"), 0.0)
-        if self.topology.is_root:
-            self.run_directory.create(
-                checked.resolved, self._facts(settings), partition.summary(self.task, self.rows)
-            )
-        world.comm.Barrier()
-        self.started = started
         self.init_seconds = time.monotonic() - started
+        if checked.begun:
+            commits.restore(self, commits.same_on_all_ranks(commit, world.comm))
+        facts, here = self._facts(settings), self._here()
+        with world.agreement("writing the run directory"):
+            if world.rank == 0 and checked.begun:
+                self.run_directory.describe_life(facts, here)
+            elif world.rank == 0:
+                table = partition.summary(self.task, self.rows)
+                start = commits.collect(self, 0)
+                self.run_directory.create(checked.resolved, facts, here, table, start, job())
+        world.comm.Barrier()
 
     def _compose(self) -> None:
         """The method: what is shared at first, and the values everyone starts from."""
         self.layout = self.prepared.adapted.layout
-        self.shared_blocks = self.layout.blocks
-        self.personal_blocks: tuple[str, ...] = ()
+        self.account = Account(self.layout)
+        self.rounds_done = 0
+        self.earlier_lives = 0.0  # seconds
+        self.share(self.layout.blocks)
         # A client's personal values before its first round with personal layers.
         self.base = self.prepared.initial
         self.shared = self.base.clone()
@@ -126,38 +126,71 @@ class Federation:
         self.controls = ClientStates("control", self.run_directory, self.topology.is_root)
         self.best: Snapshot | None = None
 
+    def share(self, blocks: Sequence[str]) -> None:
+        """These blocks are shared from now on; the others are their client's own."""
+        self.shared_blocks = tuple(b for b in self.layout.blocks if b in blocks)
+        self.personal_blocks = tuple(b for b in self.layout.blocks if b not in blocks)
+
     def _facts(self, settings: dict[str, Any]) -> dict[str, Any]:
         counts = {block: self.layout.count([block]) for block in self.layout.blocks}
         return {
             "model": self.prepared.source,
             "labels": list(self.task.labels),
-            "ranks": self.topology.world.size,
-            "slots": self.topology.slots,
-            "threads": self.topology.threads,
-            "device": str(self.topology.device),
             "backbone_values": self.prepared.backbone_values,
             "adapter_values": counts,
             "deepspeed": settings,
         }
 
-    def run(self, progress: Progress) -> dict[str, Any]:
-        """Run all rounds, save the shared adapter, and return summary.json's content."""
+    def _here(self) -> dict[str, Any]:
+        """Where this life of the run takes place."""
+        return {
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "rounds_done": self.rounds_done,
+            "hosts": dict(Counter(self.topology.world.comm.allgather(socket.gethostname()))),
+            "ranks": self.topology.world.size,
+            "slots": self.topology.slots,
+            "threads": self.topology.threads,
+            "device": str(self.topology.device),
+        }
+
+    def run(self, progress: Progress) -> dict[str, Any] | None:
+        """Run all rounds that are left, save the shared adapter, and return summary.json's content;
+        None if a signal asked to stop before: then the run can be resumed."""
         config = self.config
         progress.start(self)
-        for number in range(config.federation.rounds):
+        slowest, stopping = None, False
+        while not stopping and self.rounds_done < config.federation.rounds:
+            number, began = self.rounds_done, time.monotonic()
+            self.stop.round_begins(slowest)
             if number == config.curriculum.warmup:
                 self._begin_method(number, progress)
-            line = self.round(number, progress)
+            line, stopping = self.round(number, progress)
+            if line is None:
+                break
             last = number + 1 == config.federation.rounds
             if last or (number + 1) % config.evaluation.every == 0:
                 self._validate(number, line)
-            if self.topology.is_root:
-                self.run_directory.record(line)
+            self._commit(number + 1, line)
             progress.round(line)
-        summary = self._finish()
-        progress.finish(summary)
+            slowest = max(slowest or 0.0, time.monotonic() - began)
+        done = not stopping and self.rounds_done == config.federation.rounds
+        summary = self._finish() if done else None
+        if summary is not None:
+            progress.finish(summary)
+        else:
+            progress.interrupted(self.rounds_done)
+        self.run_directory.close()
         self.client.close()
         return summary
+
+    def _commit(self, rounds: int, line: dict[str, Any]) -> None:
+        """From here on a resumed run begins with the next round."""
+        if self.topology.is_root:
+            self.run_directory.record(line)
+            self.run_directory.commit(commits.collect(self, rounds))
+        self.rounds_done = rounds
+        for states in commits.client_states(self).values():
+            states.sweep()
 
     def _begin_method(self, number: int, progress: Progress) -> None:
         """After the warm-up: choose the shared layers; score the clients, if all are scored now."""
@@ -168,17 +201,16 @@ class Federation:
         chosen = select(
             config, self.client, self.rows, self.train_tokens, self.prepared.initial, vector
         )
-        self.shared_blocks = tuple(b for b in self.layout.blocks if b in (*chosen.chosen, HEAD))
-        self.personal_blocks = tuple(b for b in self.layout.blocks if b not in self.shared_blocks)
+        self.share((*chosen.chosen, HEAD))
         self.base = vector
         self.shared = self.layout.pack(vector, self.shared_blocks)
-        self.charged = chosen.samples
-        self.pending = {"select": time.monotonic() - clock}
+        self.account.charged = chosen.samples
+        self.account.pending = {"select": time.monotonic() - clock}
 
         clock = time.monotonic()
         if self.local.needs and config.curriculum.when == "start":
-            self.charged += self._score_everyone(number, vector)
-        self.pending["score"] = time.monotonic() - clock
+            self.account.charged += self._score_everyone(number, vector)
+        self.account.pending["score"] = time.monotonic() - clock
         if self.topology.is_root and config.layers.score != "all":
             self.run_directory.save_selection({"round": number + 1, **chosen.record})
         progress.chose(number, chosen.record)
@@ -198,8 +230,9 @@ class Federation:
         self.local.lessons.keep(number, [int(k) for k in np.flatnonzero(passes)])
         return int(passes.sum())
 
-    def round(self, number: int, progress: Progress) -> dict[str, Any]:
-        """One round: sample, train, exchange, server step. Returns its metrics line."""
+    def round(self, number: int, progress: Progress) -> tuple[dict[str, Any] | None, bool]:
+        """One round: sample, train, exchange, server step. Returns its metrics line, None if it was
+        dropped because the job has to stop, and whether the job has to stop."""
         config, topology = self.config, self.topology
         clock = time.monotonic()
         sampled = sampling.sample(
@@ -213,7 +246,7 @@ class Federation:
         size = len(self.shared)
         total = MaskedSum(
             size * (1 + (self.server.extras if adaptive else 0)),
-            len(STATS) * len(sampled) + 2 * topology.slots,
+            len(STATS) * len(sampled) + 2 * topology.slots + 2,
             wire=config.collective.wire,
         )
         stats = np.zeros((len(sampled), len(STATS)))
@@ -222,6 +255,8 @@ class Federation:
         clock = time.monotonic()
         for k in lane:
             done = self._client_round(k, number, total, adaptive)
+            if self.client.interrupted:
+                break
             if done.values is None:
                 reasons[k] = done.reason
             stats[sampled.index(k)] = (
@@ -234,33 +269,38 @@ class Federation:
         own_seconds[topology.slot_index, 1] = spent
 
         clock = time.monotonic()
-        # Losses were summed per rank. And from here on every rank of the slot may read the files
-        # that its first rank has written, and, after the exchange, every rank of every slot.
-        stats[:, 0] = sum_in_slot(stats[:, 0].copy(), topology)
+        # Losses were summed per rank, and signals may not have reached every rank. And from here on
+        # every rank of the slot may read the files that its first rank has written, and, after the
+        # exchange, every rank of every slot.
+        summed = sum_in_slot(np.append(stats[:, 0], self.stop.asked), topology)
+        stats[:, 0] = summed[:-1]
+        signals = np.array([summed[-1], self.client.interrupted])
         busy = own_seconds.sum()
-        total.stats[:] = np.concatenate([stats.ravel(), own_seconds.ravel()])
+        total.stats[:] = np.concatenate([stats.ravel(), own_seconds.ravel(), signals])
         mean = total.mean(torch.nn.functional.pad(self.shared, (0, total.size - size)), topology)
+        asked, interrupted = (bool(n) for n in mean.stats[-2:])
+        if interrupted:
+            return None, True
         stats = mean.stats[: stats.size].reshape(stats.shape)
-        own_seconds = mean.stats[stats.size :].reshape(own_seconds.shape)
+        own_seconds = mean.stats[stats.size : -2].reshape(own_seconds.shape)
         longest = own_seconds[own_seconds.sum(1).argmax()]
         seconds["score"], seconds["train"] = map(float, longest)
         waited = float(longest.sum()) - busy
         seconds["exchange"] = max(0.0, time.monotonic() - clock - waited)
 
-        failed = [k for k, row in zip(sampled, stats, strict=True) if row[3]]
-        well = [k for k in sampled if k not in failed]
+        well = [k for k, row in zip(sampled, stats, strict=True) if not row[FAILED]]
         if adaptive:
-            steps = int(sum(row[2] for row in stats if not row[3]))
+            steps = int(sum(row[STATS.index("steps")] for row in stats if not row[FAILED]))
             rows = sum(len(self.rows[k].train) for k in well)
             of = server.Sampled(len(well), rows, steps)
             self.shared = self.server.step(self.shared, mean.values, of)
         else:
             self.shared = mean.values
-        line = self._line(number, sampled, failed, reasons, stats, mean.wire_bytes, seconds)
+        line = self._line(number, sampled, reasons, stats, mean.wire_bytes, seconds)
         self.local.keep(number, well, bool(self.personal_blocks))
         if adaptive and self.server.keeps:
             self.controls.keep(number, well)
-        return line
+        return line, asked
 
     def _client_round(self, k: int, number: int, total: MaskedSum, adaptive: bool) -> Outcome:
         """A client's round in this slot; adds what it sends to the sums."""
@@ -304,6 +344,11 @@ class Federation:
             self.layout.unpack(state["values"], self.personal_blocks, vector)
         return vector
 
+    @property
+    def seconds_so_far(self) -> float:
+        """Of all lives of the run."""
+        return self.earlier_lives + time.monotonic() - self.started
+
     def _snapshot(self) -> Snapshot:
         return Snapshot(self.shared, self.shared_blocks, self.local.personal.current)
 
@@ -311,66 +356,29 @@ class Federation:
         self,
         number: int,
         sampled: list[int],
-        failed: list[int],
         reasons: dict[int, str],
-        stats: np.ndarray[Any, np.dtype[np.float64]],
+        stats: npt.NDArray[np.float64],
         wire: int,
         seconds: dict[str, float],
     ) -> dict[str, Any]:
-        """The round's line in metrics.jsonl, and its share of the totals."""
-        if failed:
+        """The round's line in metrics.jsonl."""
+        config = self.config
+        if stats[:, FAILED].any():
             gathered = self.topology.world.comm.allgather(reasons)
             reasons = {k: text for part in gathered for k, text in part.items()}
-        values = self.layout.count(self.shared_blocks)
-        head = self.layout.count([HEAD])
         # SCAFFOLD's control variates travel both ways; those of the server do not travel at all.
-        each = 1 + (self.server.scaffold and number >= self.config.curriculum.warmup)
-        up, down = (len(sampled) - len(failed)) * values * each, len(sampled) * values * each
-        if self.config.curriculum.warmup:  # what the warm-up made of the layers that stay home
-            new = [k for k in sampled if k not in self.local.personal.current]
-            down += len(new) * self.layout.count(self.personal_blocks)
-        scored = int(stats[:, 4].sum()) + self.charged
-        self.charged = 0
-        samples, steps = int(stats[:, 1].sum()) + scored, int(stats[:, 2].sum())
-        trained = float(stats[:, 1] @ (1 - stats[:, 3]))
-        self.totals.samples += samples
-        self.totals.scored += scored
-        self.totals.steps += steps
-        self.totals.failures += len(failed)
-        self.totals.updates += len(sampled) - len(failed)
-        self.totals.up += up * FP32_BYTES
-        self.totals.down += down * FP32_BYTES
-        self.totals.wire += wire
-        for phase, value in self.pending.items():
-            seconds[phase] += value
-        self.pending = {}
-        for phase, value in seconds.items():
-            self.seconds[phase] += value
-        method: dict[str, Any] = {}
-        if self.config.curriculum.pace != "all":
-            method["share"] = self.local.share(number)
-        if self.config.sparsity.keep < 1:
-            densities = stats[:, 5].tolist()
-            method["mask_density"] = dict(zip(map(str, sampled), densities, strict=True))
-        return {
-            "round": number + 1,
-            "clients": sampled,
-            "failed": {str(k): reasons.get(k, "") for k in failed},
-            "train_loss": float(stats[:, 0].sum() / trained) if trained else None,
-            "samples": samples,
-            "scored": scored,
-            "steps": steps,
-            **method,
-            "shared_layers": [b for b in self.shared_blocks if b != HEAD],
-            "values": {"up": up, "down": down, "head": head},
-            "bytes": {
-                "up": up * FP32_BYTES,
-                "down": down * FP32_BYTES,
-                "wire": wire,
-                "up_without_head": (up - (len(sampled) - len(failed)) * head) * FP32_BYTES,
-            },
-            "seconds": {**seconds, "evaluate": 0.0},
-        }
+        vectors = 1 + (self.server.scaffold and number >= config.curriculum.warmup)
+        known = self.local.personal.current
+        newcomers = [k for k in sampled if k not in known] if config.curriculum.warmup else []
+        personal = self.layout.count(self.personal_blocks)
+        traffic = Traffic(self.shared_blocks, vectors, len(newcomers), personal, wire)
+        line = self.account.line(number, sampled, reasons, stats, traffic, seconds)
+        if config.curriculum.pace != "all":
+            line["share"] = self.local.share(number)
+        if config.sparsity.keep < 1:
+            densities = stats[:, STATS.index("density")].tolist()
+            line["mask_density"] = dict(zip(map(str, sampled), densities, strict=True))
+        return line
 
     def _validate(self, number: int, line: dict[str, Any]) -> None:
         """Validation metrics of the current values; remembers the best round."""
@@ -385,8 +393,7 @@ class Federation:
                 self.best = replace(
                     now, states=self.local.personal.pin(), round=number, score=score
                 )
-        line["seconds"]["evaluate"] = time.monotonic() - clock
-        self.seconds["evaluate"] += line["seconds"]["evaluate"]
+        self.account.evaluated(time.monotonic() - clock, line)
 
     def _evaluate(self, rows: list[Ids], tokens: Tokens, at: Snapshot) -> dict[str, Evaluation]:
         """Personal and global results on rows[k] of every client k; one pass if they coincide."""
@@ -405,7 +412,7 @@ class Federation:
     def _finish(self) -> dict[str, Any]:
         """The test split, used here for the first time; the adapter; the summary."""
         clock = time.monotonic()
-        config, totals = self.config, self.totals
+        config = self.config
         results = self._test(self._snapshot())
         final = {name: result.scores for name, result in results.items()}
         best = None
@@ -417,7 +424,7 @@ class Federation:
                 "validation": self.best.score,
                 **{name: result.scores for name, result in found.items()},
             }
-        self.seconds["evaluate"] += time.monotonic() - clock
+        self.account.evaluated(time.monotonic() - clock)
         summary = {
             "method": config.method,
             "task": config.task.name,
@@ -429,22 +436,13 @@ class Federation:
             "majority": float(np.bincount(self.test_tokens.labels).max() / len(self.test_tokens)),
             "test": final,
             "best": best,
-            "samples": totals.samples,
-            "scored": totals.scored,
-            "steps": totals.steps,
-            "bytes": {
-                "up": totals.up,
-                "down": totals.down,
-                "wire": totals.wire,
-                "up_if_all_shared": totals.updates * self.layout.size * FP32_BYTES,
-            },
+            **self.account.summary(),
             "seconds": {
                 "init": self.init_seconds,
-                **self.seconds,
-                "total": time.monotonic() - self.started,
+                **self.account.seconds,
+                "total": self.seconds_so_far,
             },
             "shared_layers": [block for block in self.shared_blocks if block != HEAD],
-            "failures": totals.failures,
         }
         if self.topology.is_root:
             self.run_directory.save_adapter(

@@ -1,6 +1,7 @@
 """Everything that can be refused without torch, a model or a GPU: within a second, before anything
 starts and before anything is written."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,14 @@ from hpcfed.data.partition import ClientRows
 from hpcfed.data.sources import TaskData
 from hpcfed.data.wordings import wording
 from hpcfed.errors import UserError
-from hpcfed.resolve import Resolved
+from hpcfed.resolve import Resolved, changed
+
+# Files of a run directory that tell what it holds.
+CONFIG, PARTITION, SUMMARY = "config.yaml", "partition.json", "summary.json"
+
+# What another life of a run may have otherwise: none of it changes a bit of the result but threads,
+# which a smaller node may not have.
+_MAY_CHANGE = ("output", "cluster.threads", "cluster.timeout_minutes", "cluster.grace_seconds")
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,7 @@ class Checked:
     output: Path
     task: TaskData
     rows: list[ClientRows]
+    begun: bool = False  # the run directory holds a run that is to go on
 
     @property
     def config(self) -> Config:
@@ -32,9 +41,10 @@ class Checked:
         return self.resolved.config
 
 
-def check(resolved: Resolved, ranks: int) -> Checked:
+def check(resolved: Resolved, ranks: int, resume: bool = False) -> Checked:
     """Check and load what a run on `ranks` MPI ranks needs besides its model.
 
+    resume: if the run directory exists, its run goes on; it must be one of this configuration.
     Raises UserError for the first fault found.
     """
     config = resolved.config
@@ -58,10 +68,55 @@ def check(resolved: Resolved, ranks: int) -> Checked:
     _check_choices(config)
     settings = deepspeed_config.load(config)
     output = output_folder(config)
+    begun = resume and output.exists()
+    if begun:
+        _check_unchanged(config, output)
+    else:
+        _check_new(output)
     task = sources.load(config)
     if config.model.head != "classifier":
         wording(config, task)
-    return Checked(resolved, settings, output, task, partition.partition(task, config))
+    rows = partition.partition(task, config)
+    if begun:
+        _check_rows(output, partition.summary(task, rows))
+    return Checked(resolved, settings, output, task, rows, begun)
+
+
+def is_complete(config: Config) -> bool:
+    """Whether the run directory holds a finished run."""
+    return (output_folder(config) / SUMMARY).is_file()
+
+
+def _check_unchanged(config: Config, output: Path) -> None:
+    """Raises UserError unless a run that goes on has the configuration that it began with."""
+    try:
+        text = (output / CONFIG).read_text()
+    except OSError:
+        raise UserError(
+            f"{output} exists but is no run directory (it has no {CONFIG}), so it cannot be "
+            "resumed; give another one with output=..."
+        ) from None
+    changes = {k: v for k, v in changed(config, text).items() if k not in _MAY_CHANGE}
+    if changes:
+        key, (then, now) = next(iter(changes.items()))
+        more = f", and {len(changes) - 1} more values differ" if len(changes) > 1 else ""
+        raise UserError(
+            f"The run in {output} began with {key}={then}, not {now}{more}; resume it with the "
+            f"configuration it began with ({output / CONFIG}), or give another output=..."
+        )
+
+
+def _check_rows(output: Path, table: dict[str, Any]) -> None:
+    """Raises UserError unless a run that goes on has the data that it began with."""
+    try:
+        same = json.loads((output / PARTITION).read_text()) == json.loads(json.dumps(table))
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        raise UserError(
+            f"The data are not those that the run in {output} began with ({output / PARTITION}); "
+            "put them back, or give another output=..."
+        )
 
 
 def _check_choices(config: Config) -> None:
@@ -101,19 +156,22 @@ def check_ranks(ranks: int, ranks_per_client: int) -> None:
 
 
 def output_folder(config: Config) -> Path:
-    """The run directory. Raises UserError if it exists, or could not be made."""
+    """The run directory."""
     try:
-        path = Path(config.output.format(task=config.task.name, method=config.method))
+        return Path(config.output.format(task=config.task.name, method=config.method))
     except (KeyError, IndexError, ValueError):
         raise UserError(
             f"output is {config.output!r}; only {{task}} and {{method}} may stand in braces."
         ) from None
+
+
+def _check_new(path: Path) -> None:
+    """Raises UserError if the run directory exists, or could not be made."""
     if path.exists():
         raise UserError(
             f"The run directory {path} exists already; give another one with output=..., "
-            "or remove it."
+            "remove it, or let its run go on with --resume."
         )
     parent = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not os.access(parent, os.W_OK) or not parent.is_dir():
         raise UserError(f"The run directory {path} cannot be made: {parent} is not writable.")
-    return path

@@ -18,6 +18,7 @@ class Progress:
         self._terminal = _terminal() if speaks and live else None
         self._bar: Any = None
         self._rounds = 0
+        self._first = 0  # rounds of earlier lives
         self._up = 0
         self._validation = ""
         self._began = time.monotonic()
@@ -30,6 +31,8 @@ class Progress:
         layout = federation.layout
         self._rounds = config.federation.rounds
         self._began = time.monotonic()
+        self._first = federation.rounds_done
+        self._up = federation.account.totals.up
         per_client = topology.ranks_per_client
         self._say(
             f"{config.method} on {config.task.name}: {len(federation.task.train)} training rows, "
@@ -43,9 +46,12 @@ class Progress:
             f"{'s'[: topology.threads > 1]} a rank, {topology.device}; "
             f"ready after {federation.init_seconds:.1f} s -> {federation.run_directory.path}"
         )
+        if self._first:
+            self._say(f"goes on after round {self._first}, the last one committed")
         if self._terminal is not None:
             self._bar = tqdm(
                 total=self._rounds * config.federation.per_round,
+                initial=self._first * config.federation.per_round,
                 unit="client",
                 leave=False,
                 file=self._terminal,
@@ -76,7 +82,8 @@ class Progress:
             return
         self._up += line["bytes"]["up"]
         done = line["round"]
-        left = (time.monotonic() - self._began) / done * (self._rounds - done)
+        each = (time.monotonic() - self._began) / (done - self._first)
+        left = each * (self._rounds - done)
         loss = "  n/a " if line["train_loss"] is None else f"{line['train_loss']:.4f}"
         text = f"round {done:>3}/{self._rounds}  loss {loss}"
         if "share" in line:
@@ -93,6 +100,16 @@ class Progress:
         if self._bar is not None:
             self._bar.update(done * len(line["clients"]) - self._bar.n)
         self._say(text)
+
+    def interrupted(self, rounds: int) -> None:
+        """The job has to stop; so many rounds are committed."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._speaks:
+            self._say(
+                f"a signal asked to stop: {rounds} of {self._rounds} rounds are committed; go on "
+                "with --resume"
+            )
 
     def finish(self, summary: dict[str, Any]) -> None:
         """The result, and where everything lies."""

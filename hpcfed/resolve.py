@@ -255,6 +255,27 @@ def _nearest(word: str, legal: Any, prefix: str = "") -> str:
     return f" did you mean {prefix + match[0]!r}?" if match else ""
 
 
+def changed(config: Config, text: str) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (value in `text`, value now), where a configuration differs from one that
+    `describe` wrote."""
+    tree = yaml.safe_load(text)
+    then = dict(_leaves(tree if isinstance(tree, dict) else {}))
+    now = dict(_leaves(config.to_dict()))
+    return {
+        key: (then.get(key), now.get(key))
+        for key in {**now, **then}
+        if key not in then or key not in now or then[key] != now[key]
+    }
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
 def describe(resolved: Resolved) -> str:
     """The resolved configuration as YAML, each line with the source of its value."""
     lines = list(_lines(resolved.config.to_dict(), resolved.origin, "", 0))

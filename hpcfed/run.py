@@ -1,7 +1,9 @@
 """The run directory: the only file that writes files.
 
 config.yaml        the resolved configuration, each value with its source
-run.json           versions of everything, ranks, slots, model, labels
+run.json           model, labels, and for each life of the run: ranks, slots, versions of everything
+checkpoint/        the last committed round
+lock               held by the job that runs
 partition.json     clients x classes
 metrics.jsonl      one line per round
 selection.json     how the shared layers were chosen
@@ -13,19 +15,39 @@ summary.json       the result
 
 import importlib.metadata
 import json
+import math
+import os
 import platform
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from hpcfed.adapters.base import Adapted
 from hpcfed.data.batches import Ids
+from hpcfed.errors import UserError
 from hpcfed.evaluation import Evaluation
+from hpcfed.files import Lock, append_line, sync_folder, write_bytes, write_json, write_tensors
+from hpcfed.preflight import CONFIG, PARTITION, SUMMARY
 from hpcfed.resolve import Resolved, describe
 
 _PACKAGES = ("hpcfed", "torch", "deepspeed", "transformers", "peft", "mpi4py", "numpy")
+
+METRICS, HISTORY, MANIFEST = "metrics.jsonl", "history.jsonl", "manifest.json"
+FORMAT = 1  # of the manifest
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The state after so many rounds: tensors by name, and what JSON can hold."""
+
+    rounds: int
+    tensors: dict[str, torch.Tensor]
+    content: dict[str, Any]
 
 
 class RunDirectory:
@@ -33,20 +55,124 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: Lock | None = None
 
-    def create(self, resolved: Resolved, facts: dict[str, Any], partition: dict[str, Any]) -> None:
-        """Make the folder and write what is known before the first round."""
+    def create(
+        self,
+        resolved: Resolved,
+        facts: dict[str, Any],
+        here: dict[str, Any],
+        partition: dict[str, Any],
+        start: "Commit",
+        job: str = "",
+    ) -> None:
+        """Write what is known before the first round, and lock the folder.
+
+        It appears under its name when it is complete: there is never half a run directory.
+        Raises UserError if another run took the name meanwhile.
+        """
+        final = self.path
+        self.path = final.with_name(f".{final.name}.{os.getpid()}.new")
         self.path.mkdir(parents=True)
-        (self.path / "config.yaml").write_text(describe(resolved) + "\n")
+        (self.path / CONFIG).write_text(describe(resolved) + "\n")
+        write_json(self.path / PARTITION, partition)
+        (self.path / METRICS).touch()
+        self.describe_life(facts, here)
+        self.commit(start)
+        self._lock = Lock(self.path / "lock", job)
+        try:
+            self.path.rename(final)
+        except OSError:
+            self._lock.release()
+            shutil.rmtree(self.path)
+            raise UserError(
+                f"The run directory {final} exists already; give another one with output=..., "
+                "or remove it."
+            ) from None
+        self.path = final
+        sync_folder(final.parent)
+
+    def reopen(self, job: str = "", patience: float = 0.0) -> "Commit":
+        """Lock the folder, remove what a life that ended early has left, return the last commit.
+
+        Raises UserError if another job uses it, or what the commit needs is missing.
+        """
+        self._lock = Lock(self.path / "lock", job, patience)
+        commit = self._read()
+        self._clean(commit)
+        return commit
+
+    def describe_life(self, facts: dict[str, Any], here: dict[str, Any]) -> None:
+        """What runs, and where each life of the run took place, the latest last."""
+        file = self.path / "run.json"
+        lives = json.loads(file.read_text())["lives"] if file.exists() else []
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         versions |= {"python": platform.python_version(), "platform": platform.platform()}
-        _write_json(self.path / "run.json", {**facts, "versions": versions})
-        _write_json(self.path / "partition.json", partition)
+        write_json(file, {**facts, "lives": [*lives, {**here, "versions": versions}]})
 
     def record(self, line: dict[str, Any]) -> None:
-        """Append one round to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
+        """Append one round to metrics.jsonl; it counts when the round is committed."""
+        append_line(self.path / METRICS, line)
+
+    def commit(self, commit: "Commit") -> None:
+        """Make the state after a round the one that a resumed run goes on from."""
+        folder = self.path / "checkpoint"
+        folder.mkdir(exist_ok=True)
+        tensors = folder / f"round-{commit.rounds:05d}.safetensors"
+        write_tensors(tensors, commit.tensors)
+        content = {
+            "format": FORMAT,
+            "rounds": commit.rounds,
+            "tensors": tensors.name,
+            "metrics_bytes": (self.path / METRICS).stat().st_size,
+            **commit.content,
+        }
+        write_json(folder / MANIFEST, content)
+        for old in folder.glob("round-*"):
+            if old != tensors:
+                old.unlink()
+
+    def _read(self) -> "Commit":
+        """The last commit. Raises UserError if it is not there or not whole."""
+        manifest = self.path / "checkpoint" / MANIFEST
+        try:
+            content = json.loads(manifest.read_text())
+            if content["format"] != FORMAT:
+                raise ValueError(f"format {content['format']}, not {FORMAT}")
+            tensors = load_file(manifest.parent / content["tensors"])
+            for kind, maps in content["clients"].items():
+                for client, number in (own for m in maps.values() for own in m.items()):
+                    file = self._state(kind, int(client), number)
+                    if not file.is_file():
+                        raise FileNotFoundError(f"{file} is missing")
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise UserError(
+                f"{self.path} cannot be resumed ({type(error).__name__}: {error}); remove it, or "
+                "give another run directory with output=..."
+            ) from None
+        return Commit(content["rounds"], tensors, content)
+
+    def _clean(self, commit: "Commit") -> None:
+        """Remove whatever came after the commit."""
+        with (self.path / METRICS).open("r+") as stream:
+            stream.truncate(commit.content["metrics_bytes"])
+        used = {
+            self._state(kind, int(client), number)
+            for kind, maps in commit.content["clients"].items()
+            for own in maps.values()
+            for client, number in own.items()
+        }
+        for folder in (self.path / "clients").glob("*"):
+            for file in folder.iterdir():
+                if file.name == HISTORY:
+                    lines = file.read_text().splitlines()
+                    kept = [w for w in lines if _round(w) <= commit.rounds]
+                    if kept != lines:
+                        write_bytes(file, "".join(f"{w}\n" for w in kept).encode())
+                elif file not in used:
+                    file.unlink()
+        for file in self.path.rglob("*.tmp"):
+            file.unlink()
 
     def save_state(
         self, kind: str, client: int, round_number: int, tensors: dict[str, torch.Tensor]
@@ -54,9 +180,7 @@ class RunDirectory:
         """What a client keeps after a round."""
         target = self._state(kind, client, round_number)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_suffix(".tmp")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
-        temporary.replace(target)
+        write_tensors(target, tensors)
 
     def load_state(self, kind: str, client: int, round_number: int) -> dict[str, torch.Tensor]:
         """What a client kept after a round."""
@@ -75,14 +199,13 @@ class RunDirectory:
 
     def note(self, client: int, line: dict[str, Any]) -> None:
         """Append a round to a client's own history; by one rank of the slot that ran it."""
-        target = self._client(client) / "history.jsonl"
+        target = self._client(client) / HISTORY
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
+        append_line(target, line)
 
     def save_selection(self, record: dict[str, Any]) -> None:
         """How the shared layers were chosen."""
-        _write_json(self.path / "selection.json", record)
+        write_json(self.path / "selection.json", record)
 
     def save_adapter(
         self,
@@ -97,11 +220,15 @@ class RunDirectory:
         values: (layout.size,) fp32. fresh: frozen weights that the checkpoint lacked; without them
         the adapter would be loaded over other random ones, so they are part of it.
         """
-        folder = self.path / "adapter"
+        final = self.path / "adapter"
+        folder = final.with_name("adapter.new")
+        for old in (folder, final):  # of a life that ended before the summary
+            if old.exists():
+                shutil.rmtree(old)
         folder.mkdir()
         tensors = adapted.saved(values)
         tensors |= {adapted.prefix + name: value.float() for name, value in fresh.items()}
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
         config = adapted.peft_config
         whole = tuple(f"{name}." for name in config.modules_to_save)
         parts = {name.rpartition(".")[0] for name in fresh if not name.startswith(whole)}
@@ -109,14 +236,15 @@ class RunDirectory:
         config.base_model_name_or_path = source
         config.inference_mode = True
         config.save_pretrained(folder)
-        _write_json(folder / "labels.json", list(labels))
+        write_json(folder / "labels.json", list(labels))
+        folder.rename(final)
 
     def save_predictions(
         self, labels: tuple[str, ...], truth: Ids, results: dict[str, Evaluation]
     ) -> None:
         """The predicted class of each test row, after the last round."""
         rows = results["personal"].rows
-        _write_json(
+        write_json(
             self.path / "predictions.json",
             {
                 "labels": list(labels),
@@ -129,10 +257,17 @@ class RunDirectory:
 
     def save_summary(self, summary: dict[str, Any]) -> None:
         """The result of the run; its presence says that the run is complete."""
-        _write_json(self.path / "summary.json", summary)
+        write_json(self.path / SUMMARY, summary)
+
+    def close(self) -> None:
+        """Let another job in."""
+        if self._lock is not None:
+            self._lock.release()
 
 
-def _write_json(path: Path, content: Any, indent: int | None = 1) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=indent) + "\n")
-    temporary.replace(path)
+def _round(line: str) -> float:
+    """The round of a line of history; a line that was cut off comes after every round."""
+    try:
+        return float(json.loads(line)["round"])
+    except (ValueError, KeyError):
+        return math.inf

@@ -101,6 +101,9 @@ class Topology:
 def connect_world() -> World:
     """Start MPI and join the world. Raises UserError without an MPI library, or where a launcher
     started several processes that MPI does not see as one world."""
+    if "native" in os.environ.get("PMIX_SECURITY_MODE", ""):
+        # Slurm offers munge first; an MPI from PyPI has no munge and says so at length.
+        os.environ.setdefault("PMIX_MCA_psec", "native")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -129,6 +132,46 @@ def _launched_rank() -> int:
         if os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
     return 0
+
+
+def job() -> str:
+    """How this process's job is called, for messages; empty outside of Slurm."""
+    number = os.environ.get("SLURM_JOB_ID", "")
+    return f" of Slurm job {number}" if number else ""
+
+
+def restarted() -> bool:
+    """Whether Slurm has requeued this job: then its run goes on."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A process of DeepSpeed's own launcher (or torchrun's), as its variables tell it."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+    port: int
+
+
+def deepspeed_process() -> Launched | None:
+    """What this process is, if a launcher has started several that are no MPI world."""
+    given = os.environ
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    if not all(given.get(name, "").isdigit() for name in names) or "MASTER_ADDR" not in given:
+        return None
+    if any(name in given for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
+        return None
+    rank, size, local_rank, port = (int(given[name]) for name in names)
+    return Launched(rank, size, local_rank, given["MASTER_ADDR"], port) if size > 1 else None
+
+
+def forget_launcher() -> None:
+    """Remove the launcher's variables, so that what is started from here is not taken for its."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
 
 
 def keep_heap_small() -> None:

@@ -106,11 +106,11 @@ def check(federation: Federation, healthy: dict, faulty: dict, out: Path) -> Non
     total = sum(weight * values.astype(np.float64) for weight, values in everyone.values())
     mean = (total / sum(weight for weight, _ in everyone.values())).astype(np.float32)
     assert torch.equal(federation.shared, torch.from_numpy(mean))
-    assert federation.totals.failures == 2
+    assert federation.account.totals.failures == 2
     values = federation.layout.count(federation.shared_blocks)
     assert HEAD in federation.shared_blocks
-    assert federation.totals.up == 2 * values * 4
-    assert federation.totals.down == 4 * values * 4
+    assert federation.account.totals.up == 2 * values * 4
+    assert federation.account.totals.down == 4 * values * 4
     if federation.topology.is_root:
         line = json.loads((out / "metrics.jsonl").read_text())
         assert sorted(line["failed"]) == ["0", "2"], line["failed"]

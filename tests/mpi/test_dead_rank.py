@@ -31,7 +31,8 @@ def start(tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     waited = time.monotonic()
-    while not (tmp_path / "x" / "metrics.jsonl").exists():
+    metrics = tmp_path / "x" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() - waited < 120
         time.sleep(0.2)

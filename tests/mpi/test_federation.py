@@ -74,7 +74,7 @@ def test_the_run_directory(data, tmp_path):
     assert rounds[0]["bytes"]["up"] == 3 * values * 4  # 3 clients
     assert rounds[0]["bytes"]["up_without_head"] == 3 * (values - layout["head"]) * 4
     # Two slots hand over float64 values, a weight and the statistics; then the fp32 mean.
-    small = 1 + 3 * 6 + 2 * 2
+    small = 1 + 3 * 6 + 2 * 2 + 2
     assert rounds[0]["bytes"]["wire"] == (values + small) * 8 * 2 + values * 4
     assert summary["accuracy"]["personal"] == summary["accuracy"]["global"]
     assert set(summary["seconds"]) == {
@@ -101,7 +101,7 @@ def test_personal_layers_stay_home(data, tmp_path):
         line = metrics[-1][0]
         assert line["shared_layers"] == ["3", "4", "5"]
         assert line["bytes"]["up"] == 3 * packed * 4
-        small = 1 + 3 * 6 + 2 * 2
+        small = 1 + 3 * 6 + 2 * 2 + 2
         assert line["bytes"]["wire"] == ((packed + small) * 16 + packed * 4 if ranks == 2 else 0)
     assert states[0].keys() == states[1].keys()
     assert {len(values) for values in states[0].values()} == {sum(values[b] for b in "012")}

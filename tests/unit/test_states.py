@@ -1,5 +1,7 @@
 """Which file is a client's current one, and which files are dropped."""
 
+import json
+
 import torch
 
 from hpcfed.run import RunDirectory
@@ -16,6 +18,7 @@ def test_current_pinned_and_dropped(tmp_path):
     def round_of(number, client):
         states.save(client, number, {"values": torch.full((2,), float(number))})
         states.keep(number, [client])
+        states.sweep()
 
     assert states.load(7) is None
     round_of(0, 7)
@@ -28,6 +31,8 @@ def test_current_pinned_and_dropped(tmp_path):
     assert states.load(7)["values"].tolist() == [4, 4]
     assert states.load(7, best)["values"].tolist() == [1, 1], "the best round's values are kept"
     states.pin()
+    assert len(files(tmp_path)) == 2, "nothing is deleted before the next commit"
+    states.sweep()
     assert files(tmp_path) == ["personal-00004.safetensors"], "until another round is the best"
 
 
@@ -47,8 +52,20 @@ def test_only_the_writer_deletes(tmp_path):
         writer.save(1, number, {"values": torch.zeros(1)})
     reader.keep(0, [1])
     reader.keep(1, [1])
+    reader.sweep()
     assert len(files(tmp_path)) == 2
     writer.keep(0, [1])
     writer.keep(1, [1])
+    writer.sweep()
     assert len(files(tmp_path)) == 1
     assert reader.current == writer.current
+
+
+def test_maps_come_back_from_json(tmp_path):
+    states = ClientStates("personal", RunDirectory(tmp_path), writes=True)
+    states.keep(0, [3, 5])
+    states.pin()
+    states.keep(1, [5])
+    other = ClientStates("personal", RunDirectory(tmp_path), writes=True)
+    other.restore(json.loads(json.dumps(states.maps())))
+    assert other.current == {3: 0, 5: 1} and other.pinned == {3: 0, 5: 0}

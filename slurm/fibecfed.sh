@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# FibecFed on a Slurm cluster, on 1 node or on 64.
+#
+#   sbatch slurm/fibecfed.sh task.name=trec model.name=roberta-large
+#
+# Whatever stands after the script goes to `hpcfed run fibecfed`; what sbatch knows may also stand before it:
+# sbatch --nodes=8 --account=... slurm/fibecfed.sh ... The other values are variables:
+# RANKS_PER_CLIENT=4 sbatch slurm/fibecfed.sh ... docs/slurm.md explains each.
+
+#SBATCH --job-name=fibecfed
+##SBATCH --account=       # remove one # and fill in what your site wants
+##SBATCH --partition=
+##SBATCH --gpus-per-node=4
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=1
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+
+PYTHON=${PYTHON:-.venv/bin/python}
+RANKS_PER_CLIENT=${RANKS_PER_CLIENT:-1} # one rank a GPU; more where a model needs more GPUs
+LAUNCH=${LAUNCH:-srun}                  # or mpirun
+GRACE=${GRACE:-100}                     # seconds from --signal to the limit, less a margin
+INTERFACE=${INTERFACE:-}                # network interface of NCCL and Gloo, as ib0; empty: they choose
+HF_CACHE=${HF_CACHE:-}                  # folder of models fetched before; makes Hugging Face offline
+CONTAINER=${CONTAINER:-}                # an Apptainer image to run in
+# module load openmpi                   # what your site's MPI and CUDA want
+
+cd "$SLURM_SUBMIT_DIR" || exit 2
+# shellcheck source=slurm/job.sh
+source slurm/job.sh
+federate fibecfed "$@"

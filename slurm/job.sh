@@ -1,0 +1,87 @@
+# What the scripts beside this one share: the launch, and what follows from how it ended.
+# Sourced by them; nothing to set here.
+# shellcheck shell=bash
+
+say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
+
+# Which of the job's nodes do not answer.
+lost_nodes() {
+    local node
+    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        if ! timeout 20 srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" \
+            --mpi=none true >/dev/null 2>&1; then
+            echo "$node"
+        fi
+    done
+}
+
+requeue() {
+    say "requeued; its next life goes on from the last committed round"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 # the requeue ends this script
+    exit 1
+}
+
+# Another life after a failure, at most three times. Preempted and timed-out lives do not count:
+# each of them has got somewhere. The count lives in the job's comment, the one thing that a
+# requeued job keeps.
+requeue_after_failure() {
+    local failures
+    failures=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %k)
+    failures=${failures#hpcfed failures: }
+    [[ $failures =~ ^[0-9]+$ ]] || failures=0
+    if ((failures >= 3)); then
+        say "failed $((failures + 1)) times; not requeued again"
+        exit 1
+    fi
+    scontrol update "JobId=$SLURM_JOB_ID" "Comment=hpcfed failures: $((failures + 1))"
+    requeue
+}
+
+# federate SOURCE ARGUMENTS...: `hpcfed run SOURCE ARGUMENTS...` on all of the job's tasks.
+federate() {
+    local step code lost
+    local source=$1
+    shift
+    say "life $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST: hpcfed run $source $*"
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+    if [[ -n $INTERFACE ]]; then
+        export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
+    fi
+    if [[ -n $HF_CACHE ]]; then
+        export HF_HOME=$HF_CACHE HF_HUB_OFFLINE=1 # compute nodes rarely reach the hub
+    fi
+    local command=("$PYTHON" -m hpcfed run "$source" "cluster.ranks_per_client=$RANKS_PER_CLIENT"
+        "cluster.grace_seconds=$GRACE" "$@" --no-live)
+    [[ -z $CONTAINER ]] || command=(apptainer exec --nv "$CONTAINER" "${command[@]}")
+    case $LAUNCH in
+        # A rank that dies alone would leave the others waiting: --wait ends the step.
+        srun) srun --mpi=pmix --wait=60 "${command[@]}" & ;;
+        mpirun)
+            PATH=$PATH:$(dirname "$PYTHON") # pip puts one beside python
+            mpirun --bind-to none -n "$SLURM_NTASKS" "${command[@]}" &
+            ;;
+        *)
+            say "LAUNCH is '$LAUNCH'; it must be srun or mpirun"
+            exit 2
+            ;;
+    esac
+    step=$!
+    # Slurm signals this shell; the ranks hear of it through their launcher.
+    trap 'say "time is nearly up"; kill -USR1 "$step"' USR1
+    trap 'say "asked to end"; kill -TERM "$step"' TERM
+    while true; do
+        code=0
+        wait "$step" || code=$?
+        kill -0 "$step" 2>/dev/null || break # else it was a signal that ended the wait
+    done
+    case $code in
+        0) exit 0 ;;
+        2) exit 2 ;; # a sentence above says what to mend; another life would not
+        75) requeue ;;
+    esac
+    say "the run ended with code $code"
+    lost=$(lost_nodes | paste -sd ' ')
+    [[ -z $lost ]] || say "lost: $lost does not answer"
+    requeue_after_failure
+}
