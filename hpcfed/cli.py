@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from hpcfed import launcher, preflight, rejoin
 from hpcfed.errors import UserError
@@ -23,6 +24,8 @@ _EPILOG = """examples:
   mpirun -n 8 hpcfed run my.yaml                    inside an MPI world that you start
   srun --mpi=pmix hpcfed run my.yaml                the same under Slurm
   hpcfed config my.yaml local.lr=1e-3               what would run, and where each value is from
+  hpcfed plan my.yaml --nodes 2 --gpus 4            what it would take, before it takes it
+  hpcfed doctor --ranks 2                           whether this machine can
 """
 
 
@@ -62,6 +65,27 @@ def build_parser() -> argparse.ArgumentParser:
         "config", help="print the resolved configuration, and where each value comes from"
     )
     _add_source(config)
+    plan = commands.add_parser(
+        "plan",
+        help="what a run would take: memory by ZeRO stage, bytes a round, who runs when",
+        description="What a run would take on so many GPUs. Needs the data and the model's "
+        "config.json, but loads no weights and no GPU.",
+    )
+    _add_source(plan)
+    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
+    plan.add_argument("--gpus", type=int, default=1, metavar="G", help="of a node; default: 1")
+    plan.add_argument(
+        "--memory", type=float, default=80.0, metavar="GB", help="of a GPU; default: 80"
+    )
+    doctor = commands.add_parser(
+        "doctor",
+        help="check what a run needs of the machine",
+        description="Check what a run needs of the machine: packages, MPI, launchers, devices, "
+        "ZeRO's operators, the run folder, a timed Allreduce. Start it as you would start a run: "
+        "with srun, mpirun, or --ranks N. Exit code 1 if something has to be mended.",
+    )
+    doctor.add_argument("--ranks", type=int, metavar="N", help="start N MPI ranks on this machine")
+    doctor.add_argument("--folder", default="runs", help="where runs will lie; default: runs")
     return parser
 
 
@@ -82,11 +106,14 @@ def main(arguments: Sequence[str] | None = None, listen: bool = True) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
     options, rest = parser.parse_known_args(words)
-    if any(word.startswith("-") or options.command == "presets" for word in rest):
+    no_overrides = options.command in ("presets", "doctor")
+    if any(word.startswith("-") or no_overrides for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse stops collecting overrides at the first option
         options.overrides = [*options.overrides, *rest]
     try:
+        if options.command == "doctor":
+            return _examine(options)
         if options.command == "presets":
             width = max(map(len, presets()))
             print("\n".join(f"{name:<{width}}  {text}" for name, text in presets().items()))
@@ -95,6 +122,8 @@ def main(arguments: Sequence[str] | None = None, listen: bool = True) -> int:
         if options.command == "config":
             print(describe(resolved))
             return 0
+        if options.command == "plan":
+            return _plan(resolved, options)
         on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
         live = on_terminal if options.live is None else options.live
         if options.ranks is not None:
@@ -107,6 +136,36 @@ def main(arguments: Sequence[str] | None = None, listen: bool = True) -> int:
         print(f"hpcfed: {error}", file=sys.stderr)
         return 2
     return _take_part(resolved, options, live, started, listen)
+
+
+def _plan(resolved: Resolved, options: argparse.Namespace) -> int:
+    if options.nodes < 1 or options.gpus < 1:
+        raise UserError("--nodes and --gpus must be at least 1.")
+    quiet()
+    from hpcfed.plan import plan
+
+    for line in plan(resolved, options.nodes, options.gpus, options.memory):
+        print(line)
+    return 0
+
+
+def _examine(options: argparse.Namespace) -> int:
+    """The doctor, on this rank or on ranks of its own; exit code 1 if something is to be mended."""
+    if options.ranks is not None:
+        if options.ranks < 1:
+            raise UserError(f"--ranks is {options.ranks}; it must be at least 1.")
+        return launcher.start(options.ranks, ["doctor", f"--folder={options.folder}"])
+    quiet()
+    from hpcfed.doctor import examine
+
+    world = connect_world()
+    bad = False
+    for finding in examine(world, Path(options.folder)):
+        bad = bad or bool(finding.mend)
+        if world.rank == 0:
+            print(finding.line(), flush=True)
+    world.comm.Barrier()
+    return 1 if bad else 0
 
 
 def _start(resolved: Resolved, options: argparse.Namespace, live: bool) -> int:

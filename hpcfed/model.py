@@ -103,7 +103,6 @@ def prepare(
     drawn from the configuration's seed, so all slots and all ZeRO stages start from the same.
     Raises UserError for a model that cannot be loaded or adapted.
     """
-    spec = config.adapter
     with _sharded_at_load(ds_settings):
         model, missing = _load(config, labels, pad_id)
         trained = final_linear(model, len(labels)) if config.model.head == "classifier" else None
@@ -113,10 +112,7 @@ def prepare(
         _refuse_holes(config, model, missing, blocks)
         _refuse_long_texts(config, model)
         fresh = _draw_missing(model, missing, config.seed, std)
-        if spec.kind == "lora":
-            adapted = lora.adapt(model, spec, blocks, trained, std)
-        else:
-            adapted = prompts.adapt(model, spec, blocks, trained, std, pad_id)
+        adapted = _adapt(config, model, blocks, trained, pad_id)
         if config.model.gradient_checkpointing:
             recompute(adapted.blocks)
     values = sum(getattr(p, "ds_numel", p.numel()) for p in adapted.network.parameters())
@@ -129,6 +125,32 @@ def prepare(
         values - adapted.layout.size,
         config.model.gradient_checkpointing,
     )
+
+
+def outline(config: Config, labels: tuple[str, ...], pad_id: int) -> Adapted:
+    """The adapted model with shapes but no values (on torch's meta device): nothing is loaded.
+
+    Raises UserError for a model that cannot be found or adapted.
+    """
+    auto, hf_config, dtype = _described(config, labels, pad_id)
+    with torch.device("meta"):
+        model = auto.from_config(hf_config, dtype=dtype)
+        trained = final_linear(model, len(labels)) if config.model.head == "classifier" else None
+        blocks = transformer_blocks(model, int(model.config.num_hidden_layers))
+        _refuse_long_texts(config, model)
+        adapted = _adapt(config, model, blocks, trained, pad_id)
+    if config.model.gradient_checkpointing:
+        recompute(adapted.blocks)
+    return adapted
+
+
+def _adapt(
+    config: Config, model: Any, blocks: dict[str, str], trained: str | None, pad_id: int
+) -> Adapted:
+    std = float(getattr(model.config, "initializer_range", 0.02))
+    if config.adapter.kind == "lora":
+        return lora.adapt(model, config.adapter, blocks, trained, std)
+    return prompts.adapt(model, config.adapter, blocks, trained, std, pad_id)
 
 
 def _refuse_holes(config: Config, model: Any, missing: list[str], blocks: dict[str, str]) -> None:
@@ -180,8 +202,10 @@ def _sharded_at_load(ds_settings: dict[str, Any]) -> Iterator[None]:
         unset_hf_deepspeed_config()
 
 
-def _load(config: Config, labels: tuple[str, ...], pad_id: int) -> tuple[Any, list[str]]:
-    """The model, and the names of the parameters that its checkpoint lacks."""
+def _described(
+    config: Config, labels: tuple[str, ...], pad_id: int
+) -> tuple[Any, Any, torch.dtype]:
+    """The model's class, its configuration, and its type."""
     import transformers
 
     source = resolve_name(config.model.name)
@@ -203,14 +227,23 @@ def _load(config: Config, labels: tuple[str, ...], pad_id: int) -> tuple[Any, li
         hf_config = transformers.AutoConfig.from_pretrained(
             source, trust_remote_code=False, **classes
         )
-        if config.model.dropout is not None:
-            for attribute in _DROPOUTS:
-                if isinstance(getattr(hf_config, attribute, None), float):
-                    setattr(hf_config, attribute, config.model.dropout)
-        hf_config.pad_token_id = pad_id
-        hf_config.use_cache = False
+    except Exception as error:  # transformers raises many unrelated types here
+        raise _unreachable(config, "model", error) from None
+    if config.model.dropout is not None:
+        for attribute in _DROPOUTS:
+            if isinstance(getattr(hf_config, attribute, None), float):
+                setattr(hf_config, attribute, config.model.dropout)
+    hf_config.pad_token_id = pad_id
+    hf_config.use_cache = False
+    return auto, hf_config, dtype
+
+
+def _load(config: Config, labels: tuple[str, ...], pad_id: int) -> tuple[Any, list[str]]:
+    """The model, and the names of the parameters that its checkpoint lacks."""
+    auto, hf_config, dtype = _described(config, labels, pad_id)
+    try:
         model, report = auto.from_pretrained(
-            source,
+            resolve_name(config.model.name),
             config=hf_config,
             dtype=dtype,
             output_loading_info=True,

@@ -48,6 +48,25 @@ def check(resolved: Resolved, ranks: int, resume: bool = False) -> Checked:
     Raises UserError for the first fault found.
     """
     config = resolved.config
+    check_options(config, ranks)
+    settings = deepspeed_config.load(config)
+    output = output_folder(config)
+    begun = resume and output.exists()
+    if begun:
+        _check_unchanged(config, output)
+    else:
+        _check_new(output)
+    task = sources.load(config)
+    if config.model.head != "classifier":
+        wording(config, task)
+    rows = partition.partition(task, config)
+    if begun:
+        _check_rows(output, partition.summary(task, rows))
+    return Checked(resolved, settings, output, task, rows, begun)
+
+
+def check_options(config: Config, ranks: int) -> None:
+    """Raises UserError for options that no run on `ranks` MPI ranks can have."""
     check_ranks(ranks, config.cluster.ranks_per_client)
     spec = config.federation
     if spec.per_round > spec.clients:
@@ -66,20 +85,6 @@ def check(resolved: Resolved, ranks: int, resume: bool = False) -> Checked:
             "curvature is taken from; give a share."
         )
     _check_choices(config)
-    settings = deepspeed_config.load(config)
-    output = output_folder(config)
-    begun = resume and output.exists()
-    if begun:
-        _check_unchanged(config, output)
-    else:
-        _check_new(output)
-    task = sources.load(config)
-    if config.model.head != "classifier":
-        wording(config, task)
-    rows = partition.partition(task, config)
-    if begun:
-        _check_rows(output, partition.summary(task, rows))
-    return Checked(resolved, settings, output, task, rows, begun)
 
 
 def is_complete(config: Config) -> bool:
