@@ -12,7 +12,7 @@ from pathlib import Path
 from hpcfed import launcher, preflight, rejoin
 from hpcfed.errors import UserError
 from hpcfed.resolve import Resolved, describe, presets, resolve
-from hpcfed.stop import INTERRUPTED
+from hpcfed.stop import INTERRUPTED, Stop
 from hpcfed.topology import connect_world, deepspeed_process, restarted
 
 _EPILOG = """examples:
@@ -188,6 +188,9 @@ def _take_part(
     resolved: Resolved, options: argparse.Namespace, live: bool, started: float, listen: bool
 ) -> int:
     """This process as one rank of the MPI world."""
+    stop = Stop(resolved.config.cluster.grace_seconds)
+    if listen:
+        stop.listen()
     quiet()
     try:
         world = connect_world()
@@ -207,9 +210,7 @@ def _take_part(
         from hpcfed.federation import Federation
         from hpcfed.progress import Progress
 
-        federation = Federation(checked, world, started)
-        if listen:
-            federation.stop.listen()
+        federation = Federation(checked, world, started, stop=stop)
         summary = federation.run(Progress(speaks=world.rank == 0, live=live))
         if summary is None:
             world.comm.Barrier()

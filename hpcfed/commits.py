@@ -48,6 +48,7 @@ def collect(federation: "Federation", rounds: int) -> Commit:
             "phases": federation.account.seconds,
             "init": federation.init_seconds,
             "total": federation.seconds_so_far,
+            "tail": federation.tail,
         },
     }
     # Copies, since the best values may be the current ones, and a file holds each tensor once.
@@ -72,6 +73,7 @@ def restore(federation: "Federation", commit: Commit) -> None:
     federation.account.seconds = dict(content["seconds"]["phases"])
     federation.init_seconds += content["seconds"]["init"]
     federation.earlier_lives = content["seconds"]["total"]
+    federation.tail = content["seconds"]["tail"]
     best: dict[str, Any] | None = content["best"]
     if best is not None:
         federation.best = Snapshot(

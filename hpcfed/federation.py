@@ -56,12 +56,18 @@ class Federation:
     """All rounds of one run, on all ranks."""
 
     def __init__(
-        self, checked: Checked, world: World, started: float, topology: Topology | None = None
+        self,
+        checked: Checked,
+        world: World,
+        started: float,
+        topology: Topology | None = None,
+        stop: Stop | None = None,
     ) -> None:
         """Load everything; nothing is written before all of it succeeded. A run that has begun
         goes on from its last commit.
 
-        topology: for callers that run several configurations in one MPI world.
+        topology: for callers that run several configurations in one MPI world. stop: if it
+        listens to signals already.
         Raises UserError, on all ranks, for anything the user can mend.
         """
         self.config: Config = checked.config
@@ -74,7 +80,7 @@ class Federation:
             if checked.begun and world.rank == 0:
                 # The earlier life of a requeued job may take a moment to end.
                 commit = self.run_directory.reopen(job(), LOCK_PATIENCE if restarted() else 0.0)
-        self.stop = Stop(config.cluster.grace_seconds)
+        self.stop = stop or Stop(config.cluster.grace_seconds)
         self.topology = topology or connect_slots(world, config.cluster)
         if zero_stage(settings) == 3 and self.topology.device.type == "cpu":
             keep_heap_small()
@@ -113,6 +119,8 @@ class Federation:
         self.account = Account(self.layout)
         self.rounds_done = 0
         self.earlier_lives = 0.0  # seconds
+        # Seconds from the end of a round's training to its commit, of the slowest so far.
+        self.tail: float | None = None
         self.share(self.layout.blocks)
         # A client's personal values before its first round with personal layers.
         self.base = self.prepared.initial
@@ -158,21 +166,22 @@ class Federation:
         None if a signal asked to stop before: then the run can be resumed."""
         config = self.config
         progress.start(self)
-        slowest, stopping = None, False
+        stopping = False
         while not stopping and self.rounds_done < config.federation.rounds:
-            number, began = self.rounds_done, time.monotonic()
-            self.stop.round_begins(slowest)
+            number = self.rounds_done
+            self.stop.round_begins(self.tail)
             if number == config.curriculum.warmup:
                 self._begin_method(number, progress)
             line, stopping = self.round(number, progress)
             if line is None:
                 break
+            trained = time.monotonic()
             last = number + 1 == config.federation.rounds
             if last or (number + 1) % config.evaluation.every == 0:
                 self._validate(number, line)
             self._commit(number + 1, line)
             progress.round(line)
-            slowest = max(slowest or 0.0, time.monotonic() - began)
+            self.tail = max(self.tail or 0.0, time.monotonic() - trained)
         done = not stopping and self.rounds_done == config.federation.rounds
         summary = self._finish() if done else None
         if summary is not None:

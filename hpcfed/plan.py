@@ -4,7 +4,9 @@ Nothing is loaded: the model is built of tensors that have shapes but no values,
 pass of it shows what autograd would keep.
 """
 
+import dataclasses
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +68,12 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
     tokens = head.encode(task.train, tokenizer, config.task.max_length)
     adapted = model.outline(config, task.labels, tokens.pad_id)
     kept = activation_bytes(adapted, micro_batch(config), config.task.max_length)
+    if config.model.gradient_checkpointing:  # backward makes one block after the other again
+        off = dataclasses.replace(config.model, gradient_checkpointing=False)
+        whole = model.outline(dataclasses.replace(config, model=off), task.labels, tokens.pad_id)
+        kept += activation_bytes(whole, micro_batch(config), config.task.max_length) / len(
+            adapted.layout.layers
+        )
     slots = ranks // per_client
     yield (
         f"{config.method} on {config.task.name}: {config.federation.clients} clients, "
@@ -136,6 +144,8 @@ def memory(
     # ZeRO-3 makes whole what a module needs, and what it may keep live in between.
     gathered = 0.0
     if stage == 3:
+        if deepspeed_config.zero_stage(settings) != 3:
+            settings = json.loads(deepspeed_config.locate("ds_configs/zero3.json").read_text())
         zero = settings.get("zero_optimization", {})
         largest = max(p.numel() for p in adapted.network.parameters())
         live = max(largest, min(int(zero.get("stage3_max_live_parameters", 1e9)), frozen))

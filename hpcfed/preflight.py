@@ -88,8 +88,12 @@ def check_options(config: Config, ranks: int) -> None:
 
 
 def is_complete(config: Config) -> bool:
-    """Whether the run directory holds a finished run."""
-    return (output_folder(config) / SUMMARY).is_file()
+    """Whether the run directory holds a finished run. Raises UserError if it is another one."""
+    output = output_folder(config)
+    if not (output / SUMMARY).is_file():
+        return False
+    _check_unchanged(config, output)
+    return True
 
 
 def _check_unchanged(config: Config, output: Path) -> None:

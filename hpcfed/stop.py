@@ -1,7 +1,8 @@
 """A signal asks the run to stop: it sets a flag, which is acted upon where a round can be left.
 
 USR1 (sbatch --signal), USR2 (submitit) and TERM (scancel, scontrol requeue) mean the same: the job
-will be killed soon. The round in flight is finished if that fits the time left, else dropped.
+will be killed soon. The round in flight is finished if that fits the time left, else dropped when
+just enough is left to end in good order.
 """
 
 import signal
@@ -16,8 +17,9 @@ INTERRUPTED = 75
 # Slurm kills 30 seconds after TERM (KillWait), whatever it was asked to do after other signals.
 AFTER_TERM = 25.0
 
-# A round may take this much longer than the slowest so far, and is still thought to fit.
-MARGIN = 1.2
+# What follows the training of a round may take this much longer than the slowest so far; while
+# nothing is known of it, this share of the time is left for it.
+MARGIN, UNKNOWN = 1.5, 0.5
 
 
 class Stop:
@@ -27,7 +29,7 @@ class Stop:
         """grace: seconds between USR1 or USR2 and the kill."""
         self._grace = grace
         self._asked: float | None = None
-        self._round_until: float | None = None
+        self._tail: float | None = None
 
     def listen(self) -> None:
         """From now on signals set the flag, and no longer end the process."""
@@ -45,13 +47,14 @@ class Stop:
         """Whether a signal has come."""
         return self._asked is not None
 
-    def round_begins(self, expected: float | None) -> None:
-        """expected: seconds that a round takes, as far as known."""
-        self._round_until = None if expected is None else time.monotonic() + expected * MARGIN
+    def round_begins(self, tail: float | None) -> None:
+        """tail: seconds from the end of a round's training to its commit, as far as known."""
+        self._tail = tail
 
     @property
     def must_drop(self) -> bool:
-        """Whether the round in flight would not end in the time left."""
+        """Whether what is left of the time is only enough to end without the round in flight."""
         if self._asked is None:
             return False
-        return self._round_until is None or self._round_until > self._asked + self._grace
+        tail = self._grace * UNKNOWN if self._tail is None else self._tail * MARGIN
+        return time.monotonic() >= self._asked + self._grace - tail

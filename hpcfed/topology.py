@@ -17,6 +17,7 @@ import io
 import os
 import socket
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -193,6 +194,7 @@ def connect_slots(world: World, cluster: Cluster) -> Topology:
     import torch
 
     per_client = cluster.ranks_per_client
+    _check_hosts(world, per_client)
     slot_index, rank_in_slot = divmod(world.rank, per_client)
     slot = world.comm.Split(slot_index, rank_in_slot)
     across = world.comm.Split(rank_in_slot, slot_index)
@@ -206,6 +208,23 @@ def connect_slots(world: World, cluster: Cluster) -> Topology:
     node.Free()
     return Topology(
         world, slots, slot_index, slot, across, rank_in_slot, per_client, device, threads
+    )
+
+
+def _check_hosts(world: World, per_client: int) -> None:
+    """Raises UserError, on all ranks, unless hosts hold whole clients, or clients whole hosts.
+
+    One rank elsewhere than its client's others would wait for the network at every step.
+    """
+    hosts = Counter(world.comm.allgather(socket.gethostname()))
+    counts = set(hosts.values())
+    even = len(counts) == 1 and per_client % max(counts) == 0
+    if even or all(count % per_client == 0 for count in counts):
+        return
+    where = ", ".join(f"{host} has {count}" for host, count in hosts.items())
+    raise UserError(
+        f"A client takes {per_client} ranks (cluster.ranks_per_client), but {where}: start as many "
+        "ranks on each host, a multiple of it or a whole share of it."
     )
 
 

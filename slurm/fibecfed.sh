@@ -3,9 +3,9 @@
 #
 #   sbatch slurm/fibecfed.sh task.name=trec model.name=roberta-large
 #
-# Whatever stands after the script goes to `hpcfed run fibecfed`; what sbatch knows may also stand before it:
-# sbatch --nodes=8 --account=... slurm/fibecfed.sh ... The other values are variables:
-# RANKS_PER_CLIENT=4 sbatch slurm/fibecfed.sh ... docs/slurm.md explains each.
+# Whatever stands after the script goes to `hpcfed run fibecfed`. What sbatch knows may stand before it, as
+# in `sbatch --nodes=8 --account=mine slurm/fibecfed.sh ...`; the other values are variables, as in
+# `RANKS_PER_CLIENT=4 sbatch slurm/fibecfed.sh ...`. docs/slurm.md explains each.
 
 #SBATCH --job-name=fibecfed
 ##SBATCH --account=       # remove one # and fill in what your site wants

@@ -22,20 +22,37 @@ requeue() {
     exit 1
 }
 
-# Another life after a failure, at most three times. Preempted and timed-out lives do not count:
-# each of them has got somewhere. The count lives in the job's comment, the one thing that a
-# requeued job keeps.
+# What passes from one life to the next lies in the job's comment, the one thing that a requeued job
+# keeps: how often it failed, and on which nodes it last ran.
+remembered() { squeue --noheader --jobs "$SLURM_JOB_ID" --format %k | sed -n "s/.*$1=\([^ ]*\).*/\1/p"; }
+
+remember() { # failures, nodes
+    scontrol update "JobId=$SLURM_JOB_ID" "Comment=hpcfed failures=$1 nodes=$2"
+}
+
+# Another life after a failure, at most three times. Preempted and timed-out lives do not count: each
+# of them has got somewhere.
 requeue_after_failure() {
     local failures
-    failures=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %k)
-    failures=${failures#hpcfed failures: }
-    [[ $failures =~ ^[0-9]+$ ]] || failures=0
-    if ((failures >= 3)); then
+    failures=$(remembered failures)
+    if ((${failures:-0} >= 3)); then
         say "failed $((failures + 1)) times; not requeued again"
         exit 1
     fi
-    scontrol update "JobId=$SLURM_JOB_ID" "Comment=hpcfed failures: $((failures + 1))"
+    remember "$((${failures:-0} + 1))" "$SLURM_JOB_NODELIST"
     requeue
+}
+
+# Nodes of the life before that are down now; it may have had no time to say so.
+name_missing() {
+    local node before
+    before=$(remembered nodes)
+    [[ -n $before ]] || return 0
+    for node in $(scontrol show hostnames "$before"); do
+        case $(sinfo --noheader --nodes "$node" --format %T) in
+            *down* | *fail* | *drain* | *\*) say "lost: $node is down" ;;
+        esac
+    done
 }
 
 # federate SOURCE ARGUMENTS...: `hpcfed run SOURCE ARGUMENTS...` on all of the job's tasks.
@@ -44,6 +61,8 @@ federate() {
     local source=$1
     shift
     say "life $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST: hpcfed run $source $*"
+    name_missing
+    remember "$(remembered failures)" "$SLURM_JOB_NODELIST"
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     if [[ -n $INTERFACE ]]; then
         export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
@@ -68,8 +87,8 @@ federate() {
     esac
     step=$!
     # Slurm signals this shell; the ranks hear of it through their launcher.
-    trap 'say "time is nearly up"; kill -USR1 "$step"' USR1
-    trap 'say "asked to end"; kill -TERM "$step"' TERM
+    trap 'say "time is nearly up"; kill -USR1 "$step" 2>/dev/null' USR1
+    trap 'kill -TERM "$step" 2>/dev/null' TERM
     while true; do
         code=0
         wait "$step" || code=$?

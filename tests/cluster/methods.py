@@ -17,6 +17,9 @@ METHODS = {
     ],
 }  # fmt: skip
 
+# Long enough for a time limit of a minute to strike.
+LONG = [*METHODS["fibecfed"], "federation.rounds=40", "evaluation.every=20"]
+
 
 def words(method: str, shared: Path, name: str, *extra: str) -> list[str]:
     """Overrides of a run of `method` in the folder shared/name."""

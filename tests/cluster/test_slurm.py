@@ -1,12 +1,17 @@
-"""The scripts in slurm/ on two hosts."""
+"""The scripts in slurm/ on two hosts: they agree with a run here, and survive what clusters do."""
 
 import json
+import re
+import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 
-from tests.cluster.methods import METHODS, RANKS, words
+from tests.cluster.methods import LONG, METHODS, RANKS, words
 from tests.same import assert_same
-from tests.support import mpiexec
+from tests.support import ROOT, mpiexec
 
 BOTH = ("--nodes=2", "--ntasks-per-node=2")
 
@@ -19,8 +24,34 @@ def local(shared):
     return {method: shared / f"{method}-local" for method in METHODS}
 
 
+@pytest.fixture(scope="module")
+def undisturbed(shared):
+    """The long run under mpiexec."""
+    out = shared / "long-local"
+    mpiexec(RANKS, "hpcfed", "run", "fibecfed", *LONG, f"data.root={shared}", f"output={out}")
+    return out
+
+
 def lives(out):
     return json.loads((out / "run.json").read_text())["lives"]
+
+
+def rounds_reach(out, number, log, seconds=180):
+    """Wait until so many rounds are committed."""
+    until = time.monotonic() + seconds
+    manifest = out / "checkpoint" / "manifest.json"
+    while not (manifest.exists() and json.loads(manifest.read_text())["rounds"] >= number):
+        assert time.monotonic() < until, log.read_text() if log.exists() else "no log"
+        time.sleep(0.2)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_the_scripts_pass_shellcheck():
+    scripts = [*(ROOT / "slurm").glob("*.sh"), ROOT / "tests" / "cluster" / "lab.sh"]
+    done = subprocess.run(
+        ["shellcheck", "-x", *map(str, scripts)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -31,3 +62,82 @@ def test_sbatch_across_both_hosts(lab, shared, local, method):
     assert lab.ends(job, log=log) == "COMPLETED", log.read_text()
     assert_same(shared / name, local[method])
     assert lives(shared / name)[0]["hosts"] == {"n1": 2, "n2": 2}
+
+
+def test_two_jobs_on_the_same_hosts(lab, shared, local):
+    """At the same time: no port or file in common. A third on a run directory in use is refused."""
+    logs = [shared / f"pair{i}.out" for i in range(3)]
+    jobs = [
+        lab.submit(
+            *BOTH, "--overcommit", f"--output={logs[i]}", f"slurm/{method}.sh",
+            *words(method, shared, f"pair{i}"),
+        )
+        for i, method in enumerate(METHODS)
+    ]  # fmt: skip
+    rounds_reach(shared / "pair0", 1, logs[0])
+    second = lab.run(
+        sys.executable, "-m", "hpcfed", "run", "fibecfed", *words("fibecfed", shared, "pair0"),
+        "--resume", code=2,
+    )  # fmt: skip
+    assert re.search(rf"in use by process \d+ on n1 of Slurm job {jobs[0]} since", second), second
+    for job, log in zip(jobs, logs, strict=False):
+        assert lab.ends(job, log=log) == "COMPLETED", log.read_text()
+    for i, method in enumerate(METHODS):
+        assert_same(shared / f"pair{i}", local[method])
+
+
+def test_signals_requeue_and_a_time_limit(lab, shared, undisturbed):
+    """USR1, then scontrol requeue, then a limit of one minute: four lives or more, same bits."""
+    out, log = shared / "disturbed", shared / "disturbed.out"
+    job = lab.submit(
+        *BOTH, "--time=1", "--signal=B:USR1@20", f"--output={log}", "slurm/fibecfed.sh", *LONG,
+        f"data.root={shared}", f"output={out}", GRACE="15",
+    )  # fmt: skip
+    rounds_reach(out, 2, log)
+    lab.run("scancel", "--signal=USR1", job)
+    began = lives_reach(lab, job, out, 2, log)
+    rounds_reach(out, began + 2, log)
+    lab.run("scontrol", "requeue", job)
+    lives_reach(lab, job, out, 3, log)
+    assert lab.ends(job, seconds=420, log=log) == "COMPLETED", log.read_text()
+    assert len(lives(out)) >= 4, "the time limit struck"
+    assert "time is nearly up" in log.read_text()
+    assert_same(out, undisturbed)
+
+
+def test_lost_nodes(lab, shared, undisturbed):
+    """First the node that is not the batch host, then the batch host; the run ends on what is
+    left, from the last committed round."""
+    out, log = shared / "lost", shared / "lost.out"
+    job = lab.submit(
+        "--nodes=1-2", "--ntasks-per-node=2", f"--output={log}", "slurm/fibecfed.sh", *LONG,
+        f"data.root={shared}", f"output={out}",
+    )  # fmt: skip
+    rounds_reach(out, 2, log)
+    assert lives(out)[0]["hosts"] == {"n1": 2, "n2": 2}
+    try:
+        lab.lose("n2")
+        began = lives_reach(lab, job, out, 2, log)
+        assert "lost: n2 does not answer" in log.read_text()
+        assert lives(out)[1]["hosts"] == {"n1": 2}, "half of the slots"
+        rounds_reach(out, began + 2, log)
+        lab.restore("n2")
+        lab.lose("n1")
+        lives_reach(lab, job, out, 3, log)
+        assert lives(out)[2]["hosts"] == {"n2": 2}
+        assert re.search(r"lost: n1", log.read_text())
+        assert lab.ends(job, log=log) == "COMPLETED", log.read_text()
+    finally:
+        for node in ("n1", "n2"):
+            lab.restore(node)
+    assert_same(out, undisturbed)
+
+
+def lives_reach(lab, job, out, number, log, seconds=240):
+    """Wait for a life of the run; how many rounds were committed when it began."""
+    until = time.monotonic() + seconds
+    while len(lives(out)) < number:
+        assert time.monotonic() < until, log.read_text()
+        lab.hurry(job)
+        time.sleep(0.5)
+    return lives(out)[number - 1]["rounds_done"]

@@ -59,8 +59,9 @@ def test_the_run_directory(data, tmp_path):
     out = tmp_path / "run"
     printed = run(2, data, f"output={out}", "data.validation=0.2", "evaluation.every=2")
     assert printed.count("round ") == 4  # 3 rounds and the best one
-    names = {"adapter", "config.yaml", "metrics.jsonl", "partition.json", "run.json"}
-    assert {p.name for p in out.iterdir()} == names | {"summary.json", "predictions.json"}
+    names = {"adapter", "checkpoint", "config.yaml", "lock", "metrics.jsonl", "partition.json"}
+    names |= {"run.json", "summary.json", "predictions.json"}
+    assert {p.name for p in out.iterdir()} == names
     summary = json.loads((out / "summary.json").read_text())
     rounds = lines(out)
     assert [r["round"] for r in rounds] == [1, 2, 3]

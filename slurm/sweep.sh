@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# A sweep as a job array: each job runs one line of a sweep file on all of its own tasks.
+#
+#   sbatch --array=0-3 slurm/sweep.sh launch/experiments/small.yaml
+#
+# `python launch/sweep.py status FILE` shows what has become of them. Whatever stands after the file
+# goes to every run. The other values are as in fibecfed.sh. (submitit does the same from Python, see
+# docs/sweeps.md; this needs nothing but Slurm.)
+
+#SBATCH --job-name=sweep
+##SBATCH --account=       # remove one # and fill in what your site wants
+##SBATCH --partition=
+##SBATCH --gpus-per-node=4
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=1
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%A_%a.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+
+PYTHON=${PYTHON:-.venv/bin/python}
+RANKS_PER_CLIENT=${RANKS_PER_CLIENT:-1} # one rank a GPU; more where a model needs more GPUs
+LAUNCH=${LAUNCH:-srun}                  # or mpirun
+GRACE=${GRACE:-100}                     # seconds from --signal to the limit, less a margin
+INTERFACE=${INTERFACE:-}                # network interface of NCCL and Gloo, as ib0; empty: they choose
+HF_CACHE=${HF_CACHE:-}                  # folder of models fetched before; makes Hugging Face offline
+CONTAINER=${CONTAINER:-}                # an Apptainer image to run in
+# module load openmpi                   # what your site's MPI and CUDA want
+
+cd "$SLURM_SUBMIT_DIR" || exit 2
+# shellcheck source=slurm/job.sh
+source slurm/job.sh
+sweep=$1
+shift
+mapfile -t words < <("$PYTHON" launch/sweep.py line "$SLURM_ARRAY_TASK_ID" "$sweep")
+((${#words[@]})) || exit 2 # a sentence above says why
+federate "${words[@]}" "$@"

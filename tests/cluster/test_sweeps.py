@@ -1,0 +1,117 @@
+"""Sweeps through submitit: 2 x 2 runs across both hosts, and the same without Slurm."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import yaml
+
+from tests.cluster.methods import SMALL
+from tests.same import assert_same
+from tests.support import ROOT
+
+FROM_PYTHON = """
+import sys, yaml
+from hpcfed.sweep import Sweep
+sweep = Sweep(yaml.safe_load(open(sys.argv[1])))
+print("submitted", len(sweep.submit()))
+sweep.wait()
+print(sweep.table())
+"""
+
+
+def describe(shared, name, **more):
+    """2 x 2 runs; those of the task `absent` have no data."""
+    tree = {
+        "source": "fibecfed",
+        "folder": str(shared / name),
+        "executor": "slurm",
+        "overrides": {
+            **{key: yaml.safe_load(value) for key, value in (own.split("=", 1) for own in SMALL)},
+            "data.root": str(shared),
+        },
+        "grid": {"seed": [1, 2], "task.max_length": [16, 32]},
+        "cluster": {"nodes": 2, "tasks_per_node": 2, "timeout_min": 20},
+        **more,
+    }
+    file = shared / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def sweep_line(file, *words):
+    return [sys.executable, "launch/sweep.py", *words, str(file)]
+
+
+def break_one(out, name):
+    """One run cannot be made: a file has its name."""
+    out.mkdir()
+    (out / name).write_text("in the way")
+
+
+def check(out, submit, status):
+    """Four runs of which one fails; resubmitted alone, it ends well. submit(): what it printed."""
+    broken = "seed=2_max_length=16"
+    break_one(out, broken)
+    printed = submit()
+    assert printed.count("| complete") == 3 and printed.count("| failed") == 1, printed
+    shown = status()
+    assert f"{broken} failed" in shown and "hpcfed: " in shown and broken in shown
+    before = json.loads((out / "jobs.json").read_text())
+    (out / broken).unlink()
+    printed = submit()
+    assert printed.count("| complete") == 4, printed
+    after = json.loads((out / "jobs.json").read_text())
+    assert {name for name in after if after[name] != before[name]} == {broken}
+
+
+def test_on_slurm(lab, shared):
+    """Submitted from Python, looked at from the command line."""
+    file, out = describe(shared, "sweep"), shared / "sweep"
+    check(
+        out,
+        lambda: lab.run(sys.executable, "-c", FROM_PYTHON, str(file), timeout=400),
+        lambda: lab.run(*sweep_line(file, "status"), code=1),
+    )
+    run = json.loads((out / "seed=1_max_length=16" / "run.json").read_text())
+    assert run["lives"][0]["hosts"] == {"n1": 2, "n2": 2}
+    assert "submitted 0 of 4" in lab.run(*sweep_line(file, "submit"))
+
+
+def test_a_time_limit_under_submitit(lab, shared):
+    """submitit's signal reaches a run: its job is requeued and goes on; the same bits as in a
+    sweep that nothing disturbs."""
+    more = {"grid": {}, "cluster": {"nodes": 2, "tasks_per_node": 2, "timeout_min": 20}}
+    more["list"] = [{"federation.rounds": 30}]
+    for name in ("calm", "signalled"):
+        file = describe(shared, name, **more)
+        lab.run(*sweep_line(file, "submit"))
+        out = shared / name / "rounds=30"
+        job = json.loads((shared / name / "jobs.json").read_text())["rounds=30"]["job"]
+        if name == "signalled":
+            manifest, until = out / "checkpoint" / "manifest.json", time.monotonic() + 120
+            while not (manifest.exists() and json.loads(manifest.read_text())["rounds"] >= 3):
+                assert time.monotonic() < until
+                time.sleep(0.2)
+            lab.run("scancel", "--signal=USR2", job)
+        assert lab.ends(job) == "COMPLETED"
+    lives = json.loads((shared / "signalled" / "rounds=30" / "run.json").read_text())["lives"]
+    assert len(lives) == 2 and lives[1]["rounds_done"] >= 3
+    assert_same(shared / "calm" / "rounds=30", shared / "signalled" / "rounds=30")
+
+
+def test_without_slurm(shared):
+    """`local`: one process a job, which starts mpiexec; jobs take turns."""
+    cluster = {"nodes": 1, "tasks_per_node": 2, "timeout_min": 20}
+    file = describe(shared, "here", executor="local", cluster=cluster)
+
+    def run(*words):
+        done = subprocess.run(
+            sweep_line(file, *words), cwd=ROOT, capture_output=True, text=True, timeout=400,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        return done.stdout + done.stderr
+
+    check(shared / "here", lambda: run("submit", "--wait"), lambda: run("status"))

@@ -1,0 +1,51 @@
+"""When a round is finished, and when it is dropped, after a signal."""
+
+import os
+import signal
+
+import pytest
+
+from hpcfed.stop import AFTER_TERM, MARGIN, SIGNALS, Stop
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test sets; and the handlers of before."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    yield now
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def asked(grace, number, tail):
+    stop = Stop(grace)
+    stop.listen()
+    stop.round_begins(tail)
+    assert not stop.asked and not stop.must_drop
+    os.kill(os.getpid(), number)
+    assert stop.asked
+    return stop
+
+
+@pytest.mark.parametrize(
+    ("grace", "number", "tail", "until"),
+    [
+        (100, signal.SIGUSR1, 10, 100 - MARGIN * 10),
+        (100, signal.SIGUSR2, None, 50),  # nothing known: half of the time
+        (100, signal.SIGTERM, 2, AFTER_TERM - MARGIN * 2),  # Slurm does not ask how long
+        (10, signal.SIGTERM, 2, 10 - MARGIN * 2),
+        (10, signal.SIGUSR1, 20, 0),  # validation alone takes longer
+        (0, signal.SIGUSR1, None, 0),
+    ],
+)
+def test_a_round_may_go_on_while_there_is_time(clock, grace, number, tail, until):
+    stop = asked(grace, number, tail)
+    if until > 0:
+        clock[0] = 1000 + until - 0.01
+        assert not stop.must_drop
+    clock[0] = 1000 + until
+    assert stop.must_drop
+    os.kill(os.getpid(), number)  # a second signal buys no time
+    assert stop.must_drop

@@ -1,0 +1,121 @@
+"""Sweeps: what a description means, what is refused, what submitit is told."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hpcfed.errors import UserError
+from hpcfed.sweep import Sweep
+from tests.support import ROOT
+
+GOLDEN = Path(__file__).parent / "golden" / "sweep.sbatch"
+
+
+def description(folder, **more):
+    return {"source": "fibecfed", "folder": str(folder), **more}
+
+
+def test_list_times_grid(tmp_path):
+    sweep = Sweep(
+        description(
+            tmp_path,
+            overrides={"task.name": "trec"},
+            list=[{"method": "fibecfed"}, {"method": "fedpeptao", "local.lr": 0.01}],
+            grid={"data.partition.alpha": [0.3, 1.0], "seed": [1, 2]},
+        )
+    )
+    assert len(sweep.runs) == 8
+    assert sweep.runs["method=fedpeptao_lr=0.01_alpha=0.3_seed=2"] == [
+        "task.name=trec", "method=fedpeptao", "local.lr=0.01", "data.partition.alpha=0.3",
+        "seed=2", f"output={tmp_path}/method=fedpeptao_lr=0.01_alpha=0.3_seed=2",
+    ]  # fmt: skip
+    assert sweep.line(7)[:3] == ["fibecfed", "task.name=trec", "method=fedpeptao"]
+    with pytest.raises(UserError, match=r"no run 8.*--array=0-7"):
+        sweep.line(8)
+
+
+def test_one_run_and_equal_names(tmp_path):
+    assert list(Sweep(description(tmp_path)).runs) == ["run"]
+    twice = Sweep(description(tmp_path, grid={"task.name": ["a/b", "a-b"]}))
+    assert list(twice.runs) == ["name=a-b", "name=a-b-2"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"grids": {}}, ["'grids'", "legal here", "grid"]),
+        ({"source": ""}, ["source is missing"]),
+        ({"executor": "slrm"}, ["'slrm'", "slurm, local, debug"]),
+        ({"grid": {"seed": 3}}, ["grid.seed", "list of values"]),
+        ({"grid": ["seed"]}, ["grid must be keys and values"]),
+        ({"list": [3]}, ["each item of list"]),
+        ({"cluster": {"node": 2}}, ["cluster.node", "nodes"]),
+        ({"grid": {"sede": [1]}}, ["run sede=1", "'sede'", "did you mean 'seed'"]),
+        ({"overrides": {"local.epochs": "two"}}, ["local.epochs", "whole number"]),
+    ],
+)
+def test_bad_descriptions(tmp_path, more, words):
+    with pytest.raises(UserError) as failure:
+        Sweep(description(tmp_path, **more))
+    assert all(word in str(failure.value) for word in words), failure.value
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    with pytest.raises(UserError, match="cannot be read"):
+        Sweep.load(file)
+    file.write_text("source: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        Sweep.load(file)
+    file.write_text("- source")
+    with pytest.raises(UserError, match="keys and values"):
+        Sweep.load(file)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "launch" / "experiments").glob("*.yaml")))
+def test_the_experiments_are_sound(file):
+    assert len(Sweep.load(file).runs) > 1
+
+
+def test_what_has_become_of_runs(tmp_path):
+    """Read from the run directories and the jobs alone: another process may ask."""
+    sweep = Sweep(description(tmp_path, executor="local", grid={"seed": [1, 2, 3]}))
+    result = {
+        "accuracy": {"personal": 0.9, "global": 0.8}, "best": None, "samples": 7,
+        "bytes": {"up": 2e6}, "seconds": {"total": 3.0},
+    }  # fmt: skip
+    (tmp_path / "seed=1").mkdir()
+    (tmp_path / "seed=1" / "summary.json").write_text(json.dumps(result))
+    (tmp_path / "seed=2" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "seed=2" / "checkpoint" / "manifest.json").write_text('{"rounds": 4}')
+    gone = {"job": "999999999", "executor": "local"}
+    (tmp_path / "jobs.json").write_text(json.dumps({"seed=1": gone, "seed=2": gone}))
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "999999999_0_log.err").write_text(
+        "hpcfed: no such task.\nsubmitit ERROR\n"
+    )
+    one, two, three = sweep.status()
+    assert (one.state, two.state, three.state) == ("complete", "failed", "new")
+    assert two.rounds == 4 and two.log == ["hpcfed: no such task."]
+    assert sweep.rows()[0] == {
+        "run": "seed=1", "seed": 1, "state": "complete", "personal": 0.9, "global": 0.8,
+        "best round": None, "samples": 7, "MB up": 2.0, "seconds": 3.0,
+    }  # fmt: skip
+    lines = sweep.table().splitlines()
+    assert len(lines) == 5 and len({len(line) for line in lines}) == 1
+    assert "| seed=3 | 3" in lines[4]
+
+
+def test_the_sbatch_text(tmp_path, monkeypatch):
+    """What submitit makes of a description, against a golden file."""
+    monkeypatch.setattr("shutil.which", lambda name, *rest, **more: f"/usr/bin/{name}")
+    tree = yaml.safe_load((ROOT / "launch" / "experiments" / "llama-7b.yaml").read_text())
+    sweep = Sweep({**tree, "folder": str(tmp_path / "llama-7b")})
+    executor = sweep._make_executor()
+    text = executor._executor._make_submission_file_text("COMMAND", "UID")
+    text = text.replace(str(tmp_path), "FOLDER")
+    assert re.sub(r"\n+$", "\n", text) == GOLDEN.read_text()
