@@ -1,12 +1,13 @@
 # make demo   a first federation: 4 MPI ranks, 2 ZeRO clients at a time, real model, no download
 # make test   lint, types and all tests
+# make test-cluster   launch tests on a real Slurm of two hosts inside this machine; as root on Debian
 # Each does all of its own set-up in .venv; PYTHON, and anything pip reads, may be set by you.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-cluster lint clean
 
 setup: $(VENV)/installed
 
@@ -26,7 +27,11 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/unit tests/mpi
+
+test-cluster: setup
+	tests/cluster/install
+	$(BIN)/python -m pytest tests/cluster
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -46,7 +46,7 @@ def collect(federation: "Federation", rounds: int) -> Commit:
         "totals": asdict(federation.account.totals),
         "seconds": {
             "phases": federation.account.seconds,
-            "init": federation.init_seconds,
+            "init": federation.earlier_init + federation.init_seconds,
             "total": federation.seconds_so_far,
             "tail": federation.tail,
         },
@@ -71,7 +71,7 @@ def restore(federation: "Federation", commit: Commit) -> None:
         own.restore(content["clients"][kind])
     federation.account.totals = Totals(**content["totals"])
     federation.account.seconds = dict(content["seconds"]["phases"])
-    federation.init_seconds += content["seconds"]["init"]
+    federation.earlier_init = content["seconds"]["init"]
     federation.earlier_lives = content["seconds"]["total"]
     federation.tail = content["seconds"]["tail"]
     best: dict[str, Any] | None = content["best"]

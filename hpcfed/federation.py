@@ -118,7 +118,7 @@ class Federation:
         self.layout = self.prepared.adapted.layout
         self.account = Account(self.layout)
         self.rounds_done = 0
-        self.earlier_lives = 0.0  # seconds
+        self.earlier_lives = self.earlier_init = 0.0  # seconds
         # Seconds from the end of a round's training to its commit, of the slowest so far.
         self.tail: float | None = None
         self.share(self.layout.blocks)
@@ -447,7 +447,7 @@ class Federation:
             "best": best,
             **self.account.summary(),
             "seconds": {
-                "init": self.init_seconds,
+                "init": self.earlier_init + self.init_seconds,
                 **self.account.seconds,
                 "total": self.seconds_so_far,
             },

@@ -29,7 +29,7 @@ def why_not() -> str:
     where = os.environ["PATH"] + ":/usr/sbin:/sbin"
     missing = [name for name in NEEDS if shutil.which(name, path=where) is None]
     if missing:
-        return f"not installed: {', '.join(missing)} (see tests/cluster/packages)"
+        return f"not installed: {', '.join(missing)} (tests/cluster/install does)"
     probe = subprocess.run(
         ["unshare", *NAMESPACES, "--fork", "--mount-proc", "true"], capture_output=True, text=True
     )

@@ -17,8 +17,8 @@ METHODS = {
     ],
 }  # fmt: skip
 
-# Long enough for a time limit of a minute to strike.
-LONG = [*METHODS["fibecfed"], "federation.rounds=40", "evaluation.every=20"]
+# Long enough to be disturbed a few times.
+LONG = [*METHODS["fibecfed"], "federation.rounds=24", "evaluation.every=8"]
 
 
 def words(method: str, shared: Path, name: str, *extra: str) -> list[str]:

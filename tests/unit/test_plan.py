@@ -1,0 +1,88 @@
+"""The plan's figures against a model that is really there."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from hpcfed import deepspeed_config, model
+from hpcfed.errors import UserError
+from hpcfed.plan import activation_bytes, memory, plan
+from hpcfed.resolve import resolve
+from tests.support import MODEL
+
+ROWS, LENGTH = 4, 32
+LABELS = ("a", "b", "c")
+
+
+def config(*extra):
+    return resolve("lora-fedavg", [f"model.name={MODEL}", "model.dropout=0", *extra]).config
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["adapter.kind=prefix", "adapter.virtual_tokens=5"],
+        ["model.gradient_checkpointing=true"],
+    ],
+)
+def test_activations_are_what_autograd_keeps(extra):
+    own = config(*extra)
+    prepared = model.prepare(own, LABELS, 0, deepspeed_config.load(own))
+    network = prepared.adapted.network.train()
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept, largest = {}, 0
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.ones((ROWS, LENGTH), dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = network(input_ids=ids, attention_mask=torch.ones_like(ids))
+    del result
+    largest = max(kept.values())
+    planned = activation_bytes(model.outline(own, LABELS, 0), ROWS, LENGTH)
+    assert planned == pytest.approx(sum(kept.values()) + 2 * largest, rel=0.05)
+
+
+def test_the_outline_is_the_model():
+    own = config()
+    prepared = model.prepare(own, LABELS, 0, deepspeed_config.load(own))
+    outline = model.outline(own, LABELS, 0)
+    assert outline.layout == prepared.adapted.layout
+    values = sum(p.numel() for p in outline.network.parameters())
+    assert values - outline.layout.size == prepared.backbone_values
+    assert all(p.is_meta for p in outline.network.parameters()), "nothing is loaded"
+
+
+def test_memory_by_stage():
+    own = config("cluster.ranks_per_client=4", "deepspeed=ds_configs/zero3.json")
+    outline = model.outline(own, LABELS, 0)
+    settings = deepspeed_config.load(own)
+    stages = [memory(own, outline, stage, settings, 100.0) for stage in range(4)]
+    whole = stages[0].backbone
+    assert [s.backbone for s in stages] == [whole, whole, whole, whole / 4]
+    assert stages[3].gathered > 0 and not any(s.gathered for s in stages[:3])
+    assert stages[1].optimizer == stages[0].optimizer / 4
+    half = dataclasses.replace(own, model=dataclasses.replace(own.model, dtype="bf16"))
+    halved = memory(half, outline, 1, settings, 100.0)
+    assert halved.backbone == whole / 2
+
+
+def test_the_plan_says_what_to_use_instead():
+    words = [
+        f"model.name={MODEL}", "federation.clients=6", "federation.per_round=3",
+        "cluster.ranks_per_client=2", "layers.score=sensitivity",
+    ]  # fmt: skip
+    roomy = "\n".join(plan(resolve("lora-fedavg", words), 1, 4, 80.0))
+    assert "1 node x 4 = 4 ranks = 2 slots x 2" in roomy and "does not fit" not in roomy
+    assert "3 of 6 layers and the head" in roomy
+    assert "round 1: slots are busy" in roomy and "slot 1: " in roomy
+    lines = list(plan(resolve("lora-fedavg", words), 1, 4, 1e-3))
+    assert any("nothing fits" in line for line in lines)
+    with pytest.raises(UserError, match="3 MPI ranks"):
+        list(plan(resolve("lora-fedavg", words), 1, 3, 80.0))
