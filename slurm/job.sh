@@ -4,15 +4,14 @@
 
 say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
 
-# Which of the job's nodes do not answer.
+# Which of the job's nodes do not answer; all are asked at once.
 lost_nodes() {
     local node
     for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
-        if ! timeout 20 srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" \
-            --mpi=none true >/dev/null 2>&1; then
-            echo "$node"
-        fi
+        timeout 5 srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" --mpi=none true \
+            >/dev/null 2>&1 || echo "$node" &
     done
+    wait
 }
 
 requeue() {
@@ -100,7 +99,7 @@ federate() {
         75) requeue ;;
     esac
     say "the run ended with code $code"
-    lost=$(lost_nodes | paste -sd ' ')
+    lost=$(lost_nodes | sort | paste -sd ' ')
     [[ -z $lost ]] || say "lost: $lost does not answer"
     requeue_after_failure
 }

@@ -18,7 +18,7 @@ METHODS = {
 }  # fmt: skip
 
 # Long enough to be disturbed a few times.
-LONG = [*METHODS["fibecfed"], "federation.rounds=24", "evaluation.every=8"]
+LONG = [*METHODS["fibecfed"], "federation.rounds=32", "evaluation.every=8"]
 
 
 def words(method: str, shared: Path, name: str, *extra: str) -> list[str]:

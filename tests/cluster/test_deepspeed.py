@@ -91,15 +91,13 @@ def refusal(lab, shared, name, start, node="n1"):
 
 def test_hosts_that_do_not_reach_each_other(lab, shared, hostfile):
     """The first process listens at an address that n2 has no way to."""
-    lab.run("ip", "link", "add", "nowhere", "type", "dummy", node="n1")
+    lab.run("ip", "address", "add", "10.99.0.1/32", "dev", "lo", node="n1")
     try:
-        lab.run("ip", "address", "add", "10.99.0.1/24", "dev", "nowhere", node="n1")
-        lab.run("ip", "link", "set", "nowhere", "up", node="n1")
         start = f"deepspeed --num_nodes 2 --hostfile {hostfile} --master_addr 10.99.0.1"
         found = refusal(lab, shared, "cut", start + " --master_port 29613")
         assert any("cannot reach the first one at 10.99.0.1:29613" in own for own in found), found
     finally:
-        lab.run("ip", "link", "delete", "nowhere", node="n1")
+        lab.run("ip", "address", "delete", "10.99.0.1/32", "dev", "lo", node="n1")
 
 
 def test_mpi_missing_on_one_host(lab, shared, hostfile):
@@ -125,5 +123,5 @@ def test_ranks_per_node_differ(lab, shared):
     start = f"deepspeed --num_nodes 2 --hostfile {file} --master_port 29615"
     command = f"cd {ROOT}; " + line(shared, "uneven-run", start) + " cluster.ranks_per_client=2"
     printed = lab.run("ssh", "n1", command, code=None, timeout=200)
-    assert re.search(r"hpcfed: .*n1 has 3 .*n2 .*1", printed), printed
+    assert re.search(r"hpcfed: .*n1 has 3, n2 has 1", printed), printed
     assert not (shared / "uneven-run").exists()
