@@ -5,15 +5,14 @@
 #
 # Whatever stands after the script goes to `hpcfed run fibecfed`. What sbatch knows may stand before it, as
 # in `sbatch --nodes=8 --account=mine slurm/fibecfed.sh ...`; the other values are variables, as in
-# `RANKS_PER_CLIENT=4 sbatch slurm/fibecfed.sh ...`. docs/slurm.md explains each.
+# RANKS_PER_CLIENT=4 sbatch slurm/fibecfed.sh ...`. docs/slurm.md explains each.
 
 #SBATCH --job-name=fibecfed
 ##SBATCH --account=       # remove one # and fill in what your site wants
 ##SBATCH --partition=
 ##SBATCH --gpus-per-node=4
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=4
-#SBATCH --cpus-per-task=1
+#SBATCH --exclusive
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
@@ -21,7 +20,8 @@
 #SBATCH --signal=B:USR1@120
 
 PYTHON=${PYTHON:-.venv/bin/python}
-RANKS_PER_CLIENT=${RANKS_PER_CLIENT:-1} # one rank a GPU; more where a model needs more GPUs
+RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-4}} # one rank a GPU
+RANKS_PER_CLIENT=${RANKS_PER_CLIENT:-1} # GPUs that share a client's model
 LAUNCH=${LAUNCH:-srun}                  # or mpirun
 GRACE=${GRACE:-100}                     # seconds from --signal to the limit, less a margin
 INTERFACE=${INTERFACE:-}                # network interface of NCCL and Gloo, as ib0; empty: they choose

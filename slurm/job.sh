@@ -62,7 +62,10 @@ federate() {
     say "life $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST: hpcfed run $source $*"
     name_missing
     remember "$(remembered failures)" "$SLURM_JOB_NODELIST"
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+    local ranks=$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE))
+    local cpus=$((SLURM_CPUS_ON_NODE / RANKS_PER_NODE))
+    ((cpus)) || cpus=1
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
     if [[ -n $INTERFACE ]]; then
         export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
     fi
@@ -74,10 +77,13 @@ federate() {
     [[ -z $CONTAINER ]] || command=(apptainer exec --nv "$CONTAINER" "${command[@]}")
     case $LAUNCH in
         # A rank that dies alone would leave the others waiting: --wait ends the step.
-        srun) srun --mpi=pmix --wait=60 "${command[@]}" & ;;
+        srun)
+            srun --mpi=pmix --wait=60 --ntasks="$ranks" --ntasks-per-node="$RANKS_PER_NODE" \
+                --cpus-per-task="$cpus" "${command[@]}" &
+            ;;
         mpirun)
             PATH=$PATH:$(dirname "$PYTHON") # pip puts one beside python
-            mpirun --bind-to none -n "$SLURM_NTASKS" "${command[@]}" &
+            mpirun --bind-to none -n "$ranks" --map-by "ppr:$RANKS_PER_NODE:node" "${command[@]}" &
             ;;
         *)
             say "LAUNCH is '$LAUNCH'; it must be srun or mpirun"

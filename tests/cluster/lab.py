@@ -59,7 +59,7 @@ class Lab:
                 raise RuntimeError(f"the cluster did not start:\n{log}")
             time.sleep(0.1)
         self._head = _only_child(self._process.pid)
-        self._hurried: set[tuple[str, str]] = set()
+        self._waiting: dict[tuple[str, str], float] = {}  # requeued jobs, and since when
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -119,10 +119,12 @@ class Lab:
             time.sleep(0.5)
 
     def hurry(self, job: str) -> None:
-        """Start a requeued job now: Slurm would hold it back for two minutes."""
-        restarts = self.run("squeue", "--noheader", "--jobs", job, "--states=PD", "--format=%r %S")
-        if "BeginTime" in restarts and (job, restarts) not in self._hurried:
-            self._hurried.add((job, restarts))
+        """Start a requeued job soon: Slurm would hold it back for two minutes. But not at once, or
+        the nodes still know that the job's credential was revoked, and kill it."""
+        shown = self.run("squeue", "--noheader", "--jobs", job, "--states=PD", "--format=%r %S")
+        if "BeginTime" not in shown:
+            return
+        if time.monotonic() > self._waiting.setdefault((job, shown), time.monotonic()) + 4:
             self.run("scontrol", "update", f"JobId={job}", "StartTime=now", code=None)
 
     def pid(self, node: str) -> int:

@@ -13,7 +13,8 @@ from tests.cluster.methods import LONG, METHODS, RANKS, words
 from tests.same import assert_same
 from tests.support import ROOT, mpiexec
 
-BOTH = ("--nodes=2", "--ntasks-per-node=2")
+BOTH = ("--nodes=2",)
+TWO = {"RANKS_PER_NODE": "2"}  # a node
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,9 @@ def test_the_scripts_pass_shellcheck():
 def test_sbatch_across_both_hosts(lab, shared, local, method):
     """One rank a client: the same bits as under a local mpiexec."""
     name, log = f"{method}-sbatch", shared / f"{method}.out"
-    job = lab.submit(*BOTH, f"--output={log}", f"slurm/{method}.sh", *words(method, shared, name))
+    job = lab.submit(
+        *BOTH, f"--output={log}", f"slurm/{method}.sh", *words(method, shared, name), **TWO
+    )
     assert lab.ends(job, log=log) == "COMPLETED", log.read_text()
     assert_same(shared / name, local[method])
     assert lives(shared / name)[0]["hosts"] == {"n1": 2, "n2": 2}
@@ -78,8 +81,8 @@ def test_two_jobs_on_the_same_hosts(lab, shared, local):
     logs = [shared / f"pair{i}.out" for i in range(3)]
     jobs = [
         lab.submit(
-            *BOTH, "--overcommit", f"--output={logs[i]}", f"slurm/{method}.sh",
-            *words(method, shared, f"pair{i}"),
+            *BOTH, "--ntasks-per-node=2", "--oversubscribe", f"--output={logs[i]}",
+            f"slurm/{method}.sh", *words(method, shared, f"pair{i}"),
         )
         for i, method in enumerate(METHODS)
     ]  # fmt: skip
@@ -100,7 +103,7 @@ def test_signals_requeue_and_a_time_limit(lab, shared, undisturbed):
     out, log = shared / "disturbed", shared / "disturbed.out"
     job = lab.submit(
         *BOTH, "--time=20", "--signal=B:USR1@30", f"--output={log}", "slurm/fibecfed.sh", *LONG,
-        f"data.root={shared}", f"output={out}", GRACE="25",
+        f"data.root={shared}", f"output={out}", GRACE="25", **TWO,
     )  # fmt: skip
     rounds_reach(lab, job, out, 2, log)
     lab.run("scancel", "--signal=USR1", job)
@@ -124,8 +127,8 @@ def test_lost_nodes(lab, shared, undisturbed):
     left, from the last committed round."""
     out, log = shared / "lost", shared / "lost.out"
     job = lab.submit(
-        "--nodes=1-2", "--ntasks-per-node=2", f"--output={log}", "slurm/fibecfed.sh", *LONG,
-        f"data.root={shared}", f"output={out}",
+        "--nodes=1-2", f"--output={log}", "slurm/fibecfed.sh", *LONG, f"data.root={shared}",
+        f"output={out}", **TWO,
     )  # fmt: skip
     rounds_reach(lab, job, out, 2, log)
     assert lives(out)[0]["hosts"] == {"n1": 2, "n2": 2}
