@@ -167,7 +167,9 @@ run_node() {
     mount --make-rprivate /
     mount -t tmpfs shm /dev/shm
     mount -t tmpfs tmp /var/tmp/node
-    mkdir -p "$lab/spool-$node"
+    # What a lost node left there would keep PMIx from starting a step of the same job.
+    rm -rf "$lab/spool-$node"
+    mkdir "$lab/spool-$node"
     /usr/sbin/sshd -D -e -h "$lab/ssh/host" -o PidFile=none -o StrictModes=no &
     exec slurmd -D -N "$node"
 }
