@@ -191,7 +191,7 @@ def test_one_exchange_carries_all_sums(results, references, name, vectors):
     run = results[2, 1] / f"{name}-zero0"
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     values = vectors * loop.layout.count((*loop.layers, "head"))
-    small = 1 + 3 * 6 + 2 * 2
+    small = 1 + 3 * 6 + 2 * 2 + 2
     assert last["bytes"]["wire"] == (values + small) * 8 * 2 + values * 4
 
 
