@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from hpcfed import preflight
+from hpcfed.account import FP32_BYTES
 from hpcfed.adapters.layout import HEAD
 from hpcfed.cli import quiet
-from hpcfed.federation import FP32_BYTES, Federation
+from hpcfed.federation import Federation
 from hpcfed.local import LocalRounds
 from hpcfed.progress import Progress
 from hpcfed.resolve import resolve
