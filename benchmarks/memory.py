@@ -5,7 +5,7 @@
 Makes the model (random weights), then starts two ranks of one client per ZeRO stage and dtype, each
 in fresh processes. `held` is the share of the backbone on a rank after loading; `load` and `step`
 are the peak private memory above the imports, largest of the ranks, when the engine is ready and
-after two optimizer steps; `seconds` is one step.
+after two optimizer steps; `plan` is what `hpcfed plan` estimates for it; `seconds` is one step.
 """
 
 import json
@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcfed import deepspeed_config, launcher, model
+from hpcfed import deepspeed_config, launcher, model, plan
 from hpcfed.cli import quiet
 from hpcfed.client import Client
+from hpcfed.config import Config
 from hpcfed.data.batches import Tokens
 from hpcfed.resolve import resolve
 from hpcfed.run import RunDirectory
@@ -46,16 +47,21 @@ def make_model(folder: Path) -> None:
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
+def configured(folder: str, dtype: str, stage: str, ranks: int) -> Config:
+    """A case's configuration."""
+    return resolve(
+        "lora-fedavg",
+        [f"model.name={folder}", f"model.dtype={dtype}", f"deepspeed=ds_configs/{stage}.json",
+         "adapter.targets=[q_proj,v_proj]", f"cluster.ranks_per_client={ranks}",
+         "cluster.threads=1"],
+    ).config  # fmt: skip
+
+
 def measure(folder: str, dtype: str, stage: str) -> None:
     """One case, on the ranks of this world: load, step, round-trip, save; rank 0 prints JSON."""
     quiet()
     world = connect_world()
-    config = resolve(
-        "lora-fedavg",
-        [f"model.name={folder}", f"model.dtype={dtype}", f"deepspeed=ds_configs/{stage}.json",
-         "adapter.targets=[q_proj,v_proj]", f"cluster.ranks_per_client={world.size}",
-         "cluster.threads=1"],
-    ).config  # fmt: skip
+    config = configured(folder, dtype, stage, world.size)
     topology = connect_slots(world, config.cluster)
     settings = deepspeed_config.load(config)
     if deepspeed_config.zero_stage(settings) == 3:
@@ -103,6 +109,16 @@ def measure(folder: str, dtype: str, stage: str) -> None:
         print(json.dumps({**result, **largest, "exact": all(r["exact"] for r in everyone)}))
 
 
+def planned(config: Config) -> float:
+    """GB of a rank in a step, by `hpcfed plan`'s estimate; not in a process that runs ZeRO-3, which
+    changes what autograd keeps."""
+    settings = deepspeed_config.load(config)
+    outline = model.outline(config, ("a", "b"), 0)
+    kept = plan.activation_bytes(outline, plan.micro_batch(config), 32)
+    stage = deepspeed_config.zero_stage(settings)
+    return plan.memory(config, outline, stage, settings, kept).total / 1e9
+
+
 class Peak:
     """Largest private memory of this process, in bytes, sampled every 5 ms.
 
@@ -144,11 +160,15 @@ def main() -> None:
     """All cases as a table."""
     with TemporaryDirectory() as folder:
         make_model(Path(folder))
-        print(f"{'dtype':>5} {'stage':>6} {'held':>6} {'load GB':>8} {'step GB':>8} {'s/step':>7}")
+        print(
+            f"{'dtype':>5} {'stage':>6} {'held':>6} {'load GB':>8} {'step GB':>8} {'plan GB':>8} "
+            f"{'s/step':>7}"
+        )
         for dtype, stage in CASES:
             r = run_case(Path(folder), dtype, stage)
+            r["plan"] = planned(configured(folder, dtype, stage, 2))
             print(f"{dtype:>5} {stage:>6} {r['held']:>6.3f} {r['load']:>8.2f} {r['step']:>8.2f} "
-                  f"{r['seconds']:>7.2f}", flush=True)  # fmt: skip
+                  f"{r['plan']:>8.2f} {r['seconds']:>7.2f}", flush=True)  # fmt: skip
         print(f"backbone of {r['backbone'] / 1e6:.0f}M values, 2 ranks")
 
 

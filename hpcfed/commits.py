@@ -8,8 +8,6 @@ the seed and what it is for.
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from hpcfed.account import Totals
 from hpcfed.run import Commit
 from hpcfed.states import ClientStates
@@ -83,11 +81,3 @@ def restore(federation: "Federation", commit: Commit) -> None:
             best["round"],
             best["score"],
         )
-
-
-def same_on_all_ranks(commit: Commit | None, comm: Any) -> Commit:
-    """What rank 0 has read, everywhere."""
-    found: Commit = comm.bcast(commit, root=0)
-    return Commit(
-        found.rounds, {n: torch.as_tensor(v) for n, v in found.tensors.items()}, found.content
-    )

@@ -102,7 +102,7 @@ class Federation:
         self._compose()
         self.init_seconds = time.monotonic() - started
         if checked.begun:
-            commits.restore(self, commits.same_on_all_ranks(commit, world.comm))
+            commits.restore(self, world.comm.bcast(commit, root=0))
         facts, here = self._facts(settings), self._here()
         with world.agreement("writing the run directory"):
             if world.rank == 0 and checked.begun:

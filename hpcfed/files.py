@@ -9,12 +9,12 @@ import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save
+from typing import TYPE_CHECKING, Any
 
 from hpcfed.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -34,9 +34,12 @@ def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
 
 
 def write_tensors(
-    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+    path: Path, tensors: dict[str, "torch.Tensor"], metadata: dict[str, str] | None = None
 ) -> None:
     """A safetensors file, as `write_bytes` does."""
+    # Here, because sweeps write JSON only, and torch takes seconds to import.
+    from safetensors.torch import save
+
     whole = {name: value.contiguous() for name, value in tensors.items()}
     write_bytes(path, save(whole, metadata))
 

@@ -38,7 +38,6 @@ MARGIN = 1.1
 class Memory:
     """Bytes of one rank at one ZeRO stage."""
 
-    stage: int
     backbone: float  # held all the time
     gathered: float  # ZeRO-3: what is whole for a moment
     adapter: float  # working copy, gradients, fp32 master
@@ -48,8 +47,7 @@ class Memory:
     @property
     def total(self) -> float:
         """The peak in a step."""
-        parts = (self.backbone, self.gathered, self.adapter, self.optimizer, self.activations)
-        return sum(parts)
+        return sum(dataclasses.astuple(self))
 
 
 def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterator[str]:
@@ -104,10 +102,9 @@ def _memory_lines(
     fits = []
     for stage in range(len(STAGES)):
         own = memory(config, adapted, stage, settings, kept)
-        parts = (own.backbone, own.gathered, own.adapter, own.optimizer, own.activations)
         cells = "".join(
             f"{part / GB:>{width}.2f}"
-            for part, width in zip(parts, (10, 10, 9, 11, 13), strict=True)
+            for part, width in zip(dataclasses.astuple(own), (10, 10, 9, 11, 13), strict=True)
         )
         if own.total * MARGIN <= gigabytes * GB:
             fits.append(stage)
@@ -154,7 +151,7 @@ def memory(
     master = 4 * trained / (ranks if stage else 1) if stage or width == 2 else 0
     copies = 2 * width * trained
     moments = _MOMENTS[config.local.optimizer] * 4 * trained / (ranks if stage else 1)
-    return Memory(stage, held, gathered, copies + master, moments, activations)
+    return Memory(held, gathered, copies + master, moments, activations)
 
 
 def activation_bytes(adapted: Adapted, rows: int, length: int) -> float:

@@ -32,12 +32,12 @@ from hpcfed.data.batches import Ids
 from hpcfed.errors import UserError
 from hpcfed.evaluation import Evaluation
 from hpcfed.files import Lock, append_line, sync_folder, write_bytes, write_json, write_tensors
-from hpcfed.preflight import CONFIG, PARTITION, SUMMARY
+from hpcfed.preflight import CONFIG, MANIFEST, PARTITION, SUMMARY
 from hpcfed.resolve import Resolved, describe
 
 _PACKAGES = ("hpcfed", "torch", "deepspeed", "transformers", "peft", "mpi4py", "numpy")
 
-METRICS, HISTORY, MANIFEST = "metrics.jsonl", "history.jsonl", "manifest.json"
+METRICS, HISTORY = "metrics.jsonl", "history.jsonl"
 FORMAT = 1  # of the manifest
 
 
@@ -116,7 +116,8 @@ class RunDirectory:
 
     def commit(self, commit: "Commit") -> None:
         """Make the state after a round the one that a resumed run goes on from."""
-        folder = self.path / "checkpoint"
+        manifest = self.path / MANIFEST
+        folder = manifest.parent
         folder.mkdir(exist_ok=True)
         tensors = folder / f"round-{commit.rounds:05d}.safetensors"
         write_tensors(tensors, commit.tensors)
@@ -127,24 +128,22 @@ class RunDirectory:
             "metrics_bytes": (self.path / METRICS).stat().st_size,
             **commit.content,
         }
-        write_json(folder / MANIFEST, content)
+        write_json(manifest, content)
         for old in folder.glob("round-*"):
             if old != tensors:
                 old.unlink()
 
     def _read(self) -> "Commit":
         """The last commit. Raises UserError if it is not there or not whole."""
-        manifest = self.path / "checkpoint" / MANIFEST
+        manifest = self.path / MANIFEST
         try:
             content = json.loads(manifest.read_text())
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']}, not {FORMAT}")
             tensors = load_file(manifest.parent / content["tensors"])
-            for kind, maps in content["clients"].items():
-                for client, number in (own for m in maps.values() for own in m.items()):
-                    file = self._state(kind, int(client), number)
-                    if not file.is_file():
-                        raise FileNotFoundError(f"{file} is missing")
+            for file in sorted(self._referred(content)):
+                if not file.is_file():
+                    raise FileNotFoundError(f"{file} is missing")
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(
                 f"{self.path} cannot be resumed ({type(error).__name__}: {error}); remove it, or "
@@ -152,16 +151,20 @@ class RunDirectory:
             ) from None
         return Commit(content["rounds"], tensors, content)
 
+    def _referred(self, content: dict[str, Any]) -> set[Path]:
+        """The clients' files that a commit refers to."""
+        return {
+            self._state(kind, int(client), number)
+            for kind, maps in content["clients"].items()
+            for own in maps.values()
+            for client, number in own.items()
+        }
+
     def _clean(self, commit: "Commit") -> None:
         """Remove whatever came after the commit."""
         with (self.path / METRICS).open("r+") as stream:
             stream.truncate(commit.content["metrics_bytes"])
-        used = {
-            self._state(kind, int(client), number)
-            for kind, maps in commit.content["clients"].items()
-            for own in maps.values()
-            for client, number in own.items()
-        }
+        used = self._referred(commit.content)
         for folder in (self.path / "clients").glob("*"):
             for file in folder.iterdir():
                 if file.name == HISTORY:

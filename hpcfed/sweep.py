@@ -25,7 +25,7 @@ import yaml
 from hpcfed import launcher
 from hpcfed.errors import UserError
 from hpcfed.files import write_json
-from hpcfed.preflight import SUMMARY
+from hpcfed.preflight import MANIFEST, SUMMARY
 from hpcfed.resolve import resolve
 
 EXECUTORS = ("slurm", "local", "debug")
@@ -201,7 +201,7 @@ class Sweep:
     def _status(self, name: str, job: dict[str, str] | None) -> Status:
         folder = self.folder / name
         rounds = 0
-        manifest = folder / "checkpoint" / "manifest.json"
+        manifest = folder / MANIFEST
         if manifest.is_file():
             rounds = int(json.loads(manifest.read_text())["rounds"])
         if (folder / SUMMARY).is_file():

@@ -12,6 +12,7 @@ set -euo pipefail
 here=$(readlink -f "$0")
 network=10.77.0
 nodes=(n1 n2)
+keys=~root/.ssh # where ssh looks, whatever HOME is
 export SLURM_CONF
 
 note() { printf '%(%T)T %s\n' -1 "$*" >&2; }
@@ -83,12 +84,12 @@ mount_private() {
     mount -t tmpfs lab "$folder/lab"
     mkdir -p "$lab"/{log,state,ssh,db}
     chmod 755 "$lab"
-    for place in /run/munge /run/mysqld /run/sshd /var/tmp/node /root/.ssh; do
+    for place in /run/munge /run/mysqld /run/sshd /var/tmp/node "$keys"; do
         mkdir -p "$place"
         mount -t tmpfs lab "$place"
     done
     chmod 755 /run/munge /run/mysqld /run/sshd
-    chmod 700 /root/.ssh
+    chmod 700 "$keys"
 }
 
 start_head() {
@@ -102,12 +103,12 @@ start_head() {
     mount --bind "$lab/hosts" /etc/hosts
     SLURM_CONF=$lab/slurm.conf
 
-    ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519
+    ssh-keygen -q -t ed25519 -N '' -f "$keys/id_ed25519"
     ssh-keygen -q -t ed25519 -N '' -f "$lab/ssh/host"
-    cp /root/.ssh/id_ed25519.pub /root/.ssh/authorized_keys
-    printf 'Host *\n  LogLevel ERROR\n  ConnectTimeout 10\n' >/root/.ssh/config
+    cp "$keys/id_ed25519.pub" "$keys/authorized_keys"
+    printf 'Host *\n  LogLevel ERROR\n  ConnectTimeout 10\n' >"$keys/config"
     for node in "${nodes[@]}"; do echo "$node $(cut -d' ' -f1,2 "$lab/ssh/host.pub")"; done \
-        >/root/.ssh/known_hosts
+        >"$keys/known_hosts"
 
     dd if=/dev/urandom of="$lab/munge.key" bs=128 count=1 status=none
     chmod 400 "$lab/munge.key"
