@@ -2,7 +2,7 @@
 optimization adds to the same layers.
 
     python -m benchmarks.fedpeptao tune            learning rates, on validation data
-    python -m benchmarks.fedpeptao choose          adaptive optimization, on validation data
+    python -m benchmarks.fedpeptao choose          the server, at that rate, on validation data
     python -m benchmarks.fedpeptao run             all cells of the table
     python -m benchmarks.fedpeptao clock           both methods alone on the machine, for seconds
     python -m benchmarks.fedpeptao table           the table, from the finished cells
@@ -23,7 +23,6 @@ from benchmarks.cells import (
     command_line,
     find,
     late_validation,
-    variant,
 )
 
 MAIN = ("p-tuning-v2", "fedpeptao")
@@ -37,27 +36,23 @@ PUBLISHED = (
 )  # fmt: skip
 
 
+def server(*overrides: str) -> Method:
+    """FedPepTAO with another server. The clients' learning rate is tuned with a plain mean on the
+    server, and then the same for all."""
+    return Method("fedpeptao", overrides, rate_of="plain mean")
+
+
 STUDY = Study(
     Path(__file__).with_suffix(".jsonl"),
     {
         "p-tuning-v2": Method("p-tuning-v2"),
-        "fedpeptao": Method("fedpeptao"),
-        "plain mean": variant("fedpeptao", *PLAIN),
-        "momentum 0.9": variant(
-            "fedpeptao", *MOMENTUM, "server.momentum=0.9", "server.control=false"
-        ),
-        "momentum 0.5": variant(
-            "fedpeptao", *MOMENTUM, "server.momentum=0.5", "server.control=false"
-        ),
-        "momentum 0.9, control": variant(
-            "fedpeptao", *MOMENTUM, "server.momentum=0.9", "server.control=true"
-        ),
-        "momentum 0.5, control": variant(
-            "fedpeptao", *MOMENTUM, "server.momentum=0.5", "server.control=true"
-        ),
-        "control": variant("fedpeptao", *MOMENTUM, "server.momentum=0", "server.control=true"),
-        "difference": variant("fedpeptao", *PUBLISHED, "server.control=false"),
-        "difference, control": variant("fedpeptao", *PUBLISHED, "server.control=true"),
+        "fedpeptao": server(),
+        "plain mean": Method("fedpeptao", PLAIN),
+        "momentum 0.9, control": server(*MOMENTUM, "server.momentum=0.9", "server.control=true"),
+        "momentum 0.5, control": server(*MOMENTUM, "server.momentum=0.5", "server.control=true"),
+        "momentum 0.5": server(*MOMENTUM, "server.momentum=0.5", "server.control=false"),
+        "control": server(*MOMENTUM, "server.momentum=0", "server.control=true"),
+        "difference, control": server(*PUBLISHED, "server.control=true"),
     },
     base="p-tuning-v2",
     rates=(5e-3, 1e-2, 2e-2, 4e-2),

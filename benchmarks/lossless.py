@@ -21,7 +21,7 @@ from hpcfed.federation import Federation
 from hpcfed.progress import Progress
 from hpcfed.resolve import resolve
 from hpcfed.selection import select
-from hpcfed.topology import connect_world
+from hpcfed.topology import connect_slots, connect_world
 
 COMMON = [
     "data.root=../shared/datasets", "task.max_train=2000", "task.max_length=64",
@@ -35,11 +35,12 @@ def main() -> None:
     """Measure and print."""
     quiet()
     world = connect_world()
+    topology = connect_slots(world, resolve("lora-fedavg", [*COMMON, *sys.argv[1:]]).config.cluster)
     for task in ("trec", "mr"):
         with TemporaryDirectory() as folder:
             words = [*COMMON, f"task.name={task}", f"output={folder}/run", *sys.argv[1:]]
             checked = preflight.check(resolve("lora-fedavg", words), world.size)
-            federation = Federation(checked, world, time.monotonic())
+            federation = Federation(checked, world, time.monotonic(), topology)
             for number in range(WARMUP):
                 federation.round(number, Progress(speaks=False))
             for seed in (1, 2, 3):
