@@ -55,7 +55,7 @@ STUDY = Study(
         "difference, control": server(*PUBLISHED, "server.control=true"),
     },
     base="p-tuning-v2",
-    rates=(5e-3, 1e-2, 2e-2, 4e-2),
+    rates=(1e-2, 2e-2, 4e-2, 8e-2),
 )
 ADAPTIVE = [name for name in STUDY.methods if name not in MAIN]
 

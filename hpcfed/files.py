@@ -44,13 +44,12 @@ def write_tensors(
     write_bytes(path, save(whole, metadata))
 
 
-def append_line(path: Path, content: Any) -> int:
-    """A line of JSON at the end of a file, forced to disk; returns the file's size in bytes."""
+def append_line(path: Path, content: Any) -> None:
+    """A line of JSON at the end of a file, forced to disk."""
     with path.open("a") as stream:
         stream.write(json.dumps(content) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
-        return stream.tell()
 
 
 def sync_folder(path: Path) -> None:

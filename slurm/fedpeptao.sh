@@ -5,7 +5,7 @@
 #
 # Whatever stands after the script goes to `hpcfed run fedpeptao`. What sbatch knows may stand before it, as
 # in `sbatch --nodes=8 --account=mine slurm/fedpeptao.sh ...`; the other values are variables, as in
-# RANKS_PER_CLIENT=4 sbatch slurm/fedpeptao.sh ...`. docs/slurm.md explains each.
+# `RANKS_PER_CLIENT=4 sbatch slurm/fedpeptao.sh ...`. docs/slurm.md explains each.
 
 #SBATCH --job-name=fedpeptao
 ##SBATCH --account=       # remove one # and fill in what your site wants

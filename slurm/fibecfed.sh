@@ -5,7 +5,7 @@
 #
 # Whatever stands after the script goes to `hpcfed run fibecfed`. What sbatch knows may stand before it, as
 # in `sbatch --nodes=8 --account=mine slurm/fibecfed.sh ...`; the other values are variables, as in
-# RANKS_PER_CLIENT=4 sbatch slurm/fibecfed.sh ...`. docs/slurm.md explains each.
+# `RANKS_PER_CLIENT=4 sbatch slurm/fibecfed.sh ...`. docs/slurm.md explains each.
 
 #SBATCH --job-name=fibecfed
 ##SBATCH --account=       # remove one # and fill in what your site wants

@@ -42,6 +42,7 @@ class Lab:
 
     def __enter__(self) -> "Lab":
         self.folder = Path(tempfile.mkdtemp(prefix="hpcfed-lab-"))
+        (self.folder / "lab").mkdir()
         self._log = (self.folder / "lab.out").open("w")
         environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
         self._process = subprocess.Popen(

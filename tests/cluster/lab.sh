@@ -12,7 +12,6 @@ set -euo pipefail
 here=$(readlink -f "$0")
 network=10.77.0
 nodes=(n1 n2)
-keys=~root/.ssh # where ssh looks, whatever HOME is
 export SLURM_CONF
 
 note() { printf '%(%T)T %s\n' -1 "$*" >&2; }
@@ -65,7 +64,7 @@ SlurmdTimeout=30
 KillWait=10
 MinJobAge=3600
 SlurmdParameters=config_overrides
-TmpFS=/var/tmp/node
+TmpFS=/var/tmp
 StateSaveLocation=$lab/state
 SlurmdSpoolDir=$lab/spool-%n
 SlurmctldPidFile=$lab/slurmctld.pid
@@ -77,19 +76,13 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 END
 }
 
-# Own copies of what the services keep in fixed places.
+# Own copies of what the services keep in fixed places; not even a folder is made outside of them.
 mount_private() {
     mount --make-rprivate /
-    mkdir -p "$folder/lab"
-    mount -t tmpfs lab "$folder/lab"
-    mkdir -p "$lab"/{log,state,ssh,db}
+    for place in "$folder/lab" /run /var/tmp /etc/ssh/ssh_config.d; do mount -t tmpfs lab "$place"; done
+    mkdir -p "$lab"/{log,state,ssh,db} /run/{munge,mysqld,sshd}
     chmod 755 "$lab"
-    for place in /run/munge /run/mysqld /run/sshd /var/tmp/node "$keys"; do
-        mkdir -p "$place"
-        mount -t tmpfs lab "$place"
-    done
-    chmod 755 /run/munge /run/mysqld /run/sshd
-    chmod 700 "$keys"
+    chmod 1777 /var/tmp
 }
 
 start_head() {
@@ -103,12 +96,16 @@ start_head() {
     mount --bind "$lab/hosts" /etc/hosts
     SLURM_CONF=$lab/slurm.conf
 
-    ssh-keygen -q -t ed25519 -N '' -f "$keys/id_ed25519"
-    ssh-keygen -q -t ed25519 -N '' -f "$lab/ssh/host"
-    cp "$keys/id_ed25519.pub" "$keys/authorized_keys"
-    printf 'Host *\n  LogLevel ERROR\n  ConnectTimeout 10\n' >"$keys/config"
+    for name in client host; do ssh-keygen -q -t ed25519 -N '' -f "$lab/ssh/$name"; done
     for node in "${nodes[@]}"; do echo "$node $(cut -d' ' -f1,2 "$lab/ssh/host.pub")"; done \
-        >"$keys/known_hosts"
+        >"$lab/ssh/known_hosts"
+    cat >/etc/ssh/ssh_config.d/lab.conf <<END
+Host *
+  IdentityFile $lab/ssh/client
+  UserKnownHostsFile $lab/ssh/known_hosts
+  LogLevel ERROR
+  ConnectTimeout 10
+END
 
     dd if=/dev/urandom of="$lab/munge.key" bs=128 count=1 status=none
     chmod 400 "$lab/munge.key"
@@ -167,11 +164,13 @@ run_node() {
     ip link set eth0 up
     mount --make-rprivate /
     mount -t tmpfs shm /dev/shm
-    mount -t tmpfs tmp /var/tmp/node
+    mount -t tmpfs tmp /var/tmp
+    chmod 1777 /var/tmp
     # What a lost node left there would keep PMIx from starting a step of the same job.
     rm -rf "$lab/spool-$node"
     mkdir "$lab/spool-$node"
-    /usr/sbin/sshd -D -e -h "$lab/ssh/host" -o PidFile=none -o StrictModes=no &
+    /usr/sbin/sshd -D -e -h "$lab/ssh/host" -o PidFile=none -o StrictModes=no \
+        -o AuthorizedKeysFile="$lab/ssh/client.pub" &
     exec slurmd -D -N "$node"
 }
 

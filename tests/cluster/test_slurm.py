@@ -64,13 +64,17 @@ def test_the_scripts_pass_shellcheck():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_sbatch_across_both_hosts(lab, shared, local, method):
+@pytest.mark.parametrize(
+    ("method", "launch"), [("fibecfed", "srun"), ("fedpeptao", "srun"), ("fibecfed", "mpirun")]
+)
+def test_sbatch_across_both_hosts(lab, shared, local, method, launch):
     """One rank a client: the same bits as under a local mpiexec."""
-    name, log = f"{method}-sbatch", shared / f"{method}.out"
+    name = f"{method}-{launch}"
+    log = shared / f"{name}.out"
     job = lab.submit(
-        *BOTH, f"--output={log}", f"slurm/{method}.sh", *words(method, shared, name), **TWO
-    )
+        *BOTH, f"--output={log}", f"slurm/{method}.sh", *words(method, shared, name),
+        LAUNCH=launch, **TWO,
+    )  # fmt: skip
     assert lab.ends(job, log=log) == "COMPLETED", log.read_text()
     assert_same(shared / name, local[method])
     assert lives(shared / name)[0]["hosts"] == {"n1": 2, "n2": 2}

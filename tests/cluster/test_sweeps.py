@@ -80,6 +80,22 @@ def test_on_slurm(lab, shared):
     assert "submitted 0 of 4" in lab.run(*sweep_line(file, "submit"))
 
 
+def test_as_a_job_array_of_slurm_alone(lab, shared):
+    """slurm/sweep.sh, and a line that the sweep does not have."""
+    file = describe(shared, "array", grid={"seed": [1, 2]})
+    log = shared / "array-%a.out"
+    job = lab.submit(
+        "--array=0-2", "--nodes=2", f"--output={log}", "slurm/sweep.sh", str(file),
+        "federation.rounds=2", RANKS_PER_NODE="2",
+    )  # fmt: skip
+    states = [lab.ends(f"{job}_{line}", log=shared / f"array-{line}.out") for line in range(3)]
+    assert states == ["COMPLETED", "COMPLETED", "FAILED"]
+    assert "There is no run 2" in (shared / "array-2.out").read_text()
+    assert lab.run(*sweep_line(file, "status")).count("| complete") == 2
+    run = json.loads((shared / "array" / "seed=1" / "run.json").read_text())
+    assert run["lives"][0]["hosts"] == {"n1": 2, "n2": 2}
+
+
 def test_a_time_limit_under_submitit(lab, shared):
     """submitit's signal reaches a run: its job is requeued and goes on; the same bits as in a
     sweep that nothing disturbs."""

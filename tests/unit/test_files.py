@@ -42,10 +42,11 @@ def test_tensors_that_are_views(tmp_path):
     assert load_file(tmp_path / "x.safetensors")["column"].tolist() == [1, 5, 9]
 
 
-def test_append_tells_the_size(tmp_path):
+def test_append_adds_lines(tmp_path):
     file = tmp_path / "lines.jsonl"
-    append_line(file, {"round": 1})
-    assert append_line(file, {"round": 2}) == file.stat().st_size
+    for number in (1, 2):
+        append_line(file, {"round": number})
+    assert file.read_text() == '{"round": 1}\n{"round": 2}\n'
 
 
 def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
