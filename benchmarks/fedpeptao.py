@@ -50,7 +50,6 @@ STUDY = Study(
         "plain mean": Method("fedpeptao", PLAIN),
         "momentum 0.9, control": server(*MOMENTUM, "server.momentum=0.9", "server.control=true"),
         "momentum 0.5, control": server(*MOMENTUM, "server.momentum=0.5", "server.control=true"),
-        "momentum 0.5": server(*MOMENTUM, "server.momentum=0.5", "server.control=false"),
         "control": server(*MOMENTUM, "server.momentum=0", "server.control=true"),
         "difference, control": server(*PUBLISHED, "server.control=true"),
     },

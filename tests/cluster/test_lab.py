@@ -75,6 +75,6 @@ def _there(folder: Path, instant: str) -> bool:
     """The cluster's own files are seen from inside only."""
     if instant == "ready":
         return (folder / "ready").exists() and any(
-            command.startswith("sleep 600") for command in processes_of(folder)
+            command.startswith("/usr/bin/sleep") for command in processes_of(folder)
         )
     return any("mariadbd" in command or "slurmdbd" in command for command in processes_of(folder))
