@@ -42,6 +42,10 @@ class ClientError(Exception):
     """This client's update is lost; the federation goes on. All ranks of the slot raise it."""
 
 
+class StopError(Exception):
+    """The job has to stop: what is not committed is dropped. All ranks of the world raise it."""
+
+
 @dataclass
 class Trained:
     """What local training did: loss summed over samples, samples and optimizer steps.
@@ -286,6 +290,12 @@ class Client:
         if problem:
             raise ClientError(problem)
         return losses
+
+    def leave_if_interrupted(self) -> None:
+        """Raise StopError on all ranks if a step of any was left. Collective over the world."""
+        world = self.topology.world
+        if world.comm.allreduce(self.interrupted, op=world.mpi.LOR):
+            raise StopError(_STOPPING)
 
     def probing(self) -> None:
         """Dropout off."""

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 from hpcfed import commits, heads, model, server
 from hpcfed.account import FAILED, STATS, Account, Traffic
 from hpcfed.adapters.layout import HEAD
-from hpcfed.client import Client, ClientError
+from hpcfed.client import Client, ClientError, StopError
 from hpcfed.collectives import MaskedSum, sum_in_slot, sum_over_ranks
 from hpcfed.config import Config
 from hpcfed.data import partition
@@ -152,7 +152,7 @@ class Federation:
     def _here(self) -> dict[str, Any]:
         """Where this life of the run takes place."""
         return {
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "rounds_done": self.rounds_done,
             "hosts": dict(Counter(self.topology.world.comm.allgather(socket.gethostname()))),
             "ranks": self.topology.world.size,
@@ -171,7 +171,10 @@ class Federation:
             number = self.rounds_done
             self.stop.round_begins(self.tail)
             if number == config.curriculum.warmup:
-                self._begin_method(number, progress)
+                try:
+                    self._begin_method(number, progress)
+                except StopError:
+                    break
             line, stopping = self.round(number, progress)
             if line is None:
                 break
@@ -233,9 +236,12 @@ class Federation:
             try:
                 done = self.local.score(k, number, vector)
             except ClientError:
+                if self.client.interrupted:
+                    break
                 continue  # it is scored, or fails again, in its first round
             passes[k] = done if topology.leads_slot else 0
         sum_over_ranks(passes, topology)
+        self.client.leave_if_interrupted()
         self.local.lessons.keep(number, [int(k) for k in np.flatnonzero(passes)])
         return int(passes.sum())
 
@@ -328,7 +334,9 @@ class Federation:
             message = self.server.message(self.shared, packed, before, rows, done.steps, gradient)
             packed, control_after = message.packed, message.control
         if not total.add(packed, len(self.rows[k].train)):
-            return replace(done, values=None, reason="what it would send is not finite")
+            return replace(
+                done, values=None, loss_sum=0.0, reason="what it would send is not finite"
+            )
         if control_after is not None and self.topology.leads_slot:
             self.controls.save(k, number, {"control": control_after})
         return done

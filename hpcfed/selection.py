@@ -18,6 +18,10 @@ from hpcfed.policies.sampling import spread
 from hpcfed.probe import eigenvalue_scores, gradient, hessian_product, sensitivity
 from hpcfed.rng import derive, generator
 
+# Samples of a client that the eigenvalue score compares, as in the published code. They are not
+# those of a training batch: of a batch of one, every layer makes its samples equally alike.
+COMPARED = 8
+
 # Share of the layers where the rule for their number finds nothing.
 FIXED = 0.5
 
@@ -91,18 +95,19 @@ def select(
     record: dict[str, Any] = {}
     if spec.score in layers.SCORED:
         probed = probe_clients(config, rows)
-        ask, passes = {
+        ask, passes, size = {
             # A forward with noise on top of a forward and backward: counted as a second pass.
-            "sensitivity": (sensitivity, 2),
-            "eigenvalue": (eigenvalue_scores, 1),
+            "sensitivity": (sensitivity, 2, config.local.batch_size),
+            "eigenvalue": (eigenvalue_scores, 1, COMPARED),
         }[spec.score]
+        batches = {k: first_batch(config, rows, tokens, k, size) for k in probed}
         found = over_clients(
             config, client, rows, initial, probed, len(names),
-            lambda k: ask(client, first_batch(config, rows, tokens, k), tokens),
+            lambda k: ask(client, batches[k], tokens),
         )  # fmt: skip
         weights = np.array([len(rows[k].train) for k in found], dtype=np.float64)
         scores = np.average(np.array(list(found.values())), axis=0, weights=weights)
-        samples = sum(passes * len(first_batch(config, rows, tokens, k)) for k in probed)
+        samples = passes * sum(map(len, batches.values()))
         record = {
             "scores": dict(zip(names, scores.tolist(), strict=True)),
             "clients": {str(k): own.tolist() for k, own in found.items()},
@@ -153,7 +158,7 @@ def _lossless(
     k: int,
 ) -> Estimate:
     """A client's estimate by the configured rule."""
-    batch = first_batch(config, rows, tokens, k)
+    batch = first_batch(config, rows, tokens, k, config.local.batch_size)
     start = generator(config.seed, "lanczos", k).integers(0, 2, len(vector)) * 2.0 - 1.0
     found = Estimate(None, 0.0, *torch.zeros(2, STEPS, dtype=torch.float64))
 
@@ -194,10 +199,12 @@ def probe_clients(config: Config, rows: list[ClientRows]) -> list[int]:
     return sorted(int(k) for k in drawn)
 
 
-def first_batch(config: Config, rows: list[ClientRows], tokens: Tokens, client: int) -> Ids:
-    """One batch of a client's rows, drawn at random."""
+def first_batch(
+    config: Config, rows: list[ClientRows], tokens: Tokens, client: int, size: int
+) -> Ids:
+    """`size` of a client's rows, or all it has, drawn at random."""
     rng = generator(config.seed, "probe", client)
-    own: Ids = rng.permutation(rows[client].train)[: config.local.batch_size]
+    own: Ids = rng.permutation(rows[client].train)[:size]
     return own[np.argsort(tokens.lengths[own], kind="stable")]
 
 
@@ -211,7 +218,8 @@ def over_clients(
     ask: Callable[[int], Floats],
 ) -> dict[int, Floats]:
     """Ask clients, spread over the slots, for (size,) numbers each, at `vector`; the same on all
-    ranks. Clients that fail are left out. Raises RuntimeError if all do."""
+    ranks. Clients that fail are left out. Raises RuntimeError if all do, StopError on all ranks
+    if the job has to stop."""
     topology = client.topology
     answers = np.zeros((len(clients), size + 1))
     lanes = spread({k: len(rows[k].train) for k in clients}, topology.slots)
@@ -220,10 +228,13 @@ def over_clients(
         try:
             found = ask(k)
         except ClientError:
+            if client.interrupted:
+                break
             continue
         if topology.leads_slot and np.isfinite(found).all():
             answers[clients.index(k)] = [1, *found]
     answers = sum_over_ranks(answers, topology)
+    client.leave_if_interrupted()
     able = {k: own[1:] for k, own in zip(clients, answers, strict=True) if own[0]}
     if not able:
         raise RuntimeError(

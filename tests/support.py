@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hpcfed import launcher
@@ -38,12 +39,15 @@ def many_runs(
     ranks_per_client: int,
     runs: dict[str, list[str]],
     preset: str = "lora-fedavg",
+    lost: Sequence[tuple[int, int]] = (),
 ) -> None:
-    """Run name -> overrides in one world; afterwards folder holds NAME.npy and the run NAME/."""
+    """Run name -> overrides in one world; afterwards folder holds NAME.npy and the run NAME/.
+    lost: (round, client), from 0, whose update cannot be sent."""
     listed = [
         {
             "name": name,
             "preset": preset,
+            "lost": list(lost),
             "overrides": [
                 *overrides,
                 f"cluster.ranks_per_client={ranks_per_client}",

@@ -1,6 +1,6 @@
 """Program: what is written into a ZeRO engine is there, survives steps, and leaks nowhere.
 
-usage: engine.py MODEL_FOLDER DTYPE:DEEPSPEED_JSON...     one world = one client of all ranks
+usage: engine.py MODEL_FOLDER ADAPTER:DTYPE:DEEPSPEED_JSON...     one client of all ranks
 """
 
 import sys
@@ -36,17 +36,20 @@ def main() -> None:
     world = connect_world()
     topology = None
     for case in cases:
-        dtype, file = case.split(":")
+        adapter, dtype, file = case.split(":")
         config = resolve(
             "lora-fedavg",
             [f"model.name={folder}", f"model.dtype={dtype}", f"deepspeed={file}", "adapter.rank=3",
+             f"adapter.kind={adapter}", "adapter.virtual_tokens=3",
              f"cluster.ranks_per_client={world.size}", "cluster.threads=1"],
         ).config  # fmt: skip
         topology = topology or connect_slots(world, config.cluster)
         check_values(config, topology)
         check_leaks(config, topology)
+        check_correction(config, topology)
+        check_moments(config, topology)
         if world.rank == 0:
-            print(f"{dtype} {file}: ok", flush=True)
+            print(f"{case}: ok", flush=True)
 
 
 def build(config: Config, local: Local, topology: Topology) -> Client:
@@ -119,6 +122,50 @@ def check_leaks(config: Config, topology: Topology) -> None:
     client.train(first, tokens, 0)
     assert torch.equal(client.read(), wanted), "an earlier client left a trace"
     client.close()
+
+
+def check_correction(config: Config, topology: Topology) -> None:
+    """A control variate c moves the written values by -lr c, whatever the working type."""
+    local = replace(config.local, optimizer="sgd", lr=0.1, weight_decay=0.0)
+    client = build(config, local, topology)
+    tokens, batch = some_tokens(), [np.arange(0, 8)]
+    torch.manual_seed(4)
+    vector, control = torch.randn(2, client.layout.size) * 0.1
+    found = []
+    for own in (None, control):
+        client.load(vector, control=own)
+        client.train(batch, tokens, 0)
+        found.append(client.read())
+    assert torch.allclose(found[1] - found[0], -0.1 * control, atol=1e-6)
+    client.close()
+
+
+def check_moments(config: Config, topology: Topology) -> None:
+    """A round cut in two, its moments kept in between while another client trains, ends with the
+    bits of the whole; without its moments it does not."""
+    tokens = some_tokens()
+    batches = [np.arange(0, 8), np.arange(8, 16), np.arange(16, 17)]
+    torch.manual_seed(5)
+    for name, momentum in (("adamw", 0.0), ("sgd", 0.9)):
+        local = replace(config.local, optimizer=name, lr=1e-2, momentum=momentum, weight_decay=0.01)
+        client = build(config, local, topology)
+        vector = torch.randn(client.layout.size) * 0.1
+        client.load(vector)
+        client.train([*batches, *batches], tokens, 0)
+        wanted = client.read()
+        client.load(vector)
+        client.train(batches, tokens, 0)
+        half = client.read()
+        moments = client.moments(len(batches))
+        client.load(vector * 2)
+        client.train(batches, tokens, 0)
+        client.load(half, moments=moments)
+        client.train(batches, tokens, 0)
+        assert torch.equal(client.read(), wanted), f"{name}: moments were lost"
+        client.load(half)
+        client.train(batches, tokens, 0)
+        assert not torch.equal(client.read(), wanted)
+        client.close()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 
+import hpcfed.federation
 import hpcfed.files
 import hpcfed.run
 from hpcfed.client import Client
@@ -18,6 +19,7 @@ from hpcfed.states import ClientStates
 
 EVENTS = {
     "forward": (Client, "forward"),
+    "select": (hpcfed.federation, "select"),
     "state": (RunDirectory, "save_state"),
     "exchange": (MaskedSum, "mean"),
     "commit": (RunDirectory, "commit"),

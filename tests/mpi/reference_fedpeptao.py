@@ -22,8 +22,9 @@ from tests.mpi.slow import Plain
 class Loop:
     """`run` gives the shared values; `layers`, `personal`, `controls` say what else came about."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, lost: tuple[tuple[int, int], ...] = ()) -> None:
+        """lost: (round, client) whose update is not finite."""
+        self.config, self.lost = config, lost
         task = sources.load(config)
         self.rows = partition.partition(task, config)
         tokenizer = model.load_tokenizer(config)
@@ -34,6 +35,7 @@ class Loop:
         self.initial = self.plain.initial.double()
         self.shared_part = torch.ones(self.layout.size, dtype=torch.bool)
         self.layers = list(self.layout.layers)
+        self.scores: dict[str, float] = {}
         self.personal: dict[int, torch.Tensor] = {}
         self.zero = torch.zeros(self.layout.size, dtype=torch.float64)
         self.controls = dict.fromkeys(range(len(self.rows)), self.zero)
@@ -52,7 +54,8 @@ class Loop:
             sampled = sample(
                 config.seed, number, config.federation.clients, config.federation.per_round
             )
-            back = {k: self.client(k, number, w) for k in sampled}
+            well = [k for k in sampled if (number, k) not in self.lost]
+            back = {k: self.client(k, number, w) for k in well}
             mean = self.mean({k: own[0] for k, own in back.items()})
             after = self.server(w, mean, back) if number >= config.curriculum.warmup else mean
             w = torch.where(self.shared_part, after, w)
@@ -64,19 +67,14 @@ class Loop:
         return torch.stack(parts).sum(0) / rows
 
     def choose_layers(self) -> None:
-        """Cosines of flattened layer outputs, and numpy's eigenvalues, at the initial values."""
-        z = np.zeros(len(self.layers))
-        for k in range(len(self.rows)):
-            rng = generator(self.config.seed, "probe", k)
-            batch = rng.permutation(self.rows[k].train)[: self.config.local.batch_size]
-            outputs = [self.plain.outputs(self.initial.float(), int(r), self.tokens) for r in batch]
-            for layer in range(len(z)):
-                flat = [own[layer].numpy().astype(np.float64) for own in outputs]
-                longest = max(len(own) for own in flat)
-                padded = [np.pad(own, ((0, longest - len(own)), (0, 0))).ravel() for own in flat]
-                c = np.array([[a @ b / np.sqrt((a @ a) * (b @ b)) for a in padded] for b in padded])
-                lam = np.maximum(np.linalg.eigvals(c).real, 0) + 1e-5
-                z[layer] += len(self.rows[k].train) * float(np.sum(np.log(lam) + 1 / lam))
+        """By the mean score at the initial values, of 8 rows of each client at most."""
+        n = [len(own.train) for own in self.rows]
+        scores = []
+        for k, own in enumerate(self.rows):
+            rows = generator(self.config.seed, "probe", k).permutation(own.train)[:8]
+            scores.append(self.plain.alike(self.initial.float(), rows, self.tokens))
+        z = np.average(scores, axis=0, weights=n)
+        self.scores = dict(zip(self.layers, z.tolist(), strict=True))
         number = round(self.config.layers.keep * len(z))
         best = sorted(range(len(z)), key=lambda i: -z[i])[:number]
         self.layers = [self.layout.layers[i] for i in sorted(best)]

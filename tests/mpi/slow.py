@@ -118,6 +118,20 @@ class Plain:
             handle.remove()
         return seen
 
+    def alike(self, vector: torch.Tensor, rows: Ids, tokens: Tokens) -> list[float]:
+        """Of each block: ln(lambda) + 1 / lambda, summed over numpy's eigenvalues of the cosines
+        between the samples' outputs, one sample at a time."""
+        outputs = [self.outputs(vector, int(row), tokens) for row in rows]
+        found = []
+        for block in range(len(outputs[0])):
+            flat = [own[block].numpy().astype(np.float64) for own in outputs]
+            longest = max(len(own) for own in flat)
+            padded = [np.pad(own, ((0, longest - len(own)), (0, 0))).ravel() for own in flat]
+            c = np.array([[a @ b / np.sqrt((a @ a) * (b @ b)) for a in padded] for b in padded])
+            lam = np.maximum(np.linalg.eigvals(c).real, 0) + 1e-5
+            found.append(float(np.sum(np.log(lam) + 1 / lam)))
+        return found
+
     def _backbone(self) -> Any:
         inner: Any = self.network.backbone
         return (inner.get_base_model() if hasattr(inner, "peft_config") else inner).base_model

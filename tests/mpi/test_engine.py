@@ -1,4 +1,4 @@
-"""Write, step, read at every ZeRO stage and dtype, on one and two ranks per client."""
+"""Write, step, read at every ZeRO stage, dtype and adapter, on one and two ranks per client."""
 
 import json
 
@@ -7,8 +7,15 @@ import pytest
 from tests import models
 from tests.support import mpiexec
 
-CASES = [f"fp32:ds_configs/{name}.json" for name in ("zero0", "zero1", "zero2", "zero3", "offload")]
-CASES += [f"bf16:ds_configs/{name}.json" for name in ("zero1", "zero2", "zero3")]
+CASES = [
+    f"lora:fp32:ds_configs/{name}.json" for name in ("zero0", "zero1", "zero2", "zero3", "offload")
+]
+CASES += [f"lora:bf16:ds_configs/{name}.json" for name in ("zero1", "zero2", "zero3")]
+CASES += [
+    "prefix:fp32:ds_configs/zero1.json", "prefix:bf16:ds_configs/zero2.json",
+    "prefix:fp32:ds_configs/offload.json", "prefix:bf16:ds_configs/zero3.json",
+    "prompt:bf16:ds_configs/zero1.json", "prompt:fp32:ds_configs/zero3.json",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +43,9 @@ def accumulating(tmp_path_factory):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_write_step_read(folder, partitioned, accumulating, ranks):
-    cases = [*CASES, f"fp32:{partitioned}", f"bf16:{partitioned}", f"bf16:{accumulating}"]
+    cases = [
+        *CASES, f"lora:fp32:{partitioned}", f"lora:bf16:{partitioned}", f"lora:bf16:{accumulating}",
+        f"prefix:bf16:{partitioned}",
+    ]  # fmt: skip
     output = mpiexec(ranks, "engine.py", str(folder), *cases)
     assert output.count(": ok") == len(cases)

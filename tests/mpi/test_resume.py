@@ -104,6 +104,16 @@ def test_signals(folder):
     assert_same(folder / "whole", out)
 
 
+def test_a_signal_while_layers_are_chosen(folder):
+    """One of two slots hears it, and there is no time: both leave, and it is chosen again."""
+    hurried = ["cluster.grace_seconds=0"]
+    printed = struck(folder, "chosen", "select", 1, 1, "SIGUSR1", *hurried, code=INTERRUPTED)
+    assert f"1 of {ROUNDS} rounds are committed" in printed
+    assert not (folder / "chosen" / "selection.json").exists()
+    run(folder, "chosen", "--resume")
+    assert_same(folder / "whole", folder / "chosen")
+
+
 def test_two_ranks_of_a_client_drop_the_round_together(folder):
     """Only one rank of a ZeRO-2 client hears the signal."""
     shape = ["cluster.ranks_per_client=2", "deepspeed=ds_configs/zero2.json"]

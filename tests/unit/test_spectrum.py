@@ -66,6 +66,10 @@ def test_mass_of_clusters_is_exact_for_a_diagonal_matrix():
     assert np.allclose(found.weights, [0.7, 0.2, 0.1], atol=1e-9)
     for t, mass in ((0.5, 0.7), (3.0, 0.9), (6.0, 1.0), (-1.0, 0.0)):
         assert found.mass_below(t) == pytest.approx(mass, abs=1e-9)
+    sigma = (1e-5 * 5) ** 0.5  # the range is 5
+    for sigmas, share in ((-1, 0.158655254), (0, 0.5), (1, 0.841344746)):
+        wanted = 0.7 + 0.2 * share
+        assert found.mass_below(1 + sigmas * sigma) == pytest.approx(wanted, abs=1e-7)
 
 
 def test_converged_values_do_not_come_back_as_copies():
