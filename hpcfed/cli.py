@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hpcfed import launcher, preflight, rejoin
 from hpcfed.errors import UserError
+from hpcfed.options import listing
 from hpcfed.resolve import Resolved, describe, presets, resolve
 from hpcfed.stop import INTERRUPTED, Stop
 from hpcfed.topology import connect_world, deepspeed_process, restarted
@@ -23,6 +24,7 @@ _EPILOG = """examples:
   hpcfed run my.yaml local.lr=1e-3 seed=7           a configuration and two overrides
   mpirun -n 8 hpcfed run my.yaml                    inside an MPI world that you start
   srun --mpi=pmix hpcfed run my.yaml                the same under Slurm
+  hpcfed options layers                             what the options of layers mean
   hpcfed config my.yaml local.lr=1e-3               what would run, and where each value is from
   hpcfed plan my.yaml --nodes 2 --gpus 4            what it would take, before it takes it
   hpcfed doctor --ranks 2                           whether this machine can
@@ -60,16 +62,31 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         help="draw a live bar (default: on a terminal)",
     )
-    commands.add_parser("presets", help="list the presets")
+    commands.add_parser(
+        "presets",
+        help="list the presets",
+        description="List the presets: methods, and a setting to try them in.",
+    )
+    option = commands.add_parser(
+        "options",
+        help="explain every option",
+        description="Every option with its default, what it means and what it takes; or only those "
+        "whose name contains one of the words, as in `hpcfed options layers server.control`.",
+    )
+    option.add_argument("words", nargs="*", default=[], metavar="WORD", help="part of a name")
     config = commands.add_parser(
-        "config", help="print the resolved configuration, and where each value comes from"
+        "config",
+        help="print the resolved configuration, and where each value comes from",
+        description="Print the resolved configuration as YAML, each line with where its value "
+        "comes from: a preset, a file, the command line, or the default. What an option means: "
+        "`hpcfed options`.",
     )
     _add_source(config)
     plan = commands.add_parser(
         "plan",
         help="what a run would take: memory by ZeRO stage, bytes a round, who runs when",
         description="What a run would take on so many GPUs. Needs the data and the model's "
-        "config.json, but loads no weights and no GPU.",
+        "config.json and tokenizer, but loads no weights and no GPU.",
     )
     _add_source(plan)
     plan.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
@@ -92,7 +109,11 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="CONFIG-or-PRESET", help="a YAML file, or a preset")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="values that win over the file's"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="values that win over the file's; `hpcfed options` explains all",
     )
 
 
@@ -106,7 +127,7 @@ def main(arguments: Sequence[str] | None = None, listen: bool = True) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
     options, rest = parser.parse_known_args(words)
-    no_overrides = options.command in ("presets", "doctor")
+    no_overrides = options.command in ("presets", "options", "doctor")
     if any(word.startswith("-") or no_overrides for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse stops collecting overrides at the first option
@@ -117,6 +138,9 @@ def main(arguments: Sequence[str] | None = None, listen: bool = True) -> int:
         if options.command == "presets":
             width = max(map(len, presets()))
             print("\n".join(f"{name:<{width}}  {text}" for name, text in presets().items()))
+            return 0
+        if options.command == "options":
+            print("\n".join(listing(options.words)))
             return 0
         resolved = resolve(options.source, options.overrides)
         if options.command == "config":
@@ -135,6 +159,9 @@ def main(arguments: Sequence[str] | None = None, listen: bool = True) -> int:
     except UserError as error:
         print(f"hpcfed: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # a reader, as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return _take_part(resolved, options, live, started, listen)
 
 

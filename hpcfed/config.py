@@ -288,7 +288,9 @@ class Config:
     collective: Collective = field(default_factory=Collective)
     cluster: Cluster = field(default_factory=Cluster)
     deepspeed: str = option("ds_configs/zero0.json", "a plain DeepSpeed JSON file")
-    output: str = option("runs/{task}-{method}", "run directory; must not exist yet")
+    output: str = option(
+        "runs/{task}-{method}-{seed}", "run directory; must not exist yet, unless with --resume"
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dict, as written to config.yaml and config.json."""

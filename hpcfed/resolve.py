@@ -42,7 +42,7 @@ def presets() -> dict[str, str]:
     """Preset name -> its one-line description."""
     folder = resources.files("hpcfed") / "presets"
     found = {}
-    for entry in sorted(folder.iterdir(), key=lambda e: e.name):
+    for entry in sorted(folder.iterdir(), key=lambda e: e.name.removesuffix(".yaml")):
         if entry.name.endswith(".yaml"):
             content = yaml.safe_load(entry.read_text())
             found[entry.name.removesuffix(".yaml")] = content.get("description", "")
@@ -72,13 +72,14 @@ def resolve(source: str, overrides: Sequence[str] = ()) -> Resolved:
                 f"{source!r} is neither a YAML file nor a preset;{_nearest(source, presets())} "
                 f"presets: {', '.join(presets())}."
             )
-        tree = _read_yaml(path.read_text(), source)
+        tree = _read_yaml(read_text(path), source)
         method = method or tree.get("method", "lora-fedavg")
         layers.insert(0, (tree, source))
 
     for tree, name in [*_preset_chain(method), *layers]:
         _merge(values, tree, name, origin)
     values["method"] = _final_method(method)
+    origin.setdefault("method", f"preset {method}" if source in presets() else DEFAULT)
     return Resolved(_build(Config, values, "", origin), origin)
 
 
@@ -107,6 +108,18 @@ def _final_method(method: str) -> str:
     """A preset that builds on a method runs that method: `demo` runs fibecfed."""
     tree = _read_preset(method)
     return _final_method(tree["method"]) if "method" in tree else method
+
+
+def read_text(path: Path) -> str:
+    """What a file that the user wrote holds. Raises UserError if it cannot be read as UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 (byte {error.start}); save it in that encoding."
+        ) from None
 
 
 def _read_yaml(text: str, name: str) -> dict[str, Any]:
@@ -175,7 +188,8 @@ def _build(cls: Any, tree: dict[str, Any], prefix: str, origin: dict[str, str]) 
                 )
             built[name] = _build(hints[name], sub, f"{dotted}.", origin)
         elif name in tree:
-            label = f"{dotted} ({origin.get(dotted, DEFAULT)})"
+            inside = (own for key, own in origin.items() if key.startswith(f"{dotted}."))
+            label = f"{dotted} ({origin.get(dotted) or next(inside, DEFAULT)})"
             built[name] = _check(tree[name], hints[name], spec.metadata.get("bounds", {}), label)
         else:
             built[name] = spec.default
@@ -207,8 +221,8 @@ def _check(value: Any, hint: Any, bounds: dict[str, float], label: str) -> Any:
             isinstance(word, str) for pair in value.items() for word in pair
         ):
             raise UserError(
-                f"{label} must give a text for each text, not {value!r}; mind that YAML reads yes "
-                "and no as true and false unless they stand in quotes."
+                f"{label} must give a text for each text, not {value!r}; mind that YAML reads 0 "
+                "and 1 as numbers, yes and no as true and false, unless they stand in quotes."
             )
         return dict(value)
     if typing.get_origin(kind) is tuple:

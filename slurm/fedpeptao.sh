@@ -21,7 +21,7 @@
 
 PYTHON=${PYTHON:-.venv/bin/python}
 RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-4}} # one rank a GPU
-RANKS_PER_CLIENT=${RANKS_PER_CLIENT:-1} # GPUs that share a client's model
+RANKS_PER_CLIENT=${RANKS_PER_CLIENT:-}  # GPUs that share a client's model; empty: as configured
 LAUNCH=${LAUNCH:-srun}                  # or mpirun
 GRACE=${GRACE:-100}                     # seconds from --signal to the limit, less a margin
 INTERFACE=${INTERFACE:-}                # network interface of NCCL and Gloo, as ib0; empty: they choose

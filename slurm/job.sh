@@ -72,8 +72,9 @@ federate() {
     if [[ -n $HF_CACHE ]]; then
         export HF_HOME=$HF_CACHE HF_HUB_OFFLINE=1 # compute nodes rarely reach the hub
     fi
-    local command=("$PYTHON" -m hpcfed run "$source" "cluster.ranks_per_client=$RANKS_PER_CLIENT"
-        "cluster.grace_seconds=$GRACE" "$@" --no-live)
+    local command=("$PYTHON" -m hpcfed run "$source" "cluster.grace_seconds=$GRACE")
+    [[ -z $RANKS_PER_CLIENT ]] || command+=("cluster.ranks_per_client=$RANKS_PER_CLIENT")
+    command+=("$@" --no-live)
     [[ -z $CONTAINER ]] || command=(apptainer exec --nv "$CONTAINER" "${command[@]}")
     case $LAUNCH in
         # A rank that dies alone would leave the others waiting: --wait ends the step.

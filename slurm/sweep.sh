@@ -3,8 +3,8 @@
 #
 #   sbatch --array=0-3 slurm/sweep.sh launch/experiments/small.yaml
 #
-# `python launch/sweep.py status FILE` shows what has become of them. Whatever stands after the file
-# goes to every run. The other values are as in fibecfed.sh. (submitit does the same from Python, see
+# `python launch/sweep.py status FILE` shows how far they have got. Whatever stands after the file
+# goes to every run; its `cluster` is not used, nodes and time are sbatch's. The other values are as in fibecfed.sh. (submitit does the same from Python, see
 # docs/sweeps.md; this needs nothing but Slurm.)
 
 #SBATCH --job-name=sweep
@@ -21,7 +21,7 @@
 
 PYTHON=${PYTHON:-.venv/bin/python}
 RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-4}} # one rank a GPU
-RANKS_PER_CLIENT=${RANKS_PER_CLIENT:-1} # GPUs that share a client's model
+RANKS_PER_CLIENT=${RANKS_PER_CLIENT:-}  # GPUs that share a client's model; empty: as configured
 LAUNCH=${LAUNCH:-srun}                  # or mpirun
 GRACE=${GRACE:-100}                     # seconds from --signal to the limit, less a margin
 INTERFACE=${INTERFACE:-}                # network interface of NCCL and Gloo, as ib0; empty: they choose

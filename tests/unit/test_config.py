@@ -1,9 +1,12 @@
 """Resolution of configurations: sources, strictness, provenance."""
 
+from itertools import pairwise
+
 import pytest
 import yaml
 
 from hpcfed.errors import UserError
+from hpcfed.options import listing
 from hpcfed.resolve import COMMAND_LINE, describe, presets, resolve
 
 
@@ -22,6 +25,7 @@ def test_later_sources_win_and_are_named(tmp_path):
 def test_a_preset_may_build_on_another():
     resolved = resolve("demo")
     assert resolved.config.method == "fibecfed"
+    assert resolved.origin["method"] == "preset demo"
     assert resolved.origin["federation.clients"] == "preset demo"
     assert resolved.origin["layers.score"] == "preset fibecfed"
 
@@ -66,6 +70,7 @@ def test_what_describe_prints_resolves_to_the_same(tmp_path):
         ("model.dtype=fp8", ["model.dtype", "fp32, bf16"]),
         ("adapter.targets=[]", ["adapter.targets", "list of names"]),
         ("method=lora-fedavgg", ["lora-fedavgg", "did you mean 'lora-fedavg'"]),
+        ("task.verbalizer={1: good}", ["task.verbalizer (command line)", "1 as numbers", "quotes"]),
         ("seed", ["section.key=value"]),
         ("seed=[", ["not valid YAML"]),
     ],
@@ -82,11 +87,31 @@ def test_bad_files(tmp_path):
     file.write_text("a: b: c\n")
     with pytest.raises(UserError, match=r"x\.yaml, line 1: not valid YAML"):
         resolve(str(file))
+    file.write_bytes(b"method: \xff\n")
+    with pytest.raises(UserError, match=r"x\.yaml is not UTF-8 \(byte 8\)"):
+        resolve(str(file))
     file.write_text("- 1\n")
     with pytest.raises(UserError, match="top level"):
         resolve(str(file))
     with pytest.raises(UserError, match="did you mean 'demo'"):
         resolve("demmo")
+
+
+def test_every_option_is_explained():
+    lines = list(listing([]))
+    names = [line.partition("=")[0] for line in lines if not line.startswith(" ")]
+    assert len(names) > 60 and len(set(names)) == len(names)
+    # Each default, as it stands there, is what it is by default.
+    defaults = [line for line in lines if not line.startswith(" ")]
+    assert resolve("lora-fedavg", defaults).config == resolve("lora-fedavg").config
+    assert all(later.startswith("    ") for line, later in pairwise(lines) if line in defaults)
+    few = list(listing(["server.mom", "layers.keep"]))
+    assert [line.partition("=")[0] for line in few if not line.startswith(" ")] == [
+        "layers.keep", "server.momentum",
+    ]  # fmt: skip
+    assert "above 0" in " ".join(few) and "lossless" in " ".join(few)
+    with pytest.raises(UserError, match="contains 'momentun'"):
+        list(listing(["momentun"]))
 
 
 def test_the_documented_example_resolves(tmp_path):

@@ -86,3 +86,36 @@ def test_the_plan_says_what_to_use_instead():
     assert any("nothing fits" in line for line in lines)
     with pytest.raises(UserError, match="3 MPI ranks"):
         list(plan(resolve("lora-fedavg", words), 1, 3, 80.0))
+    with pytest.raises(UserError, match="a node has 3"):
+        list(plan(resolve("lora-fedavg", words), 2, 3, 80.0))
+    with pytest.raises(UserError, match="--memory is nan"):
+        list(plan(resolve("lora-fedavg", words), 1, 4, float("nan")))
+
+
+def test_the_plan_gives_no_advice_that_a_run_refuses():
+    words = [f"model.name={MODEL}", "federation.clients=6", "federation.per_round=3"]
+    half = [*words, "model.dtype=bf16", "deepspeed=ds_configs/zero3.json"]
+    text = "\n".join(plan(resolve("lora-fedavg", half), 1, 2, 80.0))
+    assert text.count("  fits") == 3 and "not with bf16" in text
+    off = [*words, "deepspeed=ds_configs/offload.json"]
+    text = "\n".join(plan(resolve("lora-fedavg", off), 1, 2, 1e-3))
+    assert "keeps on the host" in text and "nothing fits" not in text
+
+
+@pytest.mark.parametrize(
+    ("extra", "vectors", "width"),
+    [
+        ([], 1, 8),
+        (["collective.wire=float32"], 1, 4),
+        (["server.optimizer=momentum", "server.control=true"], 2, 8),
+    ],
+)
+def test_the_planned_bytes_are_those_of_the_exchange(extra, vectors, width):
+    """As metrics.jsonl counts them (tests/mpi/test_federation.py), statistics left out."""
+    words = [f"model.name={MODEL}", "federation.clients=6", "federation.per_round=3", *extra]
+    (line,) = (
+        own for own in plan(resolve("lora-fedavg", words), 1, 4, 80.0) if "between the" in own
+    )
+    labels = 5  # of the built-in questions
+    values = 6 * 2 * 2 * 8 * 384 + (384 + 1) * labels
+    assert f"{values * vectors * (width * 4 + 4) / 1e6:.2f} MB" in line

@@ -53,6 +53,10 @@ def test_one_run_and_equal_names(tmp_path):
         ({"grid": ["seed"]}, ["grid must be keys and values"]),
         ({"list": [3]}, ["each item of list"]),
         ({"cluster": {"node": 2}}, ["cluster.node", "nodes"]),
+        ({"cluster": {"nodes": "two"}}, ["cluster.nodes is 'two'", "whole number"]),
+        ({"cluster": {"tasks_per_node": 0}}, ["cluster.tasks_per_node is 0"]),
+        ({"overrides": {"federation.per_round": 500}}, ["run run", "per_round is 500"]),
+        ({"overrides": {"cluster.ranks_per_client": 2}}, ["1 MPI ranks do not divide"]),
         ({"grid": {"sede": [1]}}, ["run sede=1", "'sede'", "did you mean 'seed'"]),
         ({"overrides": {"local.epochs": "two"}}, ["local.epochs", "whole number"]),
     ],
@@ -108,6 +112,20 @@ def test_what_has_become_of_runs(tmp_path):
     lines = sweep.table().splitlines()
     assert len(lines) == 5 and len({len(line) for line in lines}) == 1
     assert "| seed=3 | 3" in lines[4]
+
+
+def test_runs_of_a_job_array_of_ones_own(tmp_path):
+    """What this sweep did not submit: seen by its run directory."""
+    sweep = Sweep(description(tmp_path, grid={"seed": [1, 2]}))
+    (tmp_path / "seed=1" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "seed=1" / "checkpoint" / "manifest.json").write_text('{"rounds": 0}')
+    assert [own.state for own in sweep.status()] == ["begun", "new"]
+
+
+def test_no_slurm_is_said_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"no srun here.*--executor local"):
+        Sweep(description(tmp_path)).submit()
 
 
 def test_the_sbatch_text(tmp_path, monkeypatch):
