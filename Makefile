@@ -27,7 +27,7 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest tests/unit tests/mpi
+	$(BIN)/python -m pytest -n auto --dist loadfile tests/unit tests/mpi
 
 test-cluster: setup
 	tests/cluster/install

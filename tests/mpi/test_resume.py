@@ -104,6 +104,24 @@ def test_signals(folder):
     assert_same(folder / "whole", out)
 
 
+# What METHOD's server does not carry from round to round: the last Delta, a decaying rate and two
+# sums of control variates; second moments and SCAFFOLD's control variates.
+OTHERS = {
+    "difference": ["server.gradient=difference", "server.lr=0.05", "server.lr_decay=0.9"],
+    "yogi-scaffold": ["server.optimizer=yogi", "server.lr=0.01", "server.control=false",
+                      "local.control=true"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_servers_go_on(folder, name):
+    run(folder, f"{name}-whole", *OTHERS[name])
+    struck(folder, name, "exchange", 5, 0, "SIGKILL", *OTHERS[name])
+    assert len(metrics(folder / name)) == 4
+    run(folder, name, *OTHERS[name], "--resume", ranks=1)
+    assert_same(folder / f"{name}-whole", folder / name)
+
+
 def test_a_signal_while_layers_are_chosen(folder):
     """One of two slots hears it, and there is no time: both leave, and it is chosen again."""
     hurried = ["cluster.grace_seconds=0"]
