@@ -12,6 +12,7 @@ from pathlib import Path
 from hpcfed import launcher, preflight, rejoin
 from hpcfed.errors import UserError
 from hpcfed.options import listing
+from hpcfed.plot import draw
 from hpcfed.resolve import Resolved, describe, presets, resolve
 from hpcfed.stop import INTERRUPTED, Stop
 from hpcfed.topology import connect_world, deepspeed_process, restarted
@@ -27,6 +28,7 @@ _EPILOG = """examples:
   hpcfed options layers                             what the options of layers mean
   hpcfed config my.yaml local.lr=1e-3               what would run, and where each value is from
   hpcfed plan my.yaml --nodes 2 --gpus 4            what it would take, before it takes it
+  hpcfed plot runs/*                                curves of their validation scores
   hpcfed doctor --ranks 2                           whether this machine can
 """
 
@@ -94,6 +96,18 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--memory", type=float, default=80.0, metavar="GB", help="of a GPU; default: 80"
     )
+    plot = commands.add_parser(
+        "plot",
+        help="draw the validation scores of runs",
+        description="Draw the validation scores of runs, finished or not, over rounds, samples and "
+        "uploaded bytes. Runs that differ only in the seed are one curve, their mean, with a band "
+        "from the lowest to the highest. Needs matplotlib.",
+    )
+    plot.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="a run directory")
+    plot.add_argument(
+        "-o", "--output", type=Path, default=Path("curves.png"), metavar="FILE",
+        help="a .png, .pdf or .svg; default: curves.png",
+    )  # fmt: skip
     doctor = commands.add_parser(
         "doctor",
         help="check what a run needs of the machine",
@@ -127,7 +141,7 @@ def main(arguments: Sequence[str] | None = None, listen: bool = True) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
     options, rest = parser.parse_known_args(words)
-    no_overrides = options.command in ("presets", "options", "doctor")
+    no_overrides = options.command in ("presets", "options", "plot", "doctor")
     if any(word.startswith("-") or no_overrides for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse stops collecting overrides at the first option
@@ -141,6 +155,10 @@ def main(arguments: Sequence[str] | None = None, listen: bool = True) -> int:
             return 0
         if options.command == "options":
             print("\n".join(listing(options.words)))
+            return 0
+        if options.command == "plot":
+            draw(options.folders, options.output)
+            print(f"{options.output} shows {len(options.folders)} runs")
             return 0
         resolved = resolve(options.source, options.overrides)
         if options.command == "config":

@@ -273,8 +273,8 @@ def changed(config: Config, text: str) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (value in `text`, value now), where a configuration differs from one that
     `describe` wrote."""
     tree = yaml.safe_load(text)
-    then = dict(_leaves(tree if isinstance(tree, dict) else {}))
-    now = dict(_leaves(config.to_dict()))
+    then = dict(leaves(tree if isinstance(tree, dict) else {}))
+    now = dict(leaves(config.to_dict()))
     return {
         key: (then.get(key), now.get(key))
         for key in {**now, **then}
@@ -282,10 +282,11 @@ def changed(config: Config, text: str) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of each value of a nested configuration; tuples as lists."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
