@@ -23,7 +23,7 @@ from hpcfed.probe import (
 )
 from hpcfed.resolve import resolve
 from hpcfed.topology import Topology, connect_slots, connect_world
-from tests.mpi.engine import HEADS, LABELS, build, some_tokens
+from tests.mpi.engine import HEADS, LABELS, build, check_moments, some_tokens
 from tests.mpi.slow import Plain
 
 ROWS = 13
@@ -49,6 +49,13 @@ def main() -> None:
         if config.adapter.kind == "lora" and config.model.head == "classifier":
             # What surrounds a step knows nothing of adapters and heads.
             check_corrections(config, plain, vector, topology)
+            for name, momentum in (("adamw", 0.0), ("adam", 0.0), ("sgd", 0.9)):
+                local = replace(
+                    config.local, optimizer=name, lr=1e-2, momentum=momentum, weight_decay=0.01
+                )
+                client = build(config, local, topology)
+                check_moments(client, vector)
+                client.close()
         if "zero3" in case["name"]:
             check_silence(config, vector, topology)
         if world.rank == 0:
