@@ -29,7 +29,6 @@ from benchmarks.cells import (
 MAIN = ("p-tuning-v2", "fedpeptao")
 TASKS = (("trec", 1.0), ("mr", 1.0), ("rte", 1.0))
 DRIFT = (("mr", 1.0), ("mr", 0.3))
-RATE = 0.04  # what `tune` finds
 
 # Half of the layers by their eigenvalue score is what the rates were tuned with.
 EIGENVALUE = ("layers.score=eigenvalue",)
@@ -84,39 +83,48 @@ def compare_layers(jobs: int) -> None:
     columns = [("trec", 1.0, TUNING_SEED), ("trec", 1.0, TUNING_SEED + 1)]
     columns += [(task, alpha, TUNING_SEED) for task, alpha in DRIFT]
     wanted = {
-        (name, column): STUDY.cell(name, *column, RATE)
-        for column in columns
+        name: [
+            (name, *column) if column == columns[0] or name in ("eigenvalue", "last") else None
+            for column in columns
+        ]
         for name in LAYERS
-        if column == columns[0] or name in ("eigenvalue", "last")
     }
-    STUDY.run(wanted.values(), jobs)
-    print("\n| layers | trec, seed 42 | trec, seed 43 | mr, 1.0 | mr, 0.3 |\n|---|---|---|---|---|")
-    for name in LAYERS:
-        print_line(name, [wanted.get((name, column)) for column in columns])
-
-
-def print_line(name: str, wanted: list[Cell | None]) -> None:
-    """Mean validation accuracy of the second half of the rounds, where there is such a cell."""
-    done = STUDY.finished()
-    found = [find(done, own) if own else None for own in wanted]
-    scores = [f"{late_validation(own):.3f}" if own else "" for own in found]
-    print(f"| {name} | {' | '.join(scores)} |")
+    validate(wanted, "layers | trec, seed 42 | trec, seed 43 | mr, 1.0 | mr, 0.3", jobs)
 
 
 def choose(jobs: int) -> None:
     """Run and print every server on the drifting task, under both choices of layers."""
-    columns = [(layers, *task) for layers in ("eigenvalue", "fedpeptao") for task in DRIFT]
     wanted = {
-        (name, column): STUDY.cell(f"{column[0]}, {name}", *column[1:], TUNING_SEED, RATE)
+        name: [
+            (f"{layers}, {name}", *task, TUNING_SEED)
+            # Far off with the eigenvalue's layers; not run with the others.
+            if (layers, name) != ("fedpeptao", "momentum 0.9, control")
+            else None
+            for layers in ("eigenvalue", "fedpeptao")
+            for task in DRIFT
+        ]
         for name in SERVERS
-        for column in columns
-        if (column[0], name) != ("fedpeptao", "momentum 0.9, control")  # far off with the others
     }
-    STUDY.run(wanted.values(), jobs)
-    print("\n| server | eigenvalue, mr 1.0 | mr 0.3 | sensitivity, mr 1.0 | mr 0.3 |")
-    print("|---|---|---|---|---|")
-    for name in SERVERS:
-        print_line(name, [wanted.get((name, column)) for column in columns])
+    validate(wanted, "server | eigenvalue, mr 1.0 | mr 0.3 | sensitivity, mr 1.0 | mr 0.3", jobs)
+
+
+def validate(
+    wanted: dict[str, list[tuple[str, str, float, int] | None]], titles: str, jobs: int
+) -> None:
+    """Run and print lines of a table: of each method, task, alpha and seed the mean validation
+    accuracy of the second half of the rounds, at the tuned rate."""
+    rates = STUDY.best_rates()
+    lines = {
+        name: [STUDY.cell(*own, rates[own[0]]) if own else None for own in line]
+        for name, line in wanted.items()
+    }
+    STUDY.run([own for line in lines.values() for own in line if own], jobs)
+    done = STUDY.finished()
+    print(f"\n| {titles} |\n|{'---|' * (titles.count('|') + 1)}")
+    for name, line in lines.items():
+        found = [find(done, own) if own else None for own in line]
+        scores = [f"{late_validation(own):.3f}" if own else "" for own in found]
+        print(f"| {name} | {' | '.join(scores)} |")
 
 
 def cells() -> list[Cell]:

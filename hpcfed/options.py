@@ -9,9 +9,9 @@ from typing import Any
 
 from hpcfed.config import Config
 from hpcfed.errors import UserError
+from hpcfed.resolve import TYPES, as_text, span
 
 WIDTH = 100
-_TYPES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def listing(words: list[str]) -> Iterator[str]:
@@ -23,42 +23,26 @@ def listing(words: list[str]) -> Iterator[str]:
     for word in words:
         if not any(word in name for name in found):
             raise UserError(f"No option's name contains {word!r}; `hpcfed options` lists them all.")
-    for name, spec in found.items():
+    for name, (default, takes, meaning) in found.items():
         if words and not any(word in name for word in words):
             continue
-        bounds = " and ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in spec["bounds"].items())
-        takes = f"{spec['takes']}, {bounds}" if bounds else spec["takes"]
-        yield f"{name}={spec['default']}"
+        yield f"{name}={default}"
         yield from textwrap.wrap(
-            f"{spec['help']} [{takes}]", WIDTH, initial_indent="    ", subsequent_indent="    "
+            f"{meaning} [{takes}]", WIDTH, initial_indent="    ", subsequent_indent="    "
         )
 
 
-def _options(section: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _options(section: Any, prefix: str) -> Iterator[tuple[str, tuple[str, str, str]]]:
+    """Dotted name -> default, what it takes, what it means."""
     hints = typing.get_type_hints(section)
     for own in dataclasses.fields(section):
         name = f"{prefix}{own.name}"
         if dataclasses.is_dataclass(hints[own.name]):
             yield from _options(hints[own.name], f"{name}.")
         else:
-            yield (
-                name,
-                {
-                    "default": _shown(own.default),
-                    "takes": _takes(hints[own.name]),
-                    "help": own.metadata.get("help", ""),
-                    "bounds": own.metadata.get("bounds", {}),
-                },
-            )
-
-
-def _shown(value: Any) -> str:
-    """As it would be written on the command line."""
-    if isinstance(value, tuple):
-        return f"[{','.join(map(str, value))}]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+            bounds = span(own.metadata["bounds"])
+            takes = _takes(hints[own.name]) + (f", {bounds}" if bounds else "")
+            yield name, (as_text(own.default), takes, own.metadata["help"])
 
 
 def _takes(hint: Any) -> str:
@@ -70,6 +54,4 @@ def _takes(hint: Any) -> str:
         return " | ".join(map(str, typing.get_args(hint)))
     if origin is tuple:
         return "a list of names"
-    if hint is type(None):
-        return "null"
-    return _TYPES.get(hint, "keys and values")
+    return TYPES.get(hint, "keys and values")

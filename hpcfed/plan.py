@@ -25,6 +25,7 @@ from hpcfed.data.partition import ClientRows
 from hpcfed.errors import UserError
 from hpcfed.policies import layers, sampling
 from hpcfed.resolve import Resolved
+from hpcfed.topology import check_hosts
 
 GB = 1e9
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -61,11 +62,7 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
     if not 0 < gigabytes < float("inf"):
         raise UserError(f"--memory is {gigabytes:g}; it must be above 0, in GB.")
     preflight.check_options(config, ranks)
-    if gpus % per_client and per_client % gpus:
-        raise UserError(
-            f"A client takes {per_client} ranks (cluster.ranks_per_client), but a node has {gpus}: "
-            "a node must hold whole clients, or a client whole nodes."
-        )
+    check_hosts({"a node": gpus}, per_client)
     settings = deepspeed_config.load(config)
     task = sources.load(config)
     rows = partition.partition(task, config)

@@ -14,10 +14,9 @@ from typing import Any
 import yaml
 
 from hpcfed.errors import UserError
-from hpcfed.preflight import CONFIG
+from hpcfed.preflight import CONFIG, METRICS
 from hpcfed.resolve import leaves
 
-METRICS = "metrics.jsonl"
 # Two runs that differ only in these are two samples of the same thing.
 _SAME = ("seed", "output", "cluster.", "deepspeed")
 # What a score is drawn over: the axis's name, and the key of Point.

@@ -18,6 +18,7 @@ from hpcfed.resolve import Resolved, changed
 
 # Files of a run directory that tell what it holds.
 CONFIG, PARTITION, SUMMARY = "config.yaml", "partition.json", "summary.json"
+METRICS = "metrics.jsonl"
 MANIFEST = "checkpoint/manifest.json"
 
 # What another life of a run may have otherwise: none of it changes a bit of the result but threads,

@@ -38,6 +38,16 @@ class Resolved:
     origin: dict[str, str]
 
 
+# What a value of a type is called.
+TYPES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
 def presets() -> dict[str, str]:
     """Preset name -> its one-line description."""
     folder = resources.files("hpcfed") / "presets"
@@ -72,7 +82,7 @@ def resolve(source: str, overrides: Sequence[str] = ()) -> Resolved:
                 f"{source!r} is neither a YAML file nor a preset;{_nearest(source, presets())} "
                 f"presets: {', '.join(presets())}."
             )
-        tree = _read_yaml(read_text(path), source)
+        tree = read_file(path)
         method = method or tree.get("method", "lora-fedavg")
         layers.insert(0, (tree, source))
 
@@ -110,10 +120,10 @@ def _final_method(method: str) -> str:
     return _final_method(tree["method"]) if "method" in tree else method
 
 
-def read_text(path: Path) -> str:
-    """What a file that the user wrote holds. Raises UserError if it cannot be read as UTF-8."""
+def read_file(path: Path) -> dict[str, Any]:
+    """The keys and values in a YAML file. Raises UserError if it holds anything else."""
     try:
-        return path.read_text(encoding="utf-8")
+        return _read_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError as error:
@@ -245,16 +255,18 @@ def _check_scalar(
         raise UserError(f"{label} must be {_wanted(kinds)}, not {value!r}.")
     for name, holds in _BOUNDS.items():
         if name in bounds and not holds(value, bounds[name]):
-            span = " and ".join(f"{n.replace('_', ' ')} {b:g}" for n, b in bounds.items())
-            raise UserError(f"{label} is {value!r}, out of range: it must be {span}.")
+            raise UserError(f"{label} is {value!r}, out of range: it must be {span(bounds)}.")
     return value
 
 
+def span(bounds: dict[str, float]) -> str:
+    """An option's range in words; empty if it has none."""
+    return " and ".join(f"{name.replace('_', ' ')} {bound:g}" for name, bound in bounds.items())
+
+
 def _wanted(kinds: tuple[Any, ...]) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    names[type(None)] = "null"
     return " or ".join(
-        names.get(kind) or " or ".join(map(repr, typing.get_args(kind))) for kind in kinds
+        TYPES.get(kind) or " or ".join(map(repr, typing.get_args(kind))) for kind in kinds
     )
 
 
@@ -298,6 +310,13 @@ def describe(resolved: Resolved) -> str:
     return "\n".join(f"{text:<{width}}  # {source}" if source else text for text, source in lines)
 
 
+def as_text(value: Any) -> str:
+    """A value as it is written in a configuration or after section.key=, on one line."""
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, width=10**6).strip()
+    return text.removesuffix("...").strip()
+
+
 def _lines(
     tree: dict[str, Any], origin: dict[str, str], prefix: str, depth: int
 ) -> Iterator[tuple[str, str]]:
@@ -306,7 +325,4 @@ def _lines(
             yield f"{'  ' * depth}{key}:", ""
             yield from _lines(value, origin, f"{prefix}{key}.", depth + 1)
         else:
-            plain = list(value) if isinstance(value, tuple) else value
-            text = yaml.safe_dump(plain, default_flow_style=True, width=1000).strip()
-            text = text.removesuffix("...").strip()
-            yield f"{'  ' * depth}{key}: {text}", origin.get(f"{prefix}{key}", DEFAULT)
+            yield f"{'  ' * depth}{key}: {as_text(value)}", origin.get(f"{prefix}{key}", DEFAULT)

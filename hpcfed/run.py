@@ -32,12 +32,12 @@ from hpcfed.data.batches import Ids
 from hpcfed.errors import UserError
 from hpcfed.evaluation import Evaluation
 from hpcfed.files import Lock, append_line, sync_folder, write_bytes, write_json, write_tensors
-from hpcfed.preflight import CONFIG, MANIFEST, PARTITION, SUMMARY
+from hpcfed.preflight import CONFIG, MANIFEST, METRICS, PARTITION, SUMMARY
 from hpcfed.resolve import Resolved, describe
 
 _PACKAGES = ("hpcfed", "torch", "deepspeed", "transformers", "peft", "mpi4py", "numpy")
 
-METRICS, HISTORY = "metrics.jsonl", "history.jsonl"
+HISTORY = "history.jsonl"
 FORMAT = 1  # of the manifest
 
 

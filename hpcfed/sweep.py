@@ -20,13 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hpcfed import launcher
 from hpcfed.errors import UserError
 from hpcfed.files import write_json
 from hpcfed.preflight import MANIFEST, SUMMARY, check_options
-from hpcfed.resolve import read_text, resolve
+from hpcfed.resolve import as_text, read_file, resolve
 
 EXECUTORS = ("slurm", "local", "debug")
 POLL_SECONDS = 2.0
@@ -117,13 +115,7 @@ class Sweep:
     @staticmethod
     def load(path: str | Path, executor: str | None = None) -> "Sweep":
         """From a YAML file; `executor` wins over the file's."""
-        try:
-            tree = yaml.safe_load(read_text(Path(path)))
-        except yaml.YAMLError as error:
-            problem = getattr(error, "problem", error)
-            raise UserError(f"{path}: not valid YAML ({problem}).") from None
-        if not isinstance(tree, dict):
-            raise UserError(f"{path}: the top level must be keys and values.")
+        tree = read_file(Path(path))
         return Sweep(tree if executor is None else {**tree, "executor": executor}, str(path))
 
     def line(self, number: int) -> list[str]:
@@ -206,7 +198,7 @@ class Sweep:
         if (folder / SUMMARY).is_file():
             return Status(name, "complete", job["job"] if job else "", rounds)
         if job is None:  # by an array of one's own, if it has begun
-            return Status(name, "begun" if rounds or manifest.is_file() else "new", "", rounds)
+            return Status(name, "begun" if manifest.is_file() else "new", "", rounds)
         state = _job_state(self.folder / LOGS, job, self._tasks())
         own = Status(name, state, job["job"], rounds)
         if state == "failed":
@@ -303,11 +295,7 @@ def _varied(spec: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _words(values: Mapping[str, Any]) -> list[str]:
     """Overrides, as the command line takes them."""
-    words = []
-    for key, value in values.items():
-        text = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
-        words.append(f"{key}={text.removesuffix('...').strip()}")
-    return words
+    return [f"{key}={as_text(value)}" for key, value in values.items()]
 
 
 def _job_state(logs: Path, job: Mapping[str, str], tasks: int) -> str:

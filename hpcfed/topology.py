@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -203,7 +203,7 @@ def connect_slots(world: World, cluster: Cluster) -> Topology:
     import torch
 
     per_client = cluster.ranks_per_client
-    _check_hosts(world, per_client)
+    check_hosts(Counter(world.comm.allgather(socket.gethostname())), per_client)
     slot_index, rank_in_slot = divmod(world.rank, per_client)
     slot = world.comm.Split(slot_index, rank_in_slot)
     across = world.comm.Split(rank_in_slot, slot_index)
@@ -220,12 +220,11 @@ def connect_slots(world: World, cluster: Cluster) -> Topology:
     )
 
 
-def _check_hosts(world: World, per_client: int) -> None:
-    """Raises UserError, on all ranks, unless hosts hold whole clients, or clients whole hosts.
+def check_hosts(hosts: Mapping[str, int], per_client: int) -> None:
+    """Raises UserError unless hosts hold whole clients, or clients whole hosts. hosts: their ranks.
 
     One rank elsewhere than its client's others would wait for the network at every step.
     """
-    hosts = Counter(world.comm.allgather(socket.gethostname()))
     counts = set(hosts.values())
     even = len(counts) == 1 and per_client % max(counts) == 0
     if even or all(count % per_client == 0 for count in counts):

@@ -4,8 +4,9 @@
 #   sbatch --array=0-3 slurm/sweep.sh launch/experiments/small.yaml
 #
 # `python launch/sweep.py status FILE` shows how far they have got. Whatever stands after the file
-# goes to every run; its `cluster` is not used, nodes and time are sbatch's. The other values are as in fibecfed.sh. (submitit does the same from Python, see
-# docs/sweeps.md; this needs nothing but Slurm.)
+# goes to every run. The file's `cluster` is not used: nodes and time are sbatch's. The other values
+# are as in fibecfed.sh. (submitit does the same from Python, see docs/sweeps.md; this needs nothing
+# but Slurm.)
 
 #SBATCH --job-name=sweep
 ##SBATCH --account=       # remove one # and fill in what your site wants
