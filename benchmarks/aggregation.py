@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcfed.cli import quiet
-from hpcfed.collectives import MaskedSum
-from hpcfed.config import Cluster
-from hpcfed.topology import connect_slots, connect_world
+from hpcfed.app.cli import quiet
+from hpcfed.cluster.collectives import MaskedSum
+from hpcfed.cluster.topology import connect_slots, connect_world
+from hpcfed.settings.config import Cluster
 
 MEGABYTES = (1, 4, 16, 64, 256)
 

@@ -17,16 +17,16 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from scipy.stats import spearmanr
 
-from hpcfed import preflight
-from hpcfed.cli import quiet
+from hpcfed.app.cli import quiet
+from hpcfed.cluster.topology import connect_world
 from hpcfed.data.batches import Floats, form_batches
-from hpcfed.federation import Federation
+from hpcfed.engine.probe import fisher_traces
 from hpcfed.policies.curriculum import text_difficulty
-from hpcfed.probe import fisher_traces
-from hpcfed.progress import Progress
-from hpcfed.resolve import resolve
 from hpcfed.rng import derive, generator
-from hpcfed.topology import connect_world
+from hpcfed.rounds import preflight
+from hpcfed.rounds.federation import Federation
+from hpcfed.rounds.progress import Progress
+from hpcfed.settings.resolve import resolve
 
 MOMENTS = (0, 1, 2, 4, 8, 16)  # rounds done before scoring
 COMMON = [

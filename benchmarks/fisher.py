@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpcfed import deepspeed_config, model
-from hpcfed.cli import quiet
-from hpcfed.client import Client
+from hpcfed import model
+from hpcfed.app.cli import quiet
+from hpcfed.cluster.topology import connect_slots, connect_world
 from hpcfed.data.batches import Tokens
-from hpcfed.probe import fisher_traces
-from hpcfed.resolve import resolve
-from hpcfed.topology import connect_slots, connect_world
+from hpcfed.engine.client import Client
+from hpcfed.engine.probe import fisher_traces
+from hpcfed.settings import deepspeed_config
+from hpcfed.settings.resolve import resolve
 
 BATCH, BATCHES, REPEATS = 8, 6, 7
 

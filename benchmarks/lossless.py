@@ -15,13 +15,13 @@ from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from hpcfed import preflight
-from hpcfed.cli import quiet
-from hpcfed.federation import Federation
-from hpcfed.progress import Progress
-from hpcfed.resolve import resolve
-from hpcfed.selection import select
-from hpcfed.topology import connect_slots, connect_world
+from hpcfed.app.cli import quiet
+from hpcfed.cluster.topology import connect_slots, connect_world
+from hpcfed.rounds import preflight
+from hpcfed.rounds.federation import Federation
+from hpcfed.rounds.progress import Progress
+from hpcfed.rounds.selection import select
+from hpcfed.settings.resolve import resolve
 
 COMMON = [
     "data.root=../shared/datasets", "task.max_train=2000", "task.max_length=64",

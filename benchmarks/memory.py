@@ -21,14 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcfed import deepspeed_config, launcher, model, plan
-from hpcfed.cli import quiet
-from hpcfed.client import Client
-from hpcfed.config import Config
+from hpcfed import model
+from hpcfed.app import plan
+from hpcfed.app.cli import quiet
+from hpcfed.cluster import launcher
+from hpcfed.cluster.topology import connect_slots, connect_world, keep_heap_small
 from hpcfed.data.batches import Tokens
-from hpcfed.resolve import resolve
-from hpcfed.run import RunDirectory
-from hpcfed.topology import connect_slots, connect_world, keep_heap_small
+from hpcfed.engine.client import Client
+from hpcfed.settings import deepspeed_config
+from hpcfed.settings.config import Config
+from hpcfed.settings.resolve import resolve
+from hpcfed.storage.run import RunDirectory
 
 CASES = (("fp32", "zero0"), ("fp32", "zero3"), ("bf16", "zero1"), ("bf16", "zero3"))
 

@@ -19,17 +19,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpcfed import federation as federation_module
-from hpcfed import model, preflight
-from hpcfed.cli import quiet
-from hpcfed.client import Client
-from hpcfed.collectives import MaskedSum
+from hpcfed import model
+from hpcfed.app.cli import quiet
+from hpcfed.cluster.collectives import MaskedSum
+from hpcfed.cluster.topology import connect_world
 from hpcfed.data.batches import Ids
-from hpcfed.federation import Federation
+from hpcfed.engine.client import Client
 from hpcfed.policies.sampling import sample
-from hpcfed.progress import Progress
-from hpcfed.resolve import resolve
-from hpcfed.topology import connect_world
+from hpcfed.rounds import federation as federation_module
+from hpcfed.rounds import preflight
+from hpcfed.rounds.federation import Federation
+from hpcfed.rounds.progress import Progress
+from hpcfed.settings.resolve import resolve
 
 ROUNDS = 6
 

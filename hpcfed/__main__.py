@@ -2,6 +2,6 @@
 
 import sys
 
-from hpcfed.cli import main
+from hpcfed.app.cli import main
 
 sys.exit(main())

@@ -14,11 +14,11 @@ from torch import nn
 from hpcfed.adapters import lora, prompts
 from hpcfed.adapters.base import Adapted, final_linear, full_shape, transformer_blocks
 from hpcfed.adapters.network import recompute
-from hpcfed.config import Config
-from hpcfed.deepspeed_config import zero_stage
 from hpcfed.errors import UserError
-from hpcfed.heads import Classifier, Head
+from hpcfed.objectives.heads import Classifier, Head
 from hpcfed.rng import generator
+from hpcfed.settings.config import Config
+from hpcfed.settings.deepspeed_config import zero_stage
 
 _DROPOUTS = (
     "hidden_dropout_prob",

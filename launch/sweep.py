@@ -1,4 +1,4 @@
-"""Sweeps on the command line; from Python: hpcfed.sweep.Sweep.
+"""Sweeps on the command line; from Python: hpcfed.app.sweep.Sweep.
 
 python launch/sweep.py submit launch/experiments/small.yaml
 python launch/sweep.py submit launch/experiments/small.yaml --executor local --wait
@@ -8,8 +8,8 @@ python launch/sweep.py status launch/experiments/small.yaml
 import argparse
 import sys
 
+from hpcfed.app.sweep import EXECUTORS, Status, Sweep
 from hpcfed.errors import UserError
-from hpcfed.sweep import EXECUTORS, Status, Sweep
 
 
 def build_parser() -> argparse.ArgumentParser:

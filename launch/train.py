@@ -10,7 +10,7 @@ python launch/train.py ...
 
 import sys
 
-from hpcfed.cli import main
+from hpcfed.app.cli import main
 
 if __name__ == "__main__":
     # DeepSpeed's launcher puts this in front; ranks find their place by MPI.

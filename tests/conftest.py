@@ -1,17 +1,75 @@
-"""Quiet third parties; one thread, so that references have the same bits as the ranks."""
+"""Quiet third parties; one thread, so that references have the same bits as the ranks; which tests
+run together, and for how long."""
 
 import os
+import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+import transformers
 
-from hpcfed.cli import quiet
+from hpcfed.app.cli import quiet
 from tests.support import DATASETS
+from tests.worlds import Worlds
 
 quiet()
 torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+
+LEFT_OUT = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--budget", type=float, metavar="SECONDS",
+        help="begin no further test after so many seconds; what is left out is named at the end",
+    )  # fmt: skip
+    parser.addoption(
+        "--first", type=int, default=0, metavar="N",
+        help="begin with the N-th test, and come to those before it last",
+    )  # fmt: skip
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "xdist_group(name): of the tests that one worker runs")
+    config.stash[LEFT_OUT] = []
+    config.stash_began = time.monotonic()
+
+
+def pytest_make_parametrize_id(val):
+    """A shape of a world as 2x1: slots x ranks per client."""
+    pair = isinstance(val, tuple) and list(map(type, val)) == [int, int]
+    return f"{val[0]}x{val[1]}" if pair else None
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests of one world come one after the other, in one worker; so do those of one file that
+    need none."""
+    for item in items:
+        shape = item.callspec.params.get("shape") if hasattr(item, "callspec") else None
+        name = f"world-{shape[0]}x{shape[1]}" if shape else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0])
+    first = config.getoption("first") % max(1, len(items))
+    items[:] = items[first:] + items[:first]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    budget = item.config.getoption("budget")
+    if budget is not None and time.monotonic() - item.config.stash_began > budget:
+        item.config.stash[LEFT_OUT].append(item.nodeid)
+        pytest.skip("the time is up")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    left_out = config.stash[LEFT_OUT]
+    if left_out:
+        terminalreporter.section(f"left out, since the time was up: {len(left_out)}")
+        for name in left_out:
+            terminalreporter.line(name)
 
 
 @pytest.fixture
@@ -20,3 +78,18 @@ def datasets_folder():
     if not DATASETS.is_dir():
         pytest.skip("real data: no folder ../shared/datasets beside this checkout")
     return DATASETS
+
+
+@pytest.fixture(scope="session")
+def common(tmp_path_factory):
+    """A folder that all workers share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def worlds(common):
+    """Persistent MPI worlds."""
+    running = Worlds(common / "worlds.lock")
+    yield running
+    running.close()

@@ -12,8 +12,8 @@ from torch import nn
 
 from hpcfed.adapters.base import Adapted, Found, assemble, block_of, train_head, zero
 from hpcfed.adapters.network import Network
-from hpcfed.config import Adapter
 from hpcfed.errors import UserError
+from hpcfed.settings.config import Adapter
 
 PREFIX = "base_model.model."
 

@@ -23,8 +23,8 @@ from transformers import DynamicCache
 from hpcfed.adapters.base import Adapted, Found, assemble, normal, train_head
 from hpcfed.adapters.layout import INPUT
 from hpcfed.adapters.network import Network
-from hpcfed.config import Adapter
 from hpcfed.errors import UserError
+from hpcfed.settings.config import Adapter
 
 INITIAL_STD = 0.02
 PREFIX = "base_model."

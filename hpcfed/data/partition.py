@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hpcfed.config import Config
 from hpcfed.data.sources import Split, TaskData
 from hpcfed.errors import UserError
 from hpcfed.rng import generator
+from hpcfed.settings.config import Config
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpcfed.config import Columns, Config
 from hpcfed.data import corpus
 from hpcfed.data.tasks import TASKS, HubSource, Metric
 from hpcfed.errors import UserError
 from hpcfed.rng import generator
+from hpcfed.settings.config import Columns, Config
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from hpcfed.config import Config
 from hpcfed.data.sources import TaskData
 from hpcfed.errors import UserError
+from hpcfed.settings.config import Config
 
 GAP = "<mask>"
 _Encoded = TypeVar("_Encoded", int, tuple[int, ...])

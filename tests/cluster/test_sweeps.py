@@ -14,7 +14,7 @@ from tests.support import ROOT
 
 FROM_PYTHON = """
 import sys, yaml
-from hpcfed.sweep import Sweep
+from hpcfed.app.sweep import Sweep
 sweep = Sweep(yaml.safe_load(open(sys.argv[1])))
 print("submitted", len(sweep.submit()))
 sweep.wait()

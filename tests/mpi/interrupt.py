@@ -2,33 +2,28 @@
 
 usage: interrupt.py EVENT COUNT RANK SIGNAL ARGUMENTS...
 
-The signal comes right before the event's COUNT-th time (from 1) on this rank of the world.
+The signal comes right before the event's COUNT-th time (from 1) on this rank of the world. The
+clock by which a run decides whether a round still fits stands still.
 """
 
 import os
 import signal
 import sys
 
-import hpcfed.federation
-import hpcfed.files
-import hpcfed.run
-from hpcfed.client import Client
-from hpcfed.collectives import MaskedSum
-from hpcfed.run import RunDirectory
-from hpcfed.states import ClientStates
+import hpcfed.cluster.stop
+import hpcfed.rounds.federation
+import hpcfed.storage.run
+from hpcfed.app import cli
+from hpcfed.cluster.collectives import MaskedSum
+from hpcfed.engine.client import Client
+from hpcfed.storage.states import ClientStates
 
 EVENTS = {
     "forward": (Client, "forward"),
-    "select": (hpcfed.federation, "select"),
-    "state": (RunDirectory, "save_state"),
+    "select": (hpcfed.rounds.federation, "select"),
     "exchange": (MaskedSum, "mean"),
-    "commit": (RunDirectory, "commit"),
-    "tensors": (hpcfed.run, "write_tensors"),
-    "manifest": (hpcfed.run, "write_json"),
+    "manifest": (hpcfed.storage.run, "write_json"),
     "sweep": (ClientStates, "sweep"),
-    "adapter": (RunDirectory, "save_adapter"),
-    "predictions": (RunDirectory, "save_predictions"),
-    "summary": (RunDirectory, "save_summary"),
 }
 
 
@@ -52,6 +47,5 @@ def arm(event: str, count: int, rank: int, name: str) -> None:
 
 if __name__ == "__main__":
     arm(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
-    from hpcfed.cli import main
-
-    sys.exit(main(sys.argv[5:]))
+    cli.Stop = lambda grace: hpcfed.cluster.stop.Stop(grace, clock=lambda: 0.0)
+    sys.exit(cli.main(sys.argv[5:]))

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpcfed import heads, model
-from hpcfed.config import Config
+from hpcfed import model
 from hpcfed.data import partition, sources
 from hpcfed.data.batches import form_batches
+from hpcfed.objectives import heads
 from hpcfed.policies.sampling import sample
 from hpcfed.rng import generator
+from hpcfed.settings.config import Config
 from tests.mpi.slow import obvious_losses
 
 

@@ -5,22 +5,40 @@ It shares with hpcfed what the comparison holds fixed (rows, batches, initial va
 sampled) and nothing of what it checks: engine, hooks, layer choice, states, exchange, server.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from hpcfed import heads, model
-from hpcfed.config import Config
+from hpcfed import model
+from hpcfed.adapters.layout import AdapterLayout
 from hpcfed.data import partition, sources
 from hpcfed.data.batches import form_batches
+from hpcfed.objectives import heads
 from hpcfed.policies.sampling import sample
 from hpcfed.rng import generator
+from hpcfed.settings.config import Config
 from tests.mpi.slow import Plain
 
 
+@dataclass
+class Outcome:
+    """What a loop came to. All values (size,) float64."""
+
+    config: Config
+    layout: AdapterLayout
+    initial: torch.Tensor
+    values: torch.Tensor  # shared ones; elsewhere what everybody starts from
+    layers: list[str]  # shared
+    shared_part: torch.Tensor  # (size,) bool
+    scores: dict[str, float]  # of the layers, if they were chosen
+    personal: dict[int, torch.Tensor]
+    controls: dict[int, torch.Tensor]  # if clients have any
+
+
 class Loop:
-    """`run` gives the shared values; `layers`, `personal`, `controls` say what else came about."""
+    """`run` gives what the method came to."""
 
     def __init__(self, config: Config, lost: tuple[tuple[int, int], ...] = ()) -> None:
         """lost: (round, client) whose update is not finite."""
@@ -45,7 +63,16 @@ class Loop:
         self.rate = config.server.lr
         self.optimizers: dict[int, dict[str, Any]] = {}
 
-    def run(self) -> torch.Tensor:
+    def run(self) -> Outcome:
+        """All rounds."""
+        w = self.rounds()
+        keeps = self.config.local.control or self.config.server.control
+        return Outcome(
+            self.config, self.layout, self.initial, w, self.layers, self.shared_part, self.scores,
+            self.personal, self.controls if keeps else {},
+        )  # fmt: skip
+
+    def rounds(self) -> torch.Tensor:
         """All rounds; the shared values (size,), elsewhere what everybody starts from."""
         config, w = self.config, self.initial
         for number in range(config.federation.rounds):

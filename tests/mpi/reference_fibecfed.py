@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from hpcfed import model
-from hpcfed.config import Config
 from hpcfed.data import partition, sources
 from hpcfed.data.batches import Ids, form_batches, tokenize
 from hpcfed.policies.sampling import sample
 from hpcfed.rng import generator
+from hpcfed.settings.config import Config
 from tests.mpi.slow import Plain
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from hpcfed import model
-from hpcfed.config import Config
 from hpcfed.data.batches import Ids, Tokens
-from hpcfed.heads import Classifier, Head, LabelWords
+from hpcfed.objectives.heads import Classifier, Head, LabelWords
+from hpcfed.settings.config import Config
 
 CPU = torch.device("cpu")
 

@@ -4,48 +4,53 @@ import json
 
 import pytest
 
-from tests import models
-from tests.support import mpiexec
+from tests.pairwise import pairwise, product
 
-CASES = [
-    f"lora:fp32:ds_configs/{name}.json" for name in ("zero0", "zero1", "zero2", "zero3", "offload")
-]
-CASES += [f"lora:bf16:ds_configs/{name}.json" for name in ("zero1", "zero2", "zero3")]
-CASES += [
-    "prefix:fp32:ds_configs/zero1.json", "prefix:bf16:ds_configs/zero2.json",
-    "prefix:fp32:ds_configs/offload.json", "prefix:bf16:ds_configs/zero3.json",
-    "prompt:bf16:ds_configs/zero1.json", "prompt:fp32:ds_configs/zero3.json",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return models.save("bert", tmp_path_factory.mktemp("bert"))
+FILES = {
+    **dict.fromkeys(("zero0", "zero1", "zero2", "zero3", "offload")),
+    # ZeRO-3 that keeps no parameter resident, however small.
+    "partitioned": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+    # Gradients accumulated in fp32: DeepSpeed takes another optimizer for it in bf16.
+    "accumulating": {
+        "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"},
+    },
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def partitioned(tmp_path_factory):
-    """ZeRO-3 that keeps no parameter resident, however small."""
-    path = tmp_path_factory.mktemp("ds") / "partitioned.json"
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
-    path.write_text(json.dumps({"zero_optimization": zero}))
+def legal(shape, adapter, dtype, file):
+    return not (dtype == "bf16" and file in ("zero0", "offload"))
+
+
+FACTORS = {
+    "shape": [(1, 1), (1, 2)], "adapter": ["lora", "prefix", "prompt"], "dtype": ["fp32", "bf16"],
+    "file": list(FILES),
+}  # fmt: skip
+FEW = pairwise(FACTORS, legal)
+MANY = [case for case in product(FACTORS, legal) if case not in FEW]
+
+
+def located(tmp_path, name):
+    """The DeepSpeed JSON of this name: one that is shipped, or one of ours."""
+    if FILES[name] is None:
+        return f"ds_configs/{name}.json"
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps(FILES[name]))
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def accumulating(tmp_path_factory):
-    """bf16 with gradients accumulated in fp32: DeepSpeed takes another optimizer for it."""
-    path = tmp_path_factory.mktemp("ds") / "accumulating.json"
-    types = {"grad_accum_dtype": "fp32"}
-    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, "data_types": types}))
-    return str(path)
+def check(worlds, data, tmp_path, shape, adapter, dtype, file):
+    worlds.call(
+        shape, "tests.mpi.cases.engine:check", folder=data / "bert-classifier", adapter=adapter,
+        dtype=dtype, deepspeed=located(tmp_path, file),
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_write_step_read(folder, partitioned, accumulating, ranks):
-    cases = [
-        *CASES, f"lora:fp32:{partitioned}", f"lora:bf16:{partitioned}", f"lora:bf16:{accumulating}",
-        f"prefix:bf16:{partitioned}",
-    ]  # fmt: skip
-    output = mpiexec(ranks, "engine.py", str(folder), *cases)
-    assert output.count(": ok") == len(cases)
+@pytest.mark.parametrize(("shape", "adapter", "dtype", "file"), FEW)
+def test_write_step_read(worlds, data, tmp_path, shape, adapter, dtype, file):
+    check(worlds, data, tmp_path, shape, adapter, dtype, file)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("shape", "adapter", "dtype", "file"), MANY)
+def test_write_step_read_in_full(worlds, data, tmp_path, shape, adapter, dtype, file):
+    check(worlds, data, tmp_path, shape, adapter, dtype, file)

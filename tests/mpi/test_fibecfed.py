@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -9,61 +10,58 @@ import torch
 from safetensors.torch import load_file
 
 from hpcfed.importance.spectrum import Spectrum, plateau
-from hpcfed.resolve import resolve
-from tests import models
+from hpcfed.settings.resolve import resolve
 from tests.mpi.reference_fibecfed import Reference
-from tests.mpi.variants import FIBECFED, write_data
-from tests.mpi.worlds import run_worlds
-from tests.support import many_runs, mpiexec
+from tests.mpi.variants import FIBECFED
+from tests.pairwise import pairwise, product
+from tests.same import metrics
 
-# (slots, ranks per client) -> ZeRO stages; where difficulties come from, if not from training; or
-# FibecFed on deep prompts
-WORLDS = {
-    (1, 1): ["zero0", "zero2", "zero0 first_use", "zero0 start", "zero0 prefix"],
-    (2, 1): ["zero0"],
-    (4, 1): ["zero0"],
-    (1, 2): ["zero1", "zero3", "zero3 prefix"],
-    (2, 2): ["zero1"],
+# What differs between cases: where difficulties come from, if not from training; deep prompts.
+KINDS = {
+    "": [],
+    "first_use": ["curriculum.when=first_use"],
+    "start": ["curriculum.when=start", "curriculum.refresh=false"],
+    "prefix": ["adapter.kind=prefix", "adapter.virtual_tokens=4", "local.lr=1"],
 }
+FACTORS = {
+    "shape": [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)],
+    "stage": ["zero0", "zero1", "zero2", "zero3", "offload"],
+    "kind": list(KINDS),
+}
+FEW = pairwise(FACTORS)
+MANY = [case for case in product(FACTORS) if case not in FEW]
 
 
-def overrides(out, case):
-    stage, when = case.split() if " " in case else (case, "training")
-    prefix = []
-    if when == "prefix":
-        when, prefix = "training", [
-            "adapter.kind=prefix", "adapter.virtual_tokens=4", f"model.name={out}/bert",
-            "local.lr=1",
-        ]  # fmt: skip
-    rest = [
-        f"deepspeed=ds_configs/{stage}.json", f"data.root={out}", f"curriculum.when={when}",
-        f"curriculum.refresh={when != 'start'}",
+def overrides(out, kind="", stage="zero0"):
+    return [
+        *FIBECFED, f"data.root={out}", f"model.name={out}/bert-classifier",
+        f"deepspeed=ds_configs/{stage}.json", *KINDS[kind],
     ]  # fmt: skip
-    return [*FIBECFED, *rest, *prefix]
 
 
-def kind(case):
-    return case.partition(" ")[2]
+def federate(worlds, shape, tmp_path, words, name="run", preset="fibecfed"):
+    """A run: what rank 0 has of it, with every slot's masks, and its directory."""
+    ranks = worlds.call(
+        shape, "tests.mpi.cases.runs:federate", folder=tmp_path, runs={name: words}, preset=preset
+    )
+    found = ranks[0][name]
+    for other in ranks[1:]:
+        found["masks"] |= other[name].get("masks", {})
+    return found, tmp_path / name
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """World -> folder with its runs."""
+@pytest.fixture
+def reference(data, once):
+    """reference(kind): layout, configuration and what the plain loop came to."""
 
-    def save_model(out):
-        models.save("bert", out / "bert", initializer_range=0.2)
+    def get(kind, words=None):
+        def make():
+            loop = Reference(resolve("fibecfed", words or overrides(data, kind)).config)
+            return loop.layout, loop.config, loop.run()
 
-    return run_worlds(tmp_path_factory, WORLDS, overrides, "fibecfed", save_model)
+        return once(f"fibecfed-{kind}", make)
 
-
-@pytest.fixture(scope="module")
-def references(results):
-    """Where difficulties come from -> the plain loop, and what it came to."""
-    found = {}
-    for case in ("zero0", "zero0 first_use", "zero0 start", "zero0 prefix"):
-        loop = Reference(resolve("fibecfed", overrides(results[1, 1], case)).config)
-        found[kind(case)] = loop, loop.run()
-    return found
+    return get
 
 
 def history(run):
@@ -75,44 +73,35 @@ def history(run):
     return found
 
 
-CASES = [(world, stage) for world, stages in WORLDS.items() for stage in stages]
-
-
-@pytest.mark.parametrize(("world", "stage"), CASES, ids=str)
-def test_equals_the_plain_loop(results, references, world, stage):
-    own, wanted = references[kind(stage)]
-    run = results[world] / stage
-    # Decisions first: the same layers, batches and masks.
+def compare(found, run, layout, wanted):
+    """A run with the plain loop. Decisions first: the same layers, batches and masks."""
     selection = json.loads((run / "selection.json").read_text())
     assert selection["shared_layers"] == wanted.layers
-    assert 1 < len(wanted.layers) < len(own.layout.layers)
+    assert 1 < len(wanted.layers) < len(layout.layers)
     lines = history(run)
     assert {key: line["trained"] for key, line in lines.items()} == wanted.trained
     for key, difficulty in wanted.difficulty.items():
         noted = lines[key]["difficulty"].items()
-        found = {int(row): np.inf if value is None else value for row, value in noted}
-        assert found == pytest.approx(difficulty, rel=1e-3)
-    masks = {}
-    for file in results[world].glob(f"{stage}-masks-*.npz"):
-        masks |= dict(np.load(file))
-    assert masks.keys() == {f"{number}-{k}" for number, k in wanted.masks}
-    for (number, k), mask in wanted.masks.items():
-        assert np.array_equal(masks[f"{number}-{k}"], mask.numpy()), (number, k)
+        known = {int(row): np.inf if value is None else value for row, value in noted}
+        assert known == pytest.approx(difficulty, rel=1e-3)
+    assert found["masks"].keys() == wanted.masks.keys()
+    for key, mask in wanted.masks.items():
+        assert np.array_equal(found["masks"][key], mask.numpy()), key
     # Then the values.
     start = wanted.initial.numpy()
-    values = np.load(results[world] / f"{stage}.npy")
-    layout = own.layout
+    values = found["values"]
     for block in layout.blocks:
         check(values, wanted.shared.numpy(), start, layout.span(block), f"shared {block}")
     for k, reference_values in wanted.personal.items():
         (file,) = run.glob(f"clients/{k:06d}/personal-*.safetensors")
-        personal = values.copy()
         stay = [block for block in layout.layers if block not in wanted.layers]
-        packed, at = load_file(file)["values"].numpy(), 0
+        personal = torch.from_numpy(values.copy())
+        layout.unpack(load_file(file)["values"], stay, personal)
         for span in layout.spans(stay):
-            personal[span] = packed[at : at + span.stop - span.start]
-            at += span.stop - span.start
-            check(personal, reference_values.numpy(), start, span, f"client {k}")
+            check(personal.numpy(), reference_values.numpy(), start, span, f"client {k}")
+    assert sum(not mask.all() for mask in wanted.masks.values()) >= 3, "no mask was in force"
+    assert any(used != sorted(used) for used in wanted.trained.values()), "no other order"
+    assert len({len(used) for used in wanted.trained.values()}) > 2, "no batches were left out"
 
 
 def check(values, reference, start, span, what):
@@ -123,47 +112,36 @@ def check(values, reference, start, span, what):
     assert difference <= 1e-5, f"{what}: {difference:.2e}"
 
 
-@pytest.mark.parametrize("when", ["", "first_use", "start", "prefix"])
-def test_the_case_is_a_real_one(references, when):
-    """Masks were in force, orders differ from the batches' own, and some batches were left out."""
-    _, wanted = references[when]
-    assert sum(not mask.all() for mask in wanted.masks.values()) >= 3
-    assert any(used != sorted(used) for used in wanted.trained.values())
-    assert len({len(used) for used in wanted.trained.values()}) > 2
+@pytest.mark.parametrize(("shape", "stage", "kind"), FEW)
+def test_equals_the_plain_loop(worlds, reference, data, tmp_path, shape, stage, kind):
+    layout, config, wanted = reference(kind)
+    found, run = federate(worlds, shape, tmp_path, overrides(data, kind, stage))
+    compare(found, run, layout, wanted)
+    check_spending(run, layout, config, wanted)
 
 
-def test_bit_identical_for_any_number_of_slots(results):
-    runs = [results[slots, 1] / "zero0" for slots in (1, 2, 4)]
-    values = [np.load(run.with_suffix(".npy")) for run in runs]
-    assert all(np.array_equal(values[0], other) for other in values[1:])
-    assert any(runs[0].glob("clients/*/personal-*"))
-    files = [{p.relative_to(run): p.read_bytes() for p in run.glob("clients/*/*")} for run in runs]
-    assert files[0].keys() == files[1].keys() == files[2].keys()
-    assert files[0] == files[1] == files[2]
-    assert metrics(runs[0]) == metrics(runs[1]) == metrics(runs[2])
+@pytest.mark.long
+@pytest.mark.parametrize(("shape", "stage", "kind"), MANY)
+def test_equals_the_plain_loop_in_full(worlds, reference, data, tmp_path, shape, stage, kind):
+    layout, _, wanted = reference(kind)
+    found, run = federate(worlds, shape, tmp_path, overrides(data, kind, stage))
+    compare(found, run, layout, wanted)
 
 
-def test_bit_identical_for_two_slots_of_two_ranks(results):
-    one, two = (np.load(results[world] / "zero1.npy") for world in ((1, 2), (2, 2)))
-    assert np.array_equal(one, two)
-    assert metrics(results[1, 2] / "zero1") == metrics(results[2, 2] / "zero1")
+@pytest.mark.parametrize("shape", [(2, 1)])
+def test_a_real_model(worlds, reference, data, tmp_path, shape):
+    """MiniLM, at ZeRO-1."""
+    words = [*FIBECFED, f"data.root={data}", "deepspeed=ds_configs/zero1.json"]
+    layout, _, wanted = reference("minilm", words)
+    found, run = federate(worlds, shape, tmp_path, words)
+    compare(found, run, layout, wanted)
 
 
-def metrics(run):
-    """metrics.jsonl without what depends on the number of slots."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        del line["seconds"], line["bytes"]["wire"]
-    return lines
-
-
-@pytest.mark.parametrize("case", ["zero0", "zero0 first_use", "zero0 start", "zero0 prefix"])
-def test_what_was_spent(results, references, case):
-    own, wanted = references[kind(case)]
-    config, layout = own.config, own.layout
+def check_spending(run, layout, config, wanted):
+    """What the run says that it has cost."""
     whole, shared = layout.size, layout.count((*wanted.layers, "head"))
     seen = set()
-    for number, line in enumerate(metrics(results[1, 1] / case)):
+    for number, line in enumerate(metrics(run)):
         assert line["scored"] == wanted.scored[number]
         assert line["samples"] == wanted.samples[number] + wanted.scored[number]
         assert line["steps"] == sum(
@@ -182,46 +160,57 @@ def test_what_was_spent(results, references, case):
             assert density == pytest.approx(float(home.double().mean()))
 
 
-def test_lossless_number_of_layers(tmp_path):
+@pytest.mark.parametrize(
+    ("shape", "stage"), [((1, 1), "zero0"), ((2, 1), "zero0"), ((4, 1), "zero0"),
+                         ((1, 2), "zero1"), ((2, 2), "zero1")],
+)  # fmt: skip
+def test_bit_identical_for_any_number_of_slots(worlds, data, once, tmp_path, shape, stage):
+    """Each compares with the first that ran, of as many ranks per client."""
+    found, run = federate(worlds, shape, tmp_path, overrides(data, "", stage))
+    files = {str(p.relative_to(run)): p.read_bytes() for p in run.glob("clients/*/*")}
+    assert any("personal-" in name for name in files)
+    now = (found["values"], files, metrics(run))
+    first = once(f"fibecfed-bits-{shape[1]}", lambda: now)
+    assert np.array_equal(now[0], first[0])
+    assert now[1:] == first[1:]
+
+
+LOSSLESS = [(rule, stage) for rule in ("eigengap", "plateau") for stage in ("zero0", "zero2")]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1)])
+def test_lossless_number_of_layers(worlds, data, once, tmp_path, shape):
     """Both rules, on record with their spectra, the same on 1 and 2 slots; ZeRO-0 takes exact
     Hessian products, ZeRO-2 differences, and they see the same spectrum."""
-    write_data(tmp_path)
-    folder = models.save("bert", tmp_path / "bert")
-    runs = {
-        f"{rule}-{stage}": [
-            *FIBECFED, f"data.root={tmp_path}", f"model.name={folder}", "federation.rounds=2",
-            "layers.keep=lossless", f"layers.rule={rule}", f"deepspeed=ds_configs/{stage}.json",
-            "layers.probe_clients=2",
-        ]
-        for rule in ("eigengap", "plateau") for stage in ("zero0", "zero2")
-    }  # fmt: skip
-    found = {}
-    for slots in (1, 2):
-        out = tmp_path / str(slots)
-        out.mkdir()
-        many_runs(out, slots, 1, runs, preset="fibecfed")
-        found[slots] = {name: (out / name / "selection.json").read_text() for name in runs}
-        lines = [json.loads(line) for line in (out / "plateau-zero0" / "metrics.jsonl").open()]
+    texts = {}
+    for rule, stage in LOSSLESS:
+        words = [
+            *overrides(data, "", stage), "federation.rounds=2", "layers.keep=lossless",
+            f"layers.rule={rule}", "layers.probe_clients=2",
+        ]  # fmt: skip
+        _, run = federate(worlds, shape, tmp_path, words, f"{rule}-{stage}")
+        texts[rule, stage] = (run / "selection.json").read_text()
+        lines = metrics(run)
         assert lines[0]["scored"] == 0
-        # 2 clients, 2 passes for the sensitivity and for each of 50 products, over 4 rows.
-        assert lines[1]["scored"] == 2 * (2 * 4 + 50 * 2 * 4)
-    assert found[1] == found[2]
-    for name, text in found[1].items():
-        record = json.loads(text)
+        if rule == "plateau":
+            # 2 clients, 2 passes for the sensitivity and for each of 50 products, over 4 rows.
+            assert lines[1]["scored"] == 2 * (2 * 4 + 50 * 2 * 4)
+    assert texts == once("fibecfed-lossless", lambda: texts), "another number of slots"
+    for (rule, _), text in texts.items():
+        record, exact = json.loads(text), json.loads(texts[rule, "zero0"])
         assert len(record["spectra"]) == 2
         shares = [own["share"] for own in record["spectra"].values()]
         assert ("fallback" in record) == (shares == [None, None])
-        for own in record["spectra"].values():
-            values = (torch.tensor(own[key]).double() for key in ("nodes", "weights"))
-            if name.startswith("plateau"):
-                assert own["share"] == pytest.approx(plateau(Spectrum(*values)), abs=0.01)
         number = max(1, int(record["share"] * 3 + 0.5))
         assert len(record["shared_layers"]) == number
         for k, own in record["spectra"].items():
+            values = (torch.tensor(own[key]).double() for key in ("nodes", "weights"))
+            if rule == "plateau":
+                assert own["share"] == pytest.approx(plateau(Spectrum(*values)), abs=0.01)
             assert sum(own["weights"]) == pytest.approx(1, abs=1e-9)
-            exact = json.loads(found[1][name.replace("zero2", "zero0")])["spectra"][k]
-            assert own["nodes"][-1] == pytest.approx(exact["nodes"][-1], rel=1e-2)
-            assert own["nodes"][0] == pytest.approx(exact["nodes"][0], rel=1e-2, abs=1e-4)
+            nodes, others = own["nodes"], exact["spectra"][k]["nodes"]
+            assert nodes[-1] == pytest.approx(others[-1], rel=1e-2)
+            assert nodes[0] == pytest.approx(others[0], rel=1e-2, abs=1e-4)
 
 
 OTHERS = {
@@ -235,33 +224,42 @@ OTHERS = {
 }
 
 
-def test_every_other_choice_runs(tmp_path):
-    """Parts off and other orders, on a small model; what a run tells about its order holds."""
-    write_data(tmp_path)
-    folder = models.save("bert", tmp_path / "bert")
-    common = [*FIBECFED, f"data.root={tmp_path}", f"model.name={folder}"]
-    many_runs(
-        tmp_path, 2, 1, {name: [*common, *words] for name, words in OTHERS.items()},
-        preset="fibecfed",
-    )  # fmt: skip
-    for name in OTHERS:
-        lines, notes = metrics(tmp_path / name), history(tmp_path / name)
-        assert len(lines) == 4 and not any(line["failed"] for line in lines)
-        assert bool(notes) == (name != "all")
-        for (number, _), note in notes.items():
-            count = len(note["batches"])
-            assert len(note["trained"]) == max(1, math.ceil(round(note["share"] * count, 9)))
-            known = note.get("difficulty")
-            assert (known is not None) == (
-                number > 0 and name in ("loss", "loss-training", "reversed")
-            )
-    for note in history(tmp_path / "length").values():
-        assert note["mask_density"] == 1 or note["round"] > 2
-    with_masks = [n["mask_density"] for n in history(tmp_path / "rarity").values()]
-    assert min(with_masks) == pytest.approx(0.5, abs=0.05)
-    assert {n["mask_density"] for n in history(tmp_path / "reversed").values()} == {1.0}
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("shape", [(2, 1)])
+def test_every_other_choice_runs(worlds, data, tmp_path, shape, name):
+    """Parts off and other orders; what a run tells about its order and its masks holds."""
+    words = [*overrides(data), *OTHERS[name]]
+    _, run = federate(worlds, shape, tmp_path, words)
+    lines, notes = metrics(run), history(run)
+    assert len(lines) == 4 and not any(line["failed"] for line in lines)
+    assert bool(notes) == (name != "all")
+    warm = resolve("fibecfed", words).config.curriculum.warmup
+    densities = defaultdict(list)
+    for (number, client), note in sorted(notes.items()):
+        count = len(note["batches"])
+        assert len(note["trained"]) == max(1, math.ceil(round(note["share"] * count, 9)))
+        known = note.get("difficulty")
+        assert (known is not None) == (number > 0 and name in ("loss", "loss-training", "reversed"))
+        if number < warm:
+            assert note["mask_density"] == 1
+        else:
+            densities[client].append(note["mask_density"])
+    for first, *later in densities.values():
+        assert first == 1, "a client's first round has no mask"
+        if name == "reversed":  # sparsity is off
+            assert later == [1] * len(later)
+        else:
+            assert later == pytest.approx([0.5] * len(later), abs=0.06)
+    assert name == "all" or max(map(len, densities.values())) > 1, "no client came twice"
 
 
-def test_what_stays_home_never_travels(tmp_path):
-    write_data(tmp_path)
-    assert "wire: ok" in mpiexec(4, "wire.py", str(tmp_path))
+@pytest.mark.parametrize("shape", [(4, 1)])
+@pytest.mark.parametrize("name", ["plain", "control"])
+def test_what_stays_home_never_travels(worlds, data, tmp_path, shape, name):
+    worlds.call(shape, "tests.mpi.cases.wire:check", out=tmp_path, data=data, name=name)
+
+
+@pytest.mark.parametrize("shape", [(2, 1)])
+@pytest.mark.parametrize("form", ["array", "bytes", "float", "tensor", "pickled", "nested"])
+def test_the_watch_sees_a_leak_in_any_form(worlds, shape, form):
+    worlds.call(shape, "tests.mpi.cases.wire:check_watch", form=form)

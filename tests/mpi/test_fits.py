@@ -1,10 +1,12 @@
 """A model of 340M values fits: ZeRO-3 shards it while it is loaded, and the adapter survives."""
 
+import pytest
 from safetensors.torch import load_file
 
 from benchmarks import memory
 
 
+@pytest.mark.long
 def test_a_large_backbone_is_sharded_at_load(tmp_path):
     memory.make_model(tmp_path)
     result = memory.run_case(tmp_path, "bf16", "zero3", ranks=2)

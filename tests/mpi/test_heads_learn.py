@@ -8,7 +8,6 @@ import torch
 import transformers
 
 from tests import models
-from tests.support import many_runs
 
 TOPICS = {
     "nature": "cat dog horse river forest mountain bird flower tree lake".split(),
@@ -61,6 +60,8 @@ def pretrain(folder, head):
     model.save_pretrained(folder)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("shape", [(2, 1)])
 @pytest.mark.parametrize(
     ("architecture", "head", "targets"),
     [
@@ -68,7 +69,7 @@ def pretrain(folder, head):
         ("llama", "label_words", "[q_proj,k_proj,v_proj,o_proj,up_proj,down_proj]"),
     ],
 )
-def test_learns_a_separable_task(architecture, head, targets, tmp_path):
+def test_learns_a_separable_task(worlds, architecture, head, targets, tmp_path, shape):
     models.save(architecture, tmp_path / "model", head)
     pretrain(tmp_path / "model", head)
     (tmp_path / "topics").mkdir()
@@ -83,7 +84,7 @@ def test_learns_a_separable_task(architecture, head, targets, tmp_path):
         "federation.per_round=4", "federation.rounds=8", "cluster.threads=1",
         f"adapter.targets={targets}", "local.lr=0.01",
     ]  # fmt: skip
-    many_runs(tmp_path, 2, 1, {"run": overrides})
+    worlds.call(shape, "tests.mpi.cases.runs:federate", folder=tmp_path, runs={"run": overrides})
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["accuracy"]["personal"] >= 0.95, summary["accuracy"]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -1,53 +1,55 @@
-"""Fisher, sensitivity and frozen values against obvious versions, at every ZeRO stage."""
-
-import json
+"""Fisher, sensitivity, curvature, frozen values against obvious versions, at every ZeRO stage."""
 
 import pytest
 
 from tests import models
-from tests.support import mpiexec
+from tests.mpi.test_engine import located
+from tests.pairwise import pairwise, product
 
-# ranks -> architecture, ZeRO stage, adapter and head if not LoRA and classifier, and "+" for
-# accumulation with checkpointing
-CASES = {
-    1: ["bert-zero0", "bert-zero0+", "bert-zero1", "bert-zero2+", "bert-zero3+", "bert-offload",
-        "llama-zero0", "llama-partitioned", "bert-zero0-prefix", "bert-zero3-prefix+",
-        "llama-zero0-prefix+", "bert-zero0-prompt", "gpt2-zero3-prompt+",
-        "bert-zero0-prefix-cloze", "llama-zero0-prefix-label_words"],
-    2: ["bert-zero1+", "bert-zero2", "bert-zero3", "bert-partitioned+", "llama-zero3+",
-        "bert-zero1-prefix", "bert-zero2-prefix+", "llama-partitioned-prefix",
-        "bert-zero2-prompt+", "bert-zero3-prefix-cloze", "llama-zero1-lora-label_words",
-        "roberta-zero2-lora-cloze+", "llama-zero3-prompt-label_words"],
+HEADS = {"classifier": list(models.ARCHITECTURES), "cloze": ["bert", "roberta"],
+         "label_words": ["gpt2", "llama"]}  # fmt: skip
+# A language model head of tiny random weights is so flat that its curvature drowns in rounding.
+WIDTH = {"classifier": 0.02, "cloze": 0.04, "label_words": 0.04}
+FACTORS = {
+    "shape": [(1, 1), (1, 2)], "architecture": list(models.ARCHITECTURES),
+    "file": ["zero0", "zero1", "zero2", "zero3", "offload", "partitioned"],
+    "adapter": ["lora", "prefix", "prompt"], "head": list(HEADS), "spares": [False, True],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", CASES)
-def test_importance_at_every_stage(ranks, tmp_path):
-    partitioned = tmp_path / "partitioned.json"
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
-    partitioned.write_text(json.dumps({"zero_optimization": zero}))
-    cases = []
-    for name in CASES[ranks]:
-        architecture, stage, *kinds = name.rstrip("+").split("-")
-        adapter, head = [*kinds, *("lora", "classifier")[len(kinds) :]]
-        targets = models.ARCHITECTURES[architecture][3]
-        folder = tmp_path / f"{architecture}-{head}"
-        if not folder.exists():
-            # A language model head of tiny random weights is so flat that its curvature drowns in
-            # rounding.
-            wide = {} if head == "classifier" else {"initializer_range": 0.04}
-            models.save(architecture, folder, head, **wide)
-        file = partitioned if stage == "partitioned" else f"ds_configs/{stage}.json"
-        overrides = [
-            f"model.name={folder}", f"deepspeed={file}", f"adapter.targets=[{','.join(targets)}]",
-            "adapter.rank=3", "cluster.threads=1", f"cluster.ranks_per_client={ranks}",
-            f"adapter.kind={adapter}", "adapter.virtual_tokens=3", f"model.head={head}",
-        ]  # fmt: skip
-        if name.endswith("+"):
-            overrides += ["local.micro_batch=2", "model.gradient_checkpointing=true"]
-        cases.append({"name": name, "overrides": overrides})
-    file = tmp_path / "cases.json"
-    file.write_text(json.dumps(cases))
-    output = mpiexec(ranks, "importance.py", str(file))
-    assert output.count(": ok") == len(cases)
-    print(output)
+def legal(shape, architecture, file, adapter, head, spares):
+    return architecture in HEADS[head]
+
+
+FEW = pairwise(FACTORS, legal)
+# One architecture for each head, with and without spares in turns.
+FULL = {**FACTORS, "architecture": ["bert", "llama"], "spares": [False]}
+USUAL = {"classifier": "bert", "cloze": "bert", "label_words": "llama"}
+MANY = [
+    (*case[:-1], bool(index % 2))
+    for index, case in enumerate(product(FULL, lambda *case: USUAL[case[4]] == case[1]))
+]
+NAMES = tuple(FACTORS)
+
+
+def check(worlds, tmp_path, shape, architecture, file, adapter, head, spares):
+    folder = models.save(architecture, tmp_path / "model", head, initializer_range=WIDTH[head])
+    worlds.call(
+        shape, "tests.mpi.cases.importance:check", folder=folder, architecture=architecture,
+        adapter=adapter, head=head, deepspeed=located(tmp_path, file), spares=spares,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(NAMES, FEW)
+def test_against_obvious_versions(
+    worlds, tmp_path, shape, architecture, file, adapter, head, spares
+):
+    check(worlds, tmp_path, shape, architecture, file, adapter, head, spares)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(NAMES, MANY)
+def test_against_obvious_versions_in_full(
+    worlds, tmp_path, shape, architecture, file, adapter, head, spares
+):
+    check(worlds, tmp_path, shape, architecture, file, adapter, head, spares)

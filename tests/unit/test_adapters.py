@@ -11,9 +11,9 @@ from transformers import AutoModelForSequenceClassification
 
 from hpcfed import model
 from hpcfed.adapters.layout import HEAD, AdapterLayout
-from hpcfed.config import Adapter, Config, Model
 from hpcfed.errors import UserError
-from hpcfed.run import RunDirectory
+from hpcfed.settings.config import Adapter, Config, Model
+from hpcfed.storage.run import RunDirectory
 from tests import models
 
 LABELS = ("a", "b", "c")
@@ -69,7 +69,7 @@ def test_lora_in_every_layer_and_only_the_final_linear_of_the_head(prepared):
     layout = found.adapted.layout
     assert layout.blocks == ("0", "1", "2", HEAD)
     head = [e for e in layout.entries if e.block == HEAD]
-    assert {e.shape for e in head} <= {(3, 48), (3,)} and len(head) in (1, 2)
+    assert {e.shape for e in head} <= {(3, models.HIDDEN), (3,)} and len(head) in (1, 2)
     for layer in layout.layers:
         own = [e for e in layout.entries if e.block == layer]
         assert len(own) == 2 * len(config.adapter.targets)

@@ -5,9 +5,9 @@ from itertools import pairwise
 import pytest
 import yaml
 
+from hpcfed.app.options import listing
 from hpcfed.errors import UserError
-from hpcfed.options import listing
-from hpcfed.resolve import COMMAND_LINE, describe, presets, resolve
+from hpcfed.settings.resolve import COMMAND_LINE, describe, presets, resolve
 
 
 def test_later_sources_win_and_are_named(tmp_path):

@@ -9,12 +9,12 @@ import pytest
 import sklearn.metrics
 import torch
 
-from hpcfed.config import Columns, Config, Data, Federation, Partition, Task
 from hpcfed.data import corpus, metrics, partition, sources
 from hpcfed.data.batches import POOL, Tokens, form_batches, split_batch, tokenize
 from hpcfed.data.tasks import TASKS
 from hpcfed.errors import UserError
 from hpcfed.model import load_tokenizer
+from hpcfed.settings.config import Columns, Config, Data, Federation, Partition, Task
 
 
 def write_task(folder, train, test, name="own"):

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from hpcfed.errors import UserError
-from hpcfed.files import Lock, append_line, write_bytes, write_tensors
+from hpcfed.storage.files import Lock, append_line, write_bytes, write_tensors
 from tests.support import ROOT
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from hpcfed.files import Lock
+from hpcfed.storage.files import Lock
 lock = Lock(Path(sys.argv[1]), " of Slurm job 7")
 print("held", flush=True)
 time.sleep(60)

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from hpcfed import heads, model
+from hpcfed import model
 from hpcfed.adapters.layout import HEAD
-from hpcfed.config import Adapter, Config, Model, Task
 from hpcfed.data import gaps, wordings
 from hpcfed.data.sources import Split, TaskData
 from hpcfed.errors import UserError
+from hpcfed.objectives import heads
+from hpcfed.settings.config import Adapter, Config, Model, Task
 from tests import models
 from tests.mpi.slow import CPU, obvious_losses
 
@@ -132,7 +133,7 @@ def test_the_longer_text_of_a_pair_is_cut(tokenizer):
 @pytest.mark.parametrize(
     ("architecture", "head"), [("bert", "cloze"), ("gpt2", "label_words"), ("llama", "label_words")]
 )
-def test_losses_and_predictions_equal_the_obvious_ones(architecture, head, tmp_path, tokenizer):
+def test_losses_and_predictions_equal_the_obvious_ones(architecture, head, tmp_path):
     folder = models.save(architecture, tmp_path, head, initializer_range=0.2)
     verbalizer = {"positive": "great", "negative": "so bad"} if head == "label_words" else None
     own = Config(
@@ -143,6 +144,7 @@ def test_losses_and_predictions_equal_the_obvious_ones(architecture, head, tmp_p
     rng = np.random.default_rng(0)
     words = "a fine film dull the best of all cats dogs so never again great terrible".split()
     task = data(texts=[" ".join(rng.choice(words, n)) for n in (1, 3, 40, 7, 2, 5, 12, 4)])
+    tokenizer = model.load_tokenizer(own)
     found = heads.build(own, task, tokenizer)
     tokens = found.encode(task.train, tokenizer, own.task.max_length)
     prepared = model.prepare(own, task.labels, 0, {}, found)

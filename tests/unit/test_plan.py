@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from hpcfed import deepspeed_config, model
+from hpcfed import model
+from hpcfed.app.plan import activation_bytes, memory, plan
 from hpcfed.errors import UserError
-from hpcfed.plan import activation_bytes, memory, plan
-from hpcfed.resolve import resolve
+from hpcfed.settings import deepspeed_config
+from hpcfed.settings.resolve import resolve
 from tests.support import MODEL
 
 ROWS, LENGTH = 4, 32

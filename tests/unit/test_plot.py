@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import yaml
 
-from hpcfed.cli import main
+from hpcfed.app.cli import main
+from hpcfed.app.plot import curves, draw, read
 from hpcfed.errors import UserError
-from hpcfed.plot import curves, draw, read
-from hpcfed.resolve import resolve
+from hpcfed.settings.resolve import resolve
 
 
 def save(folder, preset, scores, *words, every=2):

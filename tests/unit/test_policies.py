@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hpcfed import deepspeed_config
-from hpcfed.config import Cluster, Config, Local, Model
 from hpcfed.errors import UserError
 from hpcfed.policies.layers import choose
 from hpcfed.policies.sampling import sample, spread
 from hpcfed.rng import derive, generator
+from hpcfed.settings import deepspeed_config
+from hpcfed.settings.config import Cluster, Config, Local, Model
 
 LAYERS = tuple("012345")
 

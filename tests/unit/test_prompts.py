@@ -8,9 +8,9 @@ from transformers import AutoModelForSequenceClassification
 
 from hpcfed import model
 from hpcfed.adapters.layout import HEAD, INPUT
-from hpcfed.config import Adapter, Config, Model, Task
 from hpcfed.errors import UserError
-from hpcfed.run import RunDirectory
+from hpcfed.settings.config import Adapter, Config, Model, Task
+from hpcfed.storage.run import RunDirectory
 from tests import models
 
 LABELS = ("a", "b", "c")
@@ -40,18 +40,19 @@ def values(adapted):
 @pytest.fixture(scope="module", params=models.ARCHITECTURES)
 def place(request, tmp_path_factory):
     """Architecture and a folder with a model of it."""
-    return request.param, tmp_path_factory.mktemp(request.param)
+    return request.param, models.save(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def test_layout(place):
     torch.manual_seed(0)
-    width = 24 if place[0] == "llama" else 48  # grouped: 2 of 4 heads have keys and values
+    # Grouped: 2 of 4 heads have keys and values.
+    width = models.HIDDEN // (2 if place[0] == "llama" else 1)
     layout = prepare(*place, "prefix").adapted.layout
     assert layout.blocks == ("0", "1", "2", HEAD)
     assert [e.shape for e in layout.entries[:3]] == [(4, 2, width)] * 3
     layout = prepare(*place, "prompt").adapted.layout
     assert layout.blocks == (INPUT, HEAD)
-    assert layout.entries[0].shape == (4, 48)
+    assert layout.entries[0].shape == (4, models.HIDDEN)
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
@@ -151,7 +152,7 @@ def test_an_architecture_without_past_keys_is_refused(tmp_path):
         model.prepare(config, LABELS, 0, {})
 
 
-@pytest.mark.parametrize(("architecture", "known"), [("bert", 512), ("roberta", 129)])
+@pytest.mark.parametrize(("architecture", "known"), [("bert", 128), ("roberta", 129)])
 def test_texts_and_virtual_tokens_must_fit_the_positions(architecture, known, tmp_path):
     models.save(architecture, tmp_path)
     adapter = Adapter(kind="prefix", virtual_tokens=4)

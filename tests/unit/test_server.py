@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from hpcfed.config import Config, Local, Server
-from hpcfed.server import Optimizer, Sampled
+from hpcfed.server.optimizer import Optimizer, Sampled
+from hpcfed.settings.config import Config, Local, Server
 
 SIZE, CLIENTS, LOCAL_LR = 7, 6, 0.3
 ROWS = (5, 9, 2, 7, 4, 3)  # of each client

@@ -4,8 +4,8 @@ import json
 
 import torch
 
-from hpcfed.run import RunDirectory
-from hpcfed.states import ClientStates
+from hpcfed.storage.run import RunDirectory
+from hpcfed.storage.states import ClientStates
 
 
 def files(path):

@@ -5,24 +5,23 @@ import signal
 
 import pytest
 
-from hpcfed.stop import AFTER_TERM, MARGIN, SIGNALS, Stop
+from hpcfed.cluster.stop import AFTER_TERM, MARGIN, SIGNALS, Stop
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock():
     """A clock that the test sets; and the handlers of before."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     now = [1000.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
     yield now
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def asked(grace, number, tail):
-    stop = Stop(grace)
+def asked(clock, grace, number, tail):
+    stop = Stop(grace, clock=lambda: clock[0])
     stop.listen()
-    stop.round_begins(tail)
+    stop.tail = tail
     assert not stop.asked and not stop.must_drop
     os.kill(os.getpid(), number)
     assert stop.asked
@@ -41,7 +40,7 @@ def asked(grace, number, tail):
     ],
 )
 def test_a_round_may_go_on_while_there_is_time(clock, grace, number, tail, until):
-    stop = asked(grace, number, tail)
+    stop = asked(clock, grace, number, tail)
     if until > 0:
         clock[0] = 1000 + until - 0.01
         assert not stop.must_drop
@@ -49,3 +48,13 @@ def test_a_round_may_go_on_while_there_is_time(clock, grace, number, tail, until
     assert stop.must_drop
     os.kill(os.getpid(), number)  # a second signal buys no time
     assert stop.must_drop
+
+
+def test_the_slowest_commit_so_far_is_what_a_round_needs_after_its_training(clock):
+    stop = Stop(100, clock=lambda: clock[0])
+    assert stop.tail is None
+    for took in (3, 7, 5):
+        stop.trained()
+        clock[0] += took
+        stop.committed()
+    assert stop.tail == 7

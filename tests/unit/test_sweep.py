@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hpcfed.app.sweep import Sweep
 from hpcfed.errors import UserError
-from hpcfed.sweep import Sweep
 from tests.support import ROOT
 
 GOLDEN = Path(__file__).parent / "golden" / "sweep.sbatch"

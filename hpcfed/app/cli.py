@@ -1,0 +1,292 @@
+"""The command line: parse, call, print."""
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpcfed.app.options import listing
+from hpcfed.app.plot import draw
+from hpcfed.cluster import launcher, rejoin
+from hpcfed.cluster.stop import INTERRUPTED, Stop
+from hpcfed.cluster.topology import connect_world, deepspeed_process, launched_rank, restarted
+from hpcfed.errors import UserError
+from hpcfed.rounds import preflight
+from hpcfed.settings.resolve import Resolved, describe, presets, resolve
+
+_EPILOG = """examples:
+  hpcfed run demo --ranks 4                         a first run, nothing to download
+  hpcfed run demo method=lora-fedavg --ranks 4      the same setting with another method
+  hpcfed run fibecfed task.name=trec --ranks 4      FibecFed on a task of the hub
+  hpcfed run fedpeptao task.name=trec --ranks 4     FedPepTAO: deep prompts
+  hpcfed run my.yaml local.lr=1e-3 seed=7           a configuration and two overrides
+  mpirun -n 8 hpcfed run my.yaml                    inside an MPI world that you start
+  srun --mpi=pmix hpcfed run my.yaml                the same under Slurm
+  hpcfed options layers                             what the options of layers mean
+  hpcfed config my.yaml local.lr=1e-3               what would run, and where each value is from
+  hpcfed plan my.yaml --nodes 2 --gpus 4            what it would take, before it takes it
+  hpcfed plot runs/*                                curves of their validation scores
+  hpcfed doctor --ranks 2                           whether this machine can
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `hpcfed`."""
+    parser = argparse.ArgumentParser(
+        prog="hpcfed",
+        description="Federated fine-tuning of large language models on HPC clusters.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser(
+        "run",
+        help="run a federation",
+        description="Run a federation. Inside an MPI world this process takes part in it; with "
+        "--ranks N it starts mpiexec on this machine; alone it is a world of one.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_source(run)
+    run.add_argument("--ranks", type=int, metavar="N", help="start N MPI ranks on this machine")
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where the run in the run directory was when it ended, if there is one; a job "
+        "that Slurm has requeued does so on its own",
+    )
+    run.add_argument(
+        "--live",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="draw a live bar (default: on a terminal)",
+    )
+    commands.add_parser(
+        "presets",
+        help="list the presets",
+        description="List the presets: methods, and a setting to try them in.",
+    )
+    option = commands.add_parser(
+        "options",
+        help="explain every option",
+        description="Every option with its default, what it means and what it takes; or only those "
+        "whose name contains one of the words, as in `hpcfed options layers server.control`.",
+    )
+    option.add_argument("words", nargs="*", default=[], metavar="WORD", help="part of a name")
+    config = commands.add_parser(
+        "config",
+        help="print the resolved configuration, and where each value comes from",
+        description="Print the resolved configuration as YAML, each line with where its value "
+        "comes from: a preset, a file, the command line, or the default. What an option means: "
+        "`hpcfed options`.",
+    )
+    _add_source(config)
+    plan = commands.add_parser(
+        "plan",
+        help="what a run would take: memory by ZeRO stage, bytes a round, who runs when",
+        description="What a run would take on so many GPUs. Needs the data and the model's "
+        "config.json and tokenizer, but loads no weights and no GPU.",
+    )
+    _add_source(plan)
+    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
+    plan.add_argument("--gpus", type=int, default=1, metavar="G", help="of a node; default: 1")
+    plan.add_argument(
+        "--memory", type=float, default=80.0, metavar="GB", help="of a GPU; default: 80"
+    )
+    plot = commands.add_parser(
+        "plot",
+        help="draw the validation scores of runs",
+        description="Draw the validation scores of runs, finished or not, over rounds, samples and "
+        "uploaded bytes. Runs that differ only in the seed are one curve, their mean, with a band "
+        "from the lowest to the highest. Needs matplotlib.",
+    )
+    plot.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="a run directory")
+    plot.add_argument(
+        "-o", "--output", type=Path, default=Path("curves.png"), metavar="FILE",
+        help="a .png, .pdf or .svg; default: curves.png",
+    )  # fmt: skip
+    doctor = commands.add_parser(
+        "doctor",
+        help="check what a run needs of the machine",
+        description="Check what a run needs of the machine: packages, MPI, launchers, devices, "
+        "ZeRO's operators, the run folder, a timed Allreduce. Start it as you would start a run: "
+        "with srun, mpirun, or --ranks N. Exit code 1 if something has to be mended.",
+    )
+    doctor.add_argument("--ranks", type=int, metavar="N", help="start N MPI ranks on this machine")
+    doctor.add_argument("--folder", default="runs", help="where runs will lie; default: runs")
+    return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="CONFIG-or-PRESET", help="a YAML file, or a preset")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="values that win over the file's; `hpcfed options` explains all",
+    )
+
+
+def main(arguments: Sequence[str] | None = None, listen: bool = True) -> int:
+    """Run the command line; returns the exit code: 2 for anything the user can mend.
+
+    listen: a run stops between two rounds when a signal asks it to; False under a scheduler of
+    Python functions, which has handlers of its own.
+    """
+    started = time.monotonic()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser()
+    options, rest = parser.parse_known_args(words)
+    no_overrides = options.command in ("presets", "options", "plot", "doctor")
+    if any(word.startswith("-") or no_overrides for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse stops collecting overrides at the first option
+        options.overrides = [*options.overrides, *rest]
+    try:
+        if options.command == "doctor":
+            return _examine(options)
+        if options.command == "presets":
+            width = max(map(len, presets()))
+            print("\n".join(f"{name:<{width}}  {text}" for name, text in presets().items()))
+            return 0
+        if options.command == "options":
+            print("\n".join(listing(options.words)))
+            return 0
+        if options.command == "plot":
+            draw(options.folders, options.output)
+            print(f"{options.output} shows {len(options.folders)} runs")
+            return 0
+        resolved = resolve(options.source, options.overrides)
+        if options.command == "config":
+            print(describe(resolved))
+            return 0
+        if options.command == "plan":
+            return _plan(resolved, options)
+        on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
+        live = on_terminal if options.live is None else options.live
+        if options.ranks is not None:
+            return _start(resolved, options, live)
+        process = deepspeed_process()
+        if process is not None:
+            quiet()
+            return rejoin.take_part(process, _words(options, live))
+    except UserError as error:
+        if launched_rank() == 0:  # all ranks find the same fault
+            print(f"hpcfed: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # a reader, as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return _take_part(resolved, options, live, started, listen)
+
+
+def _plan(resolved: Resolved, options: argparse.Namespace) -> int:
+    if options.nodes < 1 or options.gpus < 1:
+        raise UserError("--nodes and --gpus must be at least 1.")
+    quiet()
+    from hpcfed.app.plan import plan
+
+    for line in plan(resolved, options.nodes, options.gpus, options.memory):
+        print(line)
+    return 0
+
+
+def _examine(options: argparse.Namespace) -> int:
+    """The doctor, on this rank or on ranks of its own; exit code 1 if something is to be mended."""
+    if options.ranks is not None:
+        if options.ranks < 1:
+            raise UserError(f"--ranks is {options.ranks}; it must be at least 1.")
+        return launcher.start(options.ranks, ["doctor", f"--folder={options.folder}"])
+    quiet()
+    from hpcfed.cluster.doctor import examine
+
+    world = connect_world()
+    bad = False
+    for finding in examine(world, Path(options.folder)):
+        bad = bad or bool(finding.mend)
+        if world.rank == 0:
+            print(finding.line(), flush=True)
+    world.comm.Barrier()
+    return 1 if bad else 0
+
+
+def _start(resolved: Resolved, options: argparse.Namespace, live: bool) -> int:
+    """Check what can be checked without MPI, then start the ranks."""
+    if options.ranks < 1:
+        raise UserError(f"--ranks is {options.ranks}; it must be at least 1.")
+    resume = options.resume or restarted()
+    if not (resume and preflight.is_complete(resolved.config)):
+        preflight.check(resolved, options.ranks, resume)
+    return launcher.start(options.ranks, _words(options, live))
+
+
+def _words(options: argparse.Namespace, live: bool) -> list[str]:
+    """The command line of each rank."""
+    words = ["run", options.source, *options.overrides, "--live" if live else "--no-live"]
+    return [*words, "--resume"] if options.resume else words
+
+
+def _take_part(
+    resolved: Resolved, options: argparse.Namespace, live: bool, started: float, listen: bool
+) -> int:
+    """This process as one rank of the MPI world."""
+    stop = Stop(resolved.config.cluster.grace_seconds)
+    if listen:
+        stop.listen()
+    quiet()
+    try:
+        world = connect_world()
+    except UserError as error:
+        print(f"hpcfed: {error}", file=sys.stderr)
+        return 2
+    try:
+        resume = options.resume or restarted()
+        with world.agreement("looking for the run directory"):
+            complete = resume and preflight.is_complete(resolved.config)
+        if complete:
+            if world.rank == 0:
+                print(f"the run in {preflight.output_folder(resolved.config)}/ is complete")
+            return 0
+        with world.agreement("checking the configuration"):
+            checked = preflight.check(resolved, world.size, resume)
+        from hpcfed.rounds.federation import Federation
+        from hpcfed.rounds.progress import Progress
+
+        federation = Federation(checked, world, started, stop=stop)
+        summary = federation.run(Progress(speaks=world.rank == 0, live=live))
+        if summary is None:
+            world.comm.Barrier()
+            return INTERRUPTED
+        if world.rank == 0:
+            print(f"everything lies in {federation.run_directory.path}/")
+    except UserError as error:  # raised on all ranks alike
+        if world.rank == 0:
+            print(f"hpcfed: {error}", file=sys.stderr, flush=True)
+        world.comm.Barrier()
+        return 2
+    except BaseException:
+        # A rank that dies alone would leave the others waiting in a collective for ever.
+        if world.size > 1:
+            logging.getLogger("hpcfed").exception("rank %d failed; the job ends", world.rank)
+            sys.stderr.flush()
+            world.comm.Abort(1)
+        raise
+    return 0
+
+
+def quiet() -> None:
+    """Third-party chatter off, unless the user asked for it."""
+    # Deprecations between transformers, PEFT, DeepSpeed and torch; not ours, and not the user's.
+    for module in ("transformers", "torch.distributed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its sockets look up names in vain

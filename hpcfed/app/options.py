@@ -1,0 +1,57 @@
+"""`hpcfed options`: every option, with its default, what it takes, and what it means."""
+
+import dataclasses
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from hpcfed.errors import UserError
+from hpcfed.settings.config import Config
+from hpcfed.settings.resolve import TYPES, as_text, span
+
+WIDTH = 100
+
+
+def listing(words: list[str]) -> Iterator[str]:
+    """Lines on the options whose dotted names contain one of the words; on all if there is none.
+
+    Raises UserError if a word is in no name.
+    """
+    found = dict(_options(Config, ""))
+    for word in words:
+        if not any(word in name for name in found):
+            raise UserError(f"No option's name contains {word!r}; `hpcfed options` lists them all.")
+    for name, (default, takes, meaning) in found.items():
+        if words and not any(word in name for word in words):
+            continue
+        yield f"{name}={default}"
+        yield from textwrap.wrap(
+            f"{meaning} [{takes}]", WIDTH, initial_indent="    ", subsequent_indent="    "
+        )
+
+
+def _options(section: Any, prefix: str) -> Iterator[tuple[str, tuple[str, str, str]]]:
+    """Dotted name -> default, what it takes, what it means."""
+    hints = typing.get_type_hints(section)
+    for own in dataclasses.fields(section):
+        name = f"{prefix}{own.name}"
+        if dataclasses.is_dataclass(hints[own.name]):
+            yield from _options(hints[own.name], f"{name}.")
+        else:
+            bounds = span(own.metadata["bounds"])
+            takes = _takes(hints[own.name]) + (f", {bounds}" if bounds else "")
+            yield name, (as_text(own.default), takes, own.metadata["help"])
+
+
+def _takes(hint: Any) -> str:
+    """What a value may be, in words."""
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_takes(part) for part in typing.get_args(hint))
+    if origin is typing.Literal:
+        return " | ".join(map(str, typing.get_args(hint)))
+    if origin is tuple:
+        return "a list of names"
+    return TYPES.get(hint, "keys and values")

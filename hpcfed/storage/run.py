@@ -1,0 +1,283 @@
+"""The run directory: the only file that writes files.
+
+config.yaml        the resolved configuration, each value with its source
+run.json           model, labels, and for each life of the run: ranks, slots, versions of everything
+checkpoint/        the last committed round
+lock               held by the job that runs
+partition.json     clients x classes
+metrics.jsonl      one line per round
+selection.json     how the shared layers were chosen
+clients/           what clients keep: personal values, difficulties, and a history of their rounds
+adapter/           the shared adapter, as a PEFT folder
+predictions.json   the predicted class of each test row
+summary.json       the result
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from hpcfed.adapters.base import Adapted
+from hpcfed.data.batches import Ids
+from hpcfed.errors import UserError
+from hpcfed.rounds.evaluation import Evaluation
+from hpcfed.rounds.preflight import CONFIG, MANIFEST, METRICS, PARTITION, SUMMARY
+from hpcfed.settings.resolve import Resolved, describe
+from hpcfed.storage.files import (
+    Lock,
+    append_line,
+    sync_folder,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
+
+_PACKAGES = ("hpcfed", "torch", "deepspeed", "transformers", "peft", "mpi4py", "numpy")
+
+HISTORY = "history.jsonl"
+FORMAT = 1  # of the manifest
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The state after so many rounds: tensors by name, and what JSON can hold."""
+
+    rounds: int
+    tensors: dict[str, torch.Tensor]
+    content: dict[str, Any]
+
+
+class RunDirectory:
+    """Writes one run. `create` on rank 0 before training; the rest as the run goes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: Lock | None = None
+
+    def create(
+        self,
+        resolved: Resolved,
+        facts: dict[str, Any],
+        here: dict[str, Any],
+        partition: dict[str, Any],
+        start: "Commit",
+        job: str = "",
+    ) -> None:
+        """Write what is known before the first round, and lock the folder.
+
+        It appears under its name when it is complete: there is never half a run directory.
+        Raises UserError if another run took the name meanwhile.
+        """
+        final = self.path
+        self.path = final.with_name(f".{final.name}.{os.getpid()}.new")
+        self.path.mkdir(parents=True)
+        (self.path / CONFIG).write_text(describe(resolved) + "\n")
+        write_json(self.path / PARTITION, partition)
+        (self.path / METRICS).touch()
+        self.describe_life(facts, here)
+        self.commit(start)
+        self._lock = Lock(self.path / "lock", job)
+        try:
+            self.path.rename(final)
+        except OSError:
+            self._lock.release()
+            shutil.rmtree(self.path)
+            raise UserError(
+                f"The run directory {final} exists already; give another one with output=..., "
+                "or remove it."
+            ) from None
+        self.path = final
+        sync_folder(final.parent)
+
+    def reopen(self, job: str = "", patience: float = 0.0) -> "Commit":
+        """Lock the folder, remove what a life that ended early has left, return the last commit.
+
+        Raises UserError if another job uses it, or what the commit needs is missing.
+        """
+        self._lock = Lock(self.path / "lock", job, patience)
+        commit = self._read()
+        self._clean(commit)
+        return commit
+
+    def describe_life(self, facts: dict[str, Any], here: dict[str, Any]) -> None:
+        """What runs, and where each life of the run took place, the latest last."""
+        file = self.path / "run.json"
+        lives = json.loads(file.read_text())["lives"] if file.exists() else []
+        versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+        versions |= {"python": platform.python_version(), "platform": platform.platform()}
+        write_json(file, {**facts, "lives": [*lives, {**here, "versions": versions}]})
+
+    def record(self, line: dict[str, Any]) -> None:
+        """Append one round to metrics.jsonl; it counts when the round is committed."""
+        append_line(self.path / METRICS, line)
+
+    def commit(self, commit: "Commit") -> None:
+        """Make the state after a round the one that a resumed run goes on from."""
+        manifest = self.path / MANIFEST
+        folder = manifest.parent
+        folder.mkdir(exist_ok=True)
+        tensors = folder / f"round-{commit.rounds:05d}.safetensors"
+        write_tensors(tensors, commit.tensors)
+        content = {
+            "format": FORMAT,
+            "rounds": commit.rounds,
+            "tensors": tensors.name,
+            "metrics_bytes": (self.path / METRICS).stat().st_size,
+            **commit.content,
+        }
+        write_json(manifest, content)
+        for old in folder.glob("round-*"):
+            if old != tensors:
+                old.unlink()
+
+    def _read(self) -> "Commit":
+        """The last commit. Raises UserError if it is not there or not whole."""
+        manifest = self.path / MANIFEST
+        try:
+            content = json.loads(manifest.read_text())
+            if content["format"] != FORMAT:
+                raise ValueError(f"format {content['format']}, not {FORMAT}")
+            tensors = load_file(manifest.parent / content["tensors"])
+            for file in sorted(self._referred(content)):
+                if not file.is_file():
+                    raise FileNotFoundError(f"{file} is missing")
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise UserError(
+                f"{self.path} cannot be resumed ({type(error).__name__}: {error}); remove it, or "
+                "give another run directory with output=..."
+            ) from None
+        return Commit(content["rounds"], tensors, content)
+
+    def _referred(self, content: dict[str, Any]) -> set[Path]:
+        """The clients' files that a commit refers to."""
+        return {
+            self._state(kind, int(client), number)
+            for kind, maps in content["clients"].items()
+            for own in maps.values()
+            for client, number in own.items()
+        }
+
+    def _clean(self, commit: "Commit") -> None:
+        """Remove whatever came after the commit."""
+        with (self.path / METRICS).open("r+") as stream:
+            stream.truncate(commit.content["metrics_bytes"])
+        used = self._referred(commit.content)
+        for folder in (self.path / "clients").glob("*"):
+            for file in folder.iterdir():
+                if file.name == HISTORY:
+                    lines = file.read_text().splitlines()
+                    kept = [w for w in lines if _round(w) <= commit.rounds]
+                    if kept != lines:
+                        write_bytes(file, "".join(f"{w}\n" for w in kept).encode())
+                elif file not in used:
+                    file.unlink()
+        for file in self.path.rglob("*.tmp"):
+            file.unlink()
+
+    def save_state(
+        self, kind: str, client: int, round_number: int, tensors: dict[str, torch.Tensor]
+    ) -> None:
+        """What a client keeps after a round."""
+        target = self._state(kind, client, round_number)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(target, tensors)
+
+    def load_state(self, kind: str, client: int, round_number: int) -> dict[str, torch.Tensor]:
+        """What a client kept after a round."""
+        return load_file(self._state(kind, client, round_number))
+
+    def drop_state(self, kind: str, client: int, round_number: int) -> None:
+        """Remove a state that nothing refers to any more."""
+        self._state(kind, client, round_number).unlink(missing_ok=True)
+
+    def _state(self, kind: str, client: int, round_number: int) -> Path:
+        name = f"{kind}-{round_number:05d}.safetensors"
+        return self._client(client) / name
+
+    def _client(self, client: int) -> Path:
+        return self.path / "clients" / f"{client:06d}"
+
+    def note(self, client: int, line: dict[str, Any]) -> None:
+        """Append a round to a client's own history; by one rank of the slot that ran it."""
+        target = self._client(client) / HISTORY
+        target.parent.mkdir(parents=True, exist_ok=True)
+        append_line(target, line)
+
+    def save_selection(self, record: dict[str, Any]) -> None:
+        """How the shared layers were chosen."""
+        write_json(self.path / "selection.json", record)
+
+    def save_adapter(
+        self,
+        adapted: Adapted,
+        values: torch.Tensor,
+        fresh: dict[str, torch.Tensor],
+        labels: tuple[str, ...],
+        source: str,
+    ) -> None:
+        """The adapter as a folder that `PeftModel.from_pretrained` loads.
+
+        values: (layout.size,) fp32. fresh: frozen weights that the checkpoint lacked; without them
+        the adapter would be loaded over other random ones, so they are part of it.
+        """
+        final = self.path / "adapter"
+        folder = final.with_name("adapter.new")
+        for old in (folder, final):  # of a life that ended before the summary
+            if old.exists():
+                shutil.rmtree(old)
+        folder.mkdir()
+        tensors = adapted.saved(values)
+        tensors |= {adapted.prefix + name: value.float() for name, value in fresh.items()}
+        write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+        config = adapted.peft_config
+        whole = tuple(f"{name}." for name in config.modules_to_save)
+        parts = {name.rpartition(".")[0] for name in fresh if not name.startswith(whole)}
+        config.modules_to_save = sorted({*config.modules_to_save, *parts})
+        config.base_model_name_or_path = source
+        config.inference_mode = True
+        config.save_pretrained(folder)
+        write_json(folder / "labels.json", list(labels))
+        folder.rename(final)
+
+    def save_predictions(
+        self, labels: tuple[str, ...], truth: Ids, results: dict[str, Evaluation]
+    ) -> None:
+        """The predicted class of each test row, after the last round."""
+        rows = results["personal"].rows
+        write_json(
+            self.path / "predictions.json",
+            {
+                "labels": list(labels),
+                "row": rows.tolist(),
+                "label": truth[rows].tolist(),
+                **{name: result.predicted.tolist() for name, result in results.items()},
+            },
+            indent=None,
+        )
+
+    def save_summary(self, summary: dict[str, Any]) -> None:
+        """The result of the run; its presence says that the run is complete."""
+        write_json(self.path / SUMMARY, summary)
+
+    def close(self) -> None:
+        """Let another job in."""
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _round(line: str) -> float:
+    """The round of a line of history; a line that was cut off comes after every round."""
+    try:
+        return float(json.loads(line)["round"])
+    except (ValueError, KeyError):
+        return math.inf

@@ -1,0 +1,152 @@
+"""Cases: what is written into a ZeRO engine is there, survives steps, and leaks nowhere."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import torch
+
+from hpcfed import model
+from hpcfed.cluster.topology import Topology
+from hpcfed.data.batches import Tokens
+from hpcfed.data.wordings import Wording
+from hpcfed.engine.client import Client
+from hpcfed.objectives.heads import Classifier, Cloze, LabelWords
+from hpcfed.settings import deepspeed_config
+from hpcfed.settings.config import Config, Local
+from hpcfed.settings.resolve import resolve
+
+LABELS = ("a", "b", "c")  # an odd number: partitions of the head are uneven
+_WORDING = Wording(("{a}", "<mask>"), LABELS)
+HEADS = {
+    "classifier": Classifier(),
+    "cloze": Cloze(_WORDING, (150, 160, 170)),
+    "label_words": LabelWords(_WORDING, ((150,), (160, 161), (170, 150, 162))),
+}
+
+
+def check(topology: Topology, folder: Path, adapter: str, dtype: str, deepspeed: str) -> None:
+    """Everything, for one kind of engine; one client of all ranks of the slot."""
+    config = resolve(
+        "lora-fedavg",
+        [f"model.name={folder}", f"model.dtype={dtype}", f"deepspeed={deepspeed}",
+         "adapter.rank=3", f"adapter.kind={adapter}", "adapter.virtual_tokens=3",
+         f"cluster.ranks_per_client={topology.ranks_per_client}", "cluster.threads=1"],
+    ).config  # fmt: skip
+    check_values(config, topology)
+    check_leaks(config, topology)
+    check_corrections(config, topology)
+
+
+def build(config: Config, local: Local, topology: Topology) -> Client:
+    """A client with these local settings."""
+    settings = deepspeed_config.load(replace(config, local=local))
+    prepared = model.prepare(config, LABELS, 0, settings, HEADS[config.model.head])
+    return Client(prepared, local, settings, topology)
+
+
+def some_tokens(rows: int = 20, longest: int = 9) -> Tokens:
+    """Rows of random token ids, 3 to `longest` tokens long."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, longest + 1, rows)
+    ids = rng.integers(100, 500, lengths.sum()).astype(np.int32)
+    labels = rng.integers(0, len(LABELS), rows)
+    gaps = np.random.default_rng(1).integers(0, lengths)
+    return Tokens(ids, None, np.concatenate([[0], np.cumsum(lengths)]), labels, 0, gaps)
+
+
+def check_values(config: Config, topology: Topology) -> None:
+    """Written values read back exactly, before and after real steps with lr 0, and are the ones
+    that the forward pass uses."""
+    client = build(config, replace(config.local, lr=0.0, optimizer="adamw"), topology)
+    tokens = some_tokens()
+    batches = [np.arange(0, 8), np.arange(8, 16), np.arange(16, 17)]
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        vector = torch.randn(client.layout.size) * 0.1
+        client.load(vector)
+        assert torch.equal(client.read(), vector), "read after write"
+        check_working_copy(client, vector, config)
+        client.train(batches, tokens, 0)
+        assert torch.equal(client.read(), vector), "a step with lr 0 changed the values"
+        check_working_copy(client, vector, config)
+    client.close()
+
+
+def check_working_copy(client: Client, vector: torch.Tensor, config: Config) -> None:
+    """The parameters that forward uses equal the written values in the working type."""
+    dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+    parameters = [p for p in client.model.parameters() if p.requires_grad]
+    with deepspeed.zero.GatheredParameters(parameters):
+        total = sum(p.numel() for p in parameters)
+        found = torch.cat([p.detach().flatten().float() for p in parameters]).sort().values
+    assert total == client.layout.size
+    assert torch.equal(found, vector.to(dtype).float().sort().values), "the working copy is old"
+
+
+def check_leaks(config: Config, topology: Topology) -> None:
+    """A client's result is the same bits whoever was trained in the engine before it, also if that
+    one had frozen values; and those keep their bits."""
+    local = replace(config.local, lr=1e-2, optimizer="adamw", weight_decay=0.1)
+    client = build(config, local, topology)
+    tokens = some_tokens()
+    first, second = [np.arange(0, 8), np.arange(8, 13)], [np.arange(10, 18)] * 3
+    torch.manual_seed(3)
+    one, two = torch.randn(2, client.layout.size) * 0.1
+    client.load(one)
+    client.train(first, tokens, 0)
+    wanted = client.read()
+    assert not torch.equal(wanted, one), "training moved nothing"
+    trainable = torch.rand(client.layout.size) < 0.5
+    client.load(two, trainable)
+    client.train(second, tokens, 1)
+    found = client.read()
+    assert torch.equal(found[~trainable], two[~trainable]), "a frozen value moved"
+    assert (found != two)[trainable].float().mean() > 0.9
+    client.predict([np.arange(20)], tokens)
+    client.load(one)
+    client.train(first, tokens, 0)
+    assert torch.equal(client.read(), wanted), "an earlier client left a trace"
+    check_moments(client, two)
+    client.close()
+
+
+def check_corrections(config: Config, topology: Topology) -> None:
+    """A control variate c moves the written values by -lr c more, whatever the working type; and
+    SGD's momentum is kept like Adam's moments."""
+    local = replace(config.local, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=0.01)
+    client = build(config, local, topology)
+    tokens, batch = some_tokens(), [np.arange(0, 8)]
+    torch.manual_seed(4)
+    vector, control = torch.randn(2, client.layout.size) * 0.1
+    found = []
+    for own in (None, control):
+        client.load(vector, control=own)
+        client.train(batch, tokens, 0)  # the first step, in which momentum adds nothing
+        found.append(client.read())
+    assert torch.allclose(found[1] - found[0], -0.1 * control, atol=1e-6)
+    check_moments(client, vector)
+    client.close()
+
+
+def check_moments(client: Client, vector: torch.Tensor) -> None:
+    """A round cut in two, its moments kept in between while another client trains, ends with the
+    bits of the whole; without its moments it does not."""
+    tokens = some_tokens()
+    batches = [np.arange(0, 8), np.arange(8, 16), np.arange(16, 17)]
+    client.load(vector)
+    client.train([*batches, *batches], tokens, 0)
+    wanted = client.read()
+    client.load(vector)
+    client.train(batches, tokens, 0)
+    half = client.read()
+    moments = client.moments(len(batches))
+    client.load(vector * 2)
+    client.train(batches, tokens, 0)
+    client.load(half, moments=moments)
+    client.train(batches, tokens, 0)
+    assert torch.equal(client.read(), wanted), "moments were lost"
+    client.load(half)
+    client.train(batches, tokens, 0)
+    assert not torch.equal(client.read(), wanted)

@@ -1,0 +1,103 @@
+"""Case: clients that fail cost their own update, are named, and leave no trace in others."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hpcfed.adapters.layout import HEAD
+from hpcfed.cluster.collectives import MaskedSum
+from hpcfed.cluster.topology import Topology
+from hpcfed.rounds.federation import Federation
+from hpcfed.rounds.progress import Progress
+from tests.mpi.cases.runs import build, clear
+from tests.mpi.variants import overrides
+
+
+def check(topology: Topology, out: Path, data: Path) -> None:
+    """A healthy round, and the same round with two faulty clients."""
+    results = {}
+    for name in ("healthy", "faulty"):
+        clear(topology, out / name)
+        federation = build(
+            topology,
+            "lora-fedavg",
+            [*overrides(data, "accumulate", "zero2"), f"model.name={data}/bert-classifier",
+             "federation.rounds=1", "federation.clients=4", "federation.per_round=4",
+             f"output={out / name}"],
+        )  # fmt: skip
+        if name == "faulty":
+            spoil(federation)
+        updates = record(federation)
+        federation.run(Progress(speaks=False))
+        results[name] = (federation, updates)
+    healthy, faulty = results["healthy"], results["faulty"]
+    compare(faulty[0], healthy[1], faulty[1], out / "faulty")
+
+
+def spoil(federation: Federation) -> None:
+    """Client 0: its last row has a label that does not exist, which one rank meets, in some
+    micro-step. Client 2: the loss is not a number, from its second optimizer step on."""
+    federation.train_tokens.labels[federation.rows[0].train[-1]] = 99
+    forward = federation.client.forward
+    seen = []
+
+    def spoiled(rows, batch, tokens):
+        if np.isin(batch, federation.rows[2].train).all():
+            if not any(batch is other for other in seen):
+                seen.append(batch)
+            if len(seen) > 1 or len(federation.rows[2].train) <= 8:
+                head = [p for n, p in federation.client.model.named_parameters()
+                        if p.requires_grad and "classifier" in n]  # fmt: skip
+                head[0].data.fill_(float("nan"))
+        return forward(rows, batch, tokens)
+
+    federation.client.forward = spoiled
+
+
+def record(federation: Federation) -> dict[int, tuple[int, np.ndarray]]:
+    """client -> (weight, packed values) of every update that is added up."""
+    updates: dict[int, tuple[int, np.ndarray]] = {}
+    run = federation.local.run
+    current = []
+
+    def watched(client, *arguments):
+        current.append(client)
+        MaskedSum.add = add
+        return run(client, *arguments)
+
+    def add(self, values, weight, mask=None):
+        updates[current[-1]] = (weight, values.numpy().copy())
+        MaskedSum.add = original
+        return original(self, values, weight, mask)
+
+    original = MaskedSum.add
+    federation.local.run = watched
+    return updates
+
+
+def compare(federation: Federation, healthy: dict, faulty: dict, out: Path) -> None:
+    """The others' updates have the same bits, and the mean is theirs alone."""
+    comm = federation.topology.world.comm
+    everyone: dict[int, tuple[int, np.ndarray]] = {}
+    for part in comm.allgather(faulty):
+        everyone |= part
+    assert sorted(everyone) == [1, 3], sorted(everyone)
+    for client, (weight, values) in faulty.items():
+        assert weight == healthy[client][0]
+        assert np.array_equal(values, healthy[client][1]), f"client {client} has other bits"
+    total = sum(weight * values.astype(np.float64) for weight, values in everyone.values())
+    mean = (total / sum(weight for weight, _ in everyone.values())).astype(np.float32)
+    assert torch.equal(federation.shared, torch.from_numpy(mean))
+    assert federation.account.totals.failures == 2
+    values = federation.layout.count(federation.shared_blocks)
+    assert HEAD in federation.shared_blocks
+    assert federation.account.totals.up == 2 * values * 4
+    assert federation.account.totals.down == 4 * values * 4
+    if federation.topology.is_root:
+        line = json.loads((out / "metrics.jsonl").read_text())
+        assert sorted(line["failed"]) == ["0", "2"], line["failed"]
+        assert "Target 99 is out of bounds" in line["failed"]["0"], line["failed"]
+        assert "not finite" in line["failed"]["2"]
+        assert np.isfinite(line["train_loss"])

@@ -1,0 +1,294 @@
+"""Cases: a run that ends at any instant goes on from its last commit and ends with the same bits.
+
+All in one process: an exception strikes where a signal might, and a file that is being written is
+torn; what the exception leaves on disk is what a killed process would.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import hpcfed.rounds.federation
+from hpcfed.cluster.collectives import MaskedSum
+from hpcfed.cluster.topology import Topology
+from hpcfed.engine.client import Client
+from hpcfed.rounds.federation import Federation
+from hpcfed.rounds.preflight import MANIFEST, METRICS
+from hpcfed.rounds.progress import Progress
+from hpcfed.storage import commits
+from hpcfed.storage.run import RunDirectory
+from hpcfed.storage.states import ClientStates
+from tests.mpi.cases.runs import build, clear
+from tests.same import assert_same
+
+# What a run does, besides writing files, that a later life may find half done.
+EVENTS: dict[str, tuple[Any, str]] = {
+    "forward": (Client, "forward"),
+    "select": (hpcfed.rounds.federation, "select"),
+    "exchange": (MaskedSum, "mean"),
+    "commit": (RunDirectory, "commit"),
+    "sweep": (ClientStates, "sweep"),
+}
+TIMES = 2  # each kind of instant, at most, in rounds that differ
+
+
+class Struck(BaseException):
+    """The end of a life."""
+
+
+class Instants:
+    """Everything in a run that could be its last: patches what touches the disk, and the events.
+
+    strikes(kind): asked at each instant; True ends the life there.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        strikes: Callable[[str], bool],
+        notice: Callable[[str, Path, Path], None] = lambda what, path, target: None,
+    ) -> None:
+        """notice: told what has been done to which file, and where it is now."""
+        self._folder, self._strikes, self._notice = folder, strikes, notice
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Instants":
+        fsync = os.fsync
+
+        def syncing(descriptor: int) -> None:
+            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            if path.is_file() and self._here(path) and self._strikes(f"write {kind(path)}"):
+                with path.open("r+b") as stream:
+                    stream.truncate(self._torn(path))
+                raise Struck
+            fsync(descriptor)
+            self._notice("sync", path, path)
+
+        self._stack.enter_context(patch.object(os, "fsync", syncing))
+        for name in ("replace", "rename", "unlink"):
+            self._stack.enter_context(patch.object(Path, name, self._moving(name)))
+        for name, (holder, attribute) in EVENTS.items():
+            event = self._event(name, getattr(holder, attribute))
+            self._stack.enter_context(patch.object(holder, attribute, event))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _here(self, path: Path) -> bool:
+        return self._folder.parent in path.parents
+
+    def _torn(self, path: Path) -> int:
+        """In the middle of what is new: of the file, or of its last line."""
+        content = path.read_bytes()
+        if path.suffix == ".jsonl":
+            start = content[:-1].rfind(b"\n") + 1
+            return start + (len(content) - start) // 2
+        return len(content) // 2
+
+    def _moving(self, name: str) -> Any:
+        original = getattr(Path, name)
+
+        def moving(path: Path, *rest: Any, **options: Any) -> Any:
+            target = Path(rest[0]) if rest else path
+            inside = self._here(path.absolute())
+            if inside and self._strikes(f"before {name} {kind(target)}"):
+                raise Struck
+            result = original(path, *rest, **options)
+            self._notice(name, path.absolute(), target.absolute())
+            if inside and self._strikes(f"after {name} {kind(target)}"):
+                raise Struck
+            return result
+
+        return moving
+
+    def _event(self, name: str, original: Any) -> Any:
+        def event(*arguments: Any, **options: Any) -> Any:
+            if self._strikes(name):
+                raise Struck
+            return original(*arguments, **options)
+
+        return event
+
+
+def kind(path: Path) -> str:
+    """A file's name, without client, round and process."""
+    return re.sub(r"\d+", "N", path.name)
+
+
+def life(
+    topology: Topology, preset: str, words: list[str], instants: Instants, resume: bool = True,
+    begun: Callable[[Federation], None] = lambda federation: None,
+) -> bool:  # fmt: skip
+    """One life of a run; whether it came to its end."""
+    federation = None
+    try:
+        with instants:
+            federation = build(topology, preset, words, resume)
+            begun(federation)
+            federation.run(Progress(speaks=False))
+        return True
+    except Struck:
+        if federation is not None:
+            federation.run_directory.close()
+            federation.client.close()
+        return False
+    finally:
+        federation = None
+        gc.collect()  # the lock goes with what held it
+
+
+def state(federation: Federation) -> str:
+    """A digest of all that a commit holds, but for seconds, and of what clients keep."""
+    commit = commits.collect(federation, federation.rounds_done)
+    content = {k: v for k, v in commit.content.items() if k != "seconds"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    tensors = dict(commit.tensors)
+    for kept, states in commits.client_states(federation).items():
+        for client in states.current:
+            loaded = states.load(client)
+            assert loaded is not None
+            tensors |= {f"{kept} {client} {name}": value for name, value in loaded.items()}
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def whole(
+    topology: Topology, preset: str, words: list[str], out: Path,
+    notice: Callable[[str, Path, Path], None] = lambda what, path, target: None,
+) -> dict[int, str]:  # fmt: skip
+    """An undisturbed run: what was committed, by rounds."""
+    clear(topology, out)
+    committed: dict[int, str] = {}
+
+    def begun(federation: Federation) -> None:
+        committed[0] = state(federation)
+        commit = federation._commit
+
+        def noting(rounds: int, line: dict[str, Any]) -> None:
+            commit(rounds, line)
+            committed[rounds] = state(federation)
+
+        federation._commit = noting  # type: ignore[method-assign]
+
+    instants = Instants(out, lambda name: False, notice)
+    assert life(topology, preset, [*words, f"output={out}"], instants, False, begun)
+    return committed
+
+
+def check(
+    topology: Topology, preset: str, words: list[str], folder: Path, only: list[str] | None = None
+) -> dict[str, int]:
+    """A run that is struck at each kind of instant, in up to TIMES different rounds: after each
+    strike it is where the undisturbed run was after as many rounds, and in the end it has the same
+    bits. Returns how often each kind of instant has struck."""
+    committed = whole(topology, preset, words, folder / "whole")
+    out = folder / "struck"
+    clear(topology, out)
+    struck: Counter[str] = Counter()
+    rounds: dict[str, int] = {}  # in which each kind struck last
+    last = ""  # in this life
+    now = 0
+
+    def strikes(name: str) -> bool:
+        nonlocal last
+        if last or struck[name] >= TIMES or rounds.get(name) == now or (only and name not in only):
+            return False
+        last = name
+        struck[name] += 1
+        rounds[name] = now
+        return True
+
+    def begun(federation: Federation) -> None:
+        nonlocal now
+        now = federation.rounds_done
+        assert state(federation) == committed[now], (
+            f"after {now} rounds and a strike at {previous!r}: not what was committed"
+        )
+
+    ended = False
+    while not ended:
+        previous, last = last, ""
+        ended = life(
+            topology, preset, [*words, f"output={out}"], Instants(out, strikes), True, begun
+        )
+        assert ended == (not last), f"{last!r} was swallowed"
+        for stray in folder.glob(".struck.*.new"):  # a run directory that never came to be
+            shutil.rmtree(stray)
+    assert_same(folder / "whole", out)
+    return dict(struck)
+
+
+def check_order(topology: Topology, preset: str, words: list[str], folder: Path) -> int:
+    """What must outlive a loss of power is on disk in time. Returns how many commits were seen."""
+    order = Order()
+    whole(topology, preset, words, folder / "ordered", order.notice)
+    return order.commits
+
+
+class Order:
+    """A file's content is forced to disk before it gets its name; all that a manifest refers to,
+    contents and names, before the manifest is there; and nothing is removed that the last manifest
+    on disk refers to. The adapter is on disk before the summary says that the run is complete."""
+
+    def __init__(self) -> None:
+        self.commits = 0
+        self._contents: set[Path] = set()  # files whose content is on disk
+        self._names: set[Path] = set()  # files and folders whose name is
+        self._needed: set[Path] = set()
+        self._last = ("", Path())
+
+    def notice(self, what: str, path: Path, target: Path) -> None:
+        """Something has been done."""
+        if what == "sync" and path.is_dir():
+            self._names |= set(path.iterdir())
+        elif what == "sync":
+            self._contents.add(path)
+        elif what == "replace":
+            assert self._last == ("sync", path), f"{target} got its name before it was on disk"
+            self._contents.add(target)
+            self._names.discard(target)
+            if target.name == Path(MANIFEST).name:
+                self._committed(target)
+            if target.name == "summary.json":
+                self._there(list((target.parent / "adapter").iterdir()), target.parent)
+        elif what == "rename" and target.is_dir():
+            for known in (self._contents, self._names):
+                moved = {target / own.relative_to(path) for own in known if path in own.parents}
+                known |= moved
+        elif what == "unlink":
+            assert path not in self._needed, f"{path} is removed, and the last commit needs it"
+        self._last = (what, path)
+
+    def _committed(self, manifest: Path) -> None:
+        run = manifest.parent.parent
+        content = json.loads(manifest.read_text())
+        files = [manifest.parent / content["tensors"], run / METRICS]
+        for kept, maps in content["clients"].items():
+            for own in maps.values():
+                files += [
+                    run / "clients" / f"{int(k):06d}" / f"{kept}-{number:05d}.safetensors"
+                    for k, number in own.items()
+                ]
+        if content["rounds"]:  # the first commit is part of a folder that has no name yet
+            self._there(files, run)
+            self.commits += 1
+        self._needed = set(files)
+
+    def _there(self, files: list[Path], run: Path) -> None:
+        for file in files:
+            assert file in self._contents, f"the content of {file} is not on disk"
+            while file != run:
+                assert file in self._names, f"the name of {file} is not on disk"
+                file = file.parent

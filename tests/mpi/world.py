@@ -1,0 +1,59 @@
+"""Program: a rank of an MPI world that runs what it is told, one case after the other.
+
+usage: world.py SOCKET RANKS_PER_CLIENT     started by tests.worlds
+
+Each rank waits on a connection of its own, so an idle world takes no time from others.
+"""
+
+import faulthandler
+import gc
+import importlib
+import os
+import signal
+import sys
+import traceback
+from multiprocessing.connection import Client
+
+from hpcfed.app.cli import quiet
+
+# What a first case would import.
+LATER = (
+    "peft", "hpcfed.rounds.federation", "transformers.models.bert.modeling_bert",
+    "tests.mpi.cases.engine", "tests.mpi.cases.runs",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Serve until told to end."""
+    quiet()
+    address, ranks_per_client = sys.argv[1:]
+    # What hangs is asked where, before it is killed.
+    faulthandler.register(signal.SIGQUIT, all_threads=True)
+    from hpcfed.cluster.topology import connect_slots, connect_world
+    from hpcfed.settings.config import Cluster
+
+    world = connect_world()
+    topology = connect_slots(world, Cluster(ranks_per_client=int(ranks_per_client), threads=1))
+    for name in LATER:
+        importlib.import_module(name)
+    # DeepSpeed collects garbage whenever it makes a ZeRO-3 engine; among all that has been imported
+    # that would take longer than the engine.
+    gc.collect()
+    gc.freeze()
+    with Client(address, family="AF_UNIX") as line:
+        line.send((world.rank, os.getpid()))
+        while (request := line.recv()) is not None:
+            name, arguments = request
+            module, _, function = name.partition(":")
+            try:
+                case = getattr(importlib.import_module(module), function)
+                reply = (True, case(topology, **arguments))
+            except BaseException:
+                reply = (False, traceback.format_exc())
+            sys.stdout.flush()
+            line.send(reply)
+    world.comm.Barrier()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Persistent MPI worlds: real mpiexec, started once for each shape, that take cases one by one.
+
+    worlds.call((2, 1), "tests.mpi.cases.engine:check", folder=..., ...)
+
+runs `check(topology, folder=...)` on all ranks of a world of 2 slots of 1 rank, and returns what
+each rank returned. Starting a world takes longer than most cases. A world in which a case failed,
+or did not end, is killed and replaced, and the case runs again, alone in the new world, before it
+is called a failure; if it then passes, a warning says what had run before. HPCFED_FRESH_WORLDS=1
+gives every case a world of its own, so that state that leaks from case to case cannot hide.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Listener, wait
+from pathlib import Path
+from typing import Any
+
+from hpcfed.cluster import launcher
+
+ROOT = Path(__file__).resolve().parent.parent
+
+Shape = tuple[int, int]  # slots, ranks per client
+
+START_SECONDS = 180.0
+CASE_SECONDS = 240.0  # a case that takes longer hangs
+AFTER_FAILURE = 10.0  # what other ranks get, once one has failed, to fail too or to end
+
+
+class WorldError(Exception):
+    """A case failed on some rank, or did not end."""
+
+
+class World:
+    """One running world."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.cases: list[str] = []
+        slots, ranks_per_client = shape
+        self._ranks = slots * ranks_per_client
+        self._folder = Path(tempfile.mkdtemp(prefix="world-"))
+        self._lines: list[Connection | None] = [None] * self._ranks
+        self._pids = [0] * self._ranks
+        self._log = self._folder / "output"
+        program = str(ROOT / "tests" / "mpi" / "world.py")
+        address = str(self._folder / "socket")
+        words, extra = launcher.command(
+            launcher.find_mpiexec(),
+            self._ranks,
+            [sys.executable, program, address, str(ranks_per_client)],
+        )
+        with Listener(address, family="AF_UNIX", backlog=self._ranks) as listener:
+            with self._log.open("w") as log:
+                self._process = subprocess.Popen(
+                    words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    env={**os.environ, **extra, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                    start_new_session=True,
+                )  # fmt: skip
+            until = time.monotonic() + START_SECONDS
+            inner = listener._listener._socket  # type: ignore[attr-defined]
+            for _ in range(self._ranks):
+                while True:
+                    if self._process.poll() is not None or time.monotonic() > until:
+                        self.kill()
+                        raise WorldError(f"the world {shape} did not start:\n{self.output()}")
+                    inner.settimeout(1.0)
+                    with contextlib.suppress(TimeoutError):
+                        line = listener.accept()
+                        break
+                rank, self._pids[rank] = line.recv()
+                self._lines[rank] = line
+
+    def call(self, name: str, seconds: float, arguments: dict[str, Any]) -> list[Any]:
+        """What each rank returned. Raises WorldError; the world is of no further use then."""
+        began = self._log.stat().st_size
+        self.cases.append(name)
+        lines = {line: rank for rank, line in enumerate(self._lines) if line is not None}
+        for line in lines:
+            line.send((name, arguments))
+        replies: dict[int, tuple[bool, Any]] = {}
+        until = time.monotonic() + seconds
+        while len(replies) < self._ranks:
+            ready = wait(
+                [own for own in lines if lines[own] not in replies],
+                max(0.0, until - time.monotonic()),
+            )
+            if not ready:
+                break
+            for line in ready:
+                assert isinstance(line, Connection)
+                try:
+                    replies[lines[line]] = line.recv()
+                except (EOFError, OSError):
+                    replies[lines[line]] = (False, "the rank has died")
+                if not replies[lines[line]][0]:
+                    until = min(until, time.monotonic() + AFTER_FAILURE)
+        silent = [rank for rank in range(self._ranks) if rank not in replies]
+        failed = {rank: text for rank, (well, text) in sorted(replies.items()) if not well}
+        if not silent and not failed:
+            return [replies[rank][1] for rank in range(self._ranks)]
+        for rank in silent:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pids[rank], signal.SIGQUIT)
+        time.sleep(0.5 if silent else 0.0)
+        told = "\n".join(f"rank {rank}: {text}" for rank, text in failed.items())
+        stuck = f"ranks {silent} did not end\n" if silent else ""
+        with self._log.open(errors="replace") as log:
+            log.seek(began)
+            raise WorldError(f"{name} {arguments}\n{stuck}{told}\n{log.read()[-6000:]}")
+
+    def output(self) -> str:
+        """The end of what its ranks have printed."""
+        return self._log.read_text(errors="replace")[-6000:]
+
+    def close(self) -> None:
+        """End it in good order."""
+        with contextlib.suppress(OSError):
+            for line in self._lines:
+                assert line is not None
+                line.send(None)
+            self._process.wait(20)
+        self.kill()
+
+    def kill(self) -> None:
+        """End it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        for pid in filter(None, self._pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+        for line in self._lines:
+            if line is not None:
+                line.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class Worlds:
+    """Worlds by shape, one at a time: that of another shape is closed when one is asked for."""
+
+    def __init__(self, lock: Path, make: Callable[[Shape], World] = World) -> None:
+        """lock: a file; of all processes that were given it, one at a time runs a world of several
+        ranks, since more would only wait for each other's cores."""
+        self._make = make
+        self._lock = lock
+        self._open: dict[Shape, World] = {}
+        self._fresh = os.environ.get("HPCFED_FRESH_WORLDS", "") not in ("", "0")
+
+    def call(
+        self, shape: Shape, name: str, seconds: float = CASE_SECONDS, **arguments: Any
+    ) -> list[Any]:
+        """Run module:function(topology, **arguments) on every rank; what each returned."""
+        with self._lock.open("w") as lock:
+            if shape != (1, 1):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            return self._call(shape, name, seconds, arguments)
+
+    def _call(
+        self, shape: Shape, name: str, seconds: float, arguments: dict[str, Any]
+    ) -> list[Any]:
+        world = self._get(shape)
+        before = list(world.cases)
+        try:
+            return world.call(name, seconds, arguments)
+        except WorldError as first:
+            self._drop(shape)
+            if not before:
+                raise
+            problem = first
+        try:
+            result = self._get(shape).call(name, seconds, arguments)
+        except WorldError:
+            self._drop(shape)
+            raise
+        warnings.warn(
+            f"passed only alone in a fresh world; before it came {before}:\n{problem}", stacklevel=2
+        )
+        return result
+
+    def _get(self, shape: Shape) -> World:
+        if shape not in self._open or self._fresh:
+            self.close()
+            self._open[shape] = self._make(shape)
+        return self._open[shape]
+
+    def _drop(self, shape: Shape) -> None:
+        self._open.pop(shape).kill()
+
+    def close(self) -> None:
+        """End what is open."""
+        for world in self._open.values():
+            world.close()
+        self._open.clear()
