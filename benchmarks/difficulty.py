@@ -26,6 +26,7 @@ from hpcfed.rng import derive, generator
 from hpcfed.rounds import preflight
 from hpcfed.rounds.federation import Federation
 from hpcfed.rounds.progress import Progress
+from hpcfed.rounds.setup import set_up
 from hpcfed.settings.resolve import resolve
 
 MOMENTS = (0, 1, 2, 4, 8, 16)  # rounds done before scoring
@@ -42,37 +43,39 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         resolved = resolve("lora-fedavg", [*COMMON, f"output={folder}/run", *sys.argv[1:]])
         world = connect_world()
-        federation = Federation(preflight.check(resolved, world.size), world, time.monotonic())
-        tokens = federation.train_tokens
-        train = [own.train for own in federation.rows]
+        federation = Federation(
+            set_up(preflight.check(resolved, world.size), world, time.monotonic())
+        )
+        tokens = federation.setup.train_tokens
+        train = [own.train for own in federation.setup.rows]
         orders: dict[str, dict[int, Floats]] = {"fisher": {}, "in training": {}, "loss": {}}
-        for number in range(max(federation.config.federation.rounds, 1 + max(MOMENTS))):
+        for number in range(max(federation.setup.config.federation.rounds, 1 + max(MOMENTS))):
             if number in MOMENTS:
                 orders["fisher"][number], orders["loss"][number] = score(federation)
                 orders["in training"][number] = in_training(federation)
-            federation.round(number, Progress(speaks=False))
+            federation.round(Progress(speaks=False))
         _, final = score(federation)
         fixed = {kind: np.zeros(len(tokens)) for kind in ("length", "rarity", "random")}
         for rows in train:
             for kind in ("length", "rarity"):
                 fixed[kind][rows] = text_difficulty(kind, rows, tokens)
             fixed["random"][rows] = generator(0, "order").random(len(rows))
-        name = federation.config.task.name
+        name = federation.setup.config.task.name
         print(f"{name}: rank correlation with the final loss, within clients (over all rows)")
         print("rounds before  " + "".join(f"{n:>16}" for n in MOMENTS))
         for kind, found in orders.items():
             print(f"{kind:<15}" + "".join(f"{both(found[n], final, train):>16}" for n in MOMENTS))
         for kind, scores in fixed.items():
             print(f"{kind:<15}" + f"{both(scores, final, train):>16}" * len(MOMENTS))
-        federation.client.close()
+        federation.setup.client.close()
 
 
 def score(federation: Federation) -> tuple[Floats, Floats]:
     """(rows,) Fisher trace and loss of every training row at the shared values."""
-    client, tokens = federation.client, federation.train_tokens
+    client, tokens = federation.setup.client, federation.setup.train_tokens
     fisher, losses = np.zeros(len(tokens)), np.zeros(len(tokens))
-    client.load(federation.vector(None))
-    for k, own in enumerate(federation.rows):
+    client.load(federation.state.values)
+    for k, own in enumerate(federation.setup.rows):
         batches = form_batches(own.train, tokens.lengths, 8, generator(0, "batches", k))
         fisher += fisher_traces(client, batches, tokens)
         losses += client.predict(batches, tokens)[1]
@@ -81,11 +84,11 @@ def score(federation: Federation) -> tuple[Floats, Floats]:
 
 def in_training(federation: Federation) -> Floats:
     """(rows,) Fisher trace of every training row while its client trains for an epoch."""
-    client, tokens = federation.client, federation.train_tokens
+    client, tokens = federation.setup.client, federation.setup.train_tokens
     fisher = np.zeros(len(tokens))
-    for k, own in enumerate(federation.rows):
+    for k, own in enumerate(federation.setup.rows):
         batches = form_batches(own.train, tokens.lengths, 8, generator(0, "batches", k))
-        client.load(federation.vector(None))
+        client.load(federation.state.values)
         fisher += client.train(batches, tokens, derive(0, "dropout", k), observe=True).fisher
     return fisher
 

@@ -21,6 +21,7 @@ from hpcfed.rounds import preflight
 from hpcfed.rounds.federation import Federation
 from hpcfed.rounds.progress import Progress
 from hpcfed.rounds.selection import select
+from hpcfed.rounds.setup import set_up
 from hpcfed.settings.resolve import resolve
 
 COMMON = [
@@ -40,27 +41,27 @@ def main() -> None:
         with TemporaryDirectory() as folder:
             words = [*COMMON, f"task.name={task}", f"output={folder}/run", *sys.argv[1:]]
             checked = preflight.check(resolve("lora-fedavg", words), world.size)
-            federation = Federation(checked, world, time.monotonic(), topology)
-            for number in range(WARMUP):
-                federation.round(number, Progress(speaks=False))
+            federation = Federation(set_up(checked, world, time.monotonic(), topology))
+            for _ in range(WARMUP):
+                federation.round(Progress(speaks=False))
             for seed in (1, 2, 3):
                 ask(federation, task, "eigengap", seed)
             for seed in (1, 2, 3):
                 ask(federation, task, "plateau", seed)
-            federation.client.close()
+            federation.setup.client.close()
 
 
 def ask(federation: Federation, task: str, rule: Literal["eigengap", "plateau"], seed: int) -> None:
     """One line: the number of layers that a probe seed comes to."""
-    config = federation.config
+    config = federation.setup.config
     began = time.monotonic()
     found = select(
         replace(config, seed=seed, layers=replace(config.layers, rule=rule)),
-        federation.client,
-        federation.rows,
-        federation.train_tokens,
-        federation.prepared.initial,
-        federation.vector(None),
+        federation.setup.client,
+        federation.setup.rows,
+        federation.setup.train_tokens,
+        federation.setup.prepared.initial,
+        federation.state.values,
     )
     shares = [own["share"] for own in found.record["spectra"].values()]
     gaps = [f"{share:.2f}" for share in shares if share is not None]

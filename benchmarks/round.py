@@ -25,9 +25,9 @@ from hpcfed.cluster.collectives import MaskedSum
 from hpcfed.cluster.topology import connect_world
 from hpcfed.data.batches import Ids
 from hpcfed.engine.client import Client
+from hpcfed.objectives.heads import Classifier
 from hpcfed.policies.sampling import sample
-from hpcfed.rounds import federation as federation_module
-from hpcfed.rounds import preflight
+from hpcfed.rounds import preflight, setup
 from hpcfed.rounds.federation import Federation
 from hpcfed.rounds.progress import Progress
 from hpcfed.settings.resolve import resolve
@@ -60,10 +60,10 @@ def main() -> None:
     began = time.monotonic()
     quiet()
     clock = Clock()
-    clock.wrap(federation_module, "connect_slots", "torch.distributed and DeepSpeed's import")
-    clock.wrap(federation_module, "tokenize", "tokenize")
+    clock.wrap(setup, "connect_slots", "torch.distributed and DeepSpeed's import")
+    clock.wrap(Classifier, "encode", "tokenize")
     clock.wrap(model, "prepare", "load the model")
-    clock.wrap(federation_module, "Client", "DeepSpeed engine")
+    clock.wrap(setup, "Client", "DeepSpeed engine")
     with TemporaryDirectory() as folder:
         resolved = resolve(
             "lora-fedavg",
@@ -74,7 +74,7 @@ def main() -> None:
         world = connect_world()
         clock.seconds["MPI"] = time.monotonic() - imported
         checked = preflight.check(resolved, world.size)
-        federation = Federation(checked, world, began)
+        federation = Federation(setup.set_up(checked, world, began))
         startup = dict(clock.seconds)
         plain = Plain(federation)
         parts = Clock()
@@ -83,16 +83,16 @@ def main() -> None:
         parts.wrap(MaskedSum, "add", "add to the sum")
         parts.wrap(MaskedSum, "mean", "exchange")
         silent = Progress(speaks=False)
-        federation.round(0, silent)
+        federation.round(silent)
         plain.round(0)
         parts.seconds.clear()
         ours, reference = [], []
         for number in range(1, ROUNDS + 1):
-            ours.append(_seconds(federation.round, number, silent))
+            ours.append(_seconds(federation.round, silent))
             reference.append(_seconds(plain.round, number))
         report(ours, reference, parts, federation)
-        print(f"\nstart-up to the first round: {federation.init_seconds:.1f} s")
-        startup["imports and the rest"] = federation.init_seconds - sum(startup.values())
+        print(f"\nstart-up to the first round: {federation.setup.init_seconds:.1f} s")
+        startup["imports and the rest"] = federation.setup.init_seconds - sum(startup.values())
         for name, value in sorted(startup.items(), key=lambda item: -item[1]):
             print(f"  {name:<42} {value:6.2f} s")
 
@@ -100,9 +100,9 @@ def main() -> None:
 def report(ours: list[float], reference: list[float], parts: Clock, federation: Federation) -> None:
     """The ratio, and where the difference goes."""
     took, base = statistics.median(ours), statistics.median(reference)
-    steps = federation.account.totals.steps / (ROUNDS + 1)
+    steps = federation.state.totals.steps / (ROUNDS + 1)
     print(
-        f"{federation.config.deepspeed}, {steps:.0f} steps a round\n"
+        f"{federation.setup.config.deepspeed}, {steps:.0f} steps a round\n"
         f"round {took:.3f} s, plain loop {base:.3f} s, ratio {took / base:.3f}"
     )
     extra = (sum(ours) - sum(reference)) / ROUNDS
@@ -122,26 +122,28 @@ class Plain:
     """The reference: local training of a round's clients in plain PyTorch."""
 
     def __init__(self, federation: Federation) -> None:
-        self.federation = federation
-        prepared = model.prepare(
-            federation.config, federation.task.labels, federation.train_tokens.pad_id, {}
-        )
-        self.network = prepared.adapted.network.to(federation.topology.device).train()
+        self.federation, self.setup = federation, federation.setup
+        config, task = self.setup.config, self.setup.task
+        prepared = model.prepare(config, task.labels, self.setup.train_tokens.pad_id, {})
+        self.network = prepared.adapted.network.to(self.setup.topology.device).train()
         self.parameters = prepared.adapted.parameters
 
     def round(self, number: int) -> None:
         """Train every sampled client, one after the other."""
-        config = self.federation.config
+        config = self.setup.config
         spec = config.federation
         for client in sample(config.seed, number, spec.clients, spec.per_round):
             self.train(self.federation.local.epochs(client, number))
 
     def train(self, batches: list[Ids]) -> None:
         """One optimizer step per batch."""
-        local = self.federation.config.local
+        local = self.setup.config.local
         optimizer = torch.optim.AdamW(self.parameters, lr=local.lr, weight_decay=local.weight_decay)
         for batch in batches:
-            tokens, device = self.federation.train_tokens, self.federation.topology.device
+            tokens, device = (
+                self.federation.setup.train_tokens,
+                self.federation.setup.topology.device,
+            )
             labels = torch.from_numpy(tokens.labels[batch]).to(device)
             loss = nn.functional.cross_entropy(
                 self.network(**tokens.collate(batch, device)), labels

@@ -256,14 +256,15 @@ def _take_part(
             checked = preflight.check(resolved, world.size, resume)
         from hpcfed.rounds.federation import Federation
         from hpcfed.rounds.progress import Progress
+        from hpcfed.rounds.setup import set_up
 
-        federation = Federation(checked, world, started, stop=stop)
+        federation = Federation(set_up(checked, world, started, stop=stop))
         summary = federation.run(Progress(speaks=world.rank == 0, live=live))
         if summary is None:
             world.comm.Barrier()
             return INTERRUPTED
         if world.rank == 0:
-            print(f"everything lies in {federation.run_directory.path}/")
+            print(f"everything lies in {checked.output}/")
     except UserError as error:  # raised on all ranks alike
         if world.rank == 0:
             print(f"hpcfed: {error}", file=sys.stderr, flush=True)

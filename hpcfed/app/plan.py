@@ -211,7 +211,7 @@ def _traffic_lines(config: Config, adapted: Adapted, slots: int) -> Iterator[str
         how = f"{number} of {len(layout.layers)} layers and the head are shared"
     sampled = config.federation.per_round
     # From each slot sums of the values and of what the server's step needs; back, their means.
-    vectors = 1 + server.Optimizer(config, config.federation.clients, 1).extras
+    vectors = server.vectors(config)
     width = 8 if config.collective.wire == "float64" else 4
     wire = 0 if slots == 1 else shared / FP32_BYTES * vectors * (width * slots + FP32_BYTES)
     yield (

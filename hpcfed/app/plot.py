@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from hpcfed.errors import UserError
-from hpcfed.rounds.preflight import CONFIG, METRICS
 from hpcfed.settings.resolve import leaves
+from hpcfed.storage.paths import CONFIG, METRICS
 
 # Two runs that differ only in these are two samples of the same thing.
 _SAME = ("seed", "output", "cluster.", "deepspeed")

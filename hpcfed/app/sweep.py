@@ -22,9 +22,10 @@ from typing import Any
 
 from hpcfed.cluster import launcher
 from hpcfed.errors import UserError
-from hpcfed.rounds.preflight import MANIFEST, SUMMARY, check_options
+from hpcfed.rounds.preflight import check_options
 from hpcfed.settings.resolve import as_text, read_file, resolve
 from hpcfed.storage.files import write_json
+from hpcfed.storage.paths import MANIFEST, SUMMARY
 
 EXECUTORS = ("slurm", "local", "debug")
 POLL_SECONDS = 2.0

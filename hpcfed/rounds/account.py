@@ -1,34 +1,14 @@
-"""What a run costs: the round's line in metrics.jsonl, and the totals of summary.json."""
+"""What a run costs: the round's record in metrics.jsonl, and the totals of summary.json."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from hpcfed.adapters.layout import HEAD, AdapterLayout
+from hpcfed.round import Round
+from hpcfed.rounds.tally import Tally
+from hpcfed.state import RunState
 
 FP32_BYTES = 4
-
-# Of each sampled client, on the same wire as the values.
-STATS = ("loss_sum", "samples", "steps", "failed", "scored", "density")
-FAILED = STATS.index("failed")
-
-PHASES = ("select", "score", "train", "exchange", "evaluate")
-
-
-@dataclass
-class Totals:
-    """The names are those of summary.json."""
-
-    samples: int = 0
-    scored: int = 0
-    steps: int = 0
-    updates: int = 0
-    failures: int = 0
-    up: int = 0
-    down: int = 0
-    wire: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,7 +19,6 @@ class Traffic:
     newcomers: clients that also get `personal`, what the warm-up made of layers that stay home.
     """
 
-    shared_blocks: tuple[str, ...]
     vectors: int
     newcomers: int
     personal: int
@@ -47,43 +26,44 @@ class Traffic:
 
 
 class Account:
-    """Adds up rounds. All of it is the same on every rank, but for seconds."""
+    """Adds up rounds, in the run's state."""
 
-    def __init__(self, layout: AdapterLayout) -> None:
+    def __init__(self, layout: AdapterLayout, state: RunState) -> None:
         self._layout = layout
-        self.totals = Totals()
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-        # Sample passes and seconds of selecting and scoring, which the next round's line carries.
-        self.charged = 0
-        self.pending: dict[str, float] = {}
+        self._totals, self._seconds = state.totals, state.seconds.phases
+        # Sample passes and seconds of selecting and scoring, which the next round's record carries.
+        self._passes = 0
+        self._pending: dict[str, float] = {}
 
-    def line(
+    def before_the_round(self, passes: int, **seconds: float) -> None:
+        """What choosing layers, or scoring everyone, has cost."""
+        self._passes += passes
+        self._pending |= seconds
+
+    def record(
         self,
-        number: int,
-        sampled: list[int],
+        now: Round,
+        tally: Tally,
         reasons: dict[int, str],
-        stats: npt.NDArray[np.float64],
         traffic: Traffic,
         seconds: dict[str, float],
     ) -> dict[str, Any]:
-        """The round's line, and its share of the totals. stats: (len(sampled), len(STATS));
-        reasons: why clients failed, by client."""
-        column = dict(zip(STATS, stats.T, strict=True))
-        well = column["failed"] == 0
-        failed = [k for k, fine in zip(sampled, well, strict=True) if not fine]
-        updates = int(well.sum())
-        values, head = self._layout.count(traffic.shared_blocks), self._layout.count([HEAD])
+        """The round's record; and its share of the totals. reasons: why clients failed."""
+        failed = tally.failed
+        updates = len(now.clients) - len(failed)
+        values, head = self._layout.count(now.shared), self._layout.count([HEAD])
         up = updates * values * traffic.vectors
-        down = len(sampled) * values * traffic.vectors + traffic.newcomers * traffic.personal
-        scored = int(column["scored"].sum()) + self.charged
-        samples, steps = int(column["samples"].sum()) + scored, int(column["steps"].sum())
-        trained = float(column["samples"] @ well)
-        for phase, value in self.pending.items():
+        down = len(now.clients) * values * traffic.vectors + traffic.newcomers * traffic.personal
+        scored = int(tally.total("scored", failed_too=True)) + self._passes
+        samples = int(tally.total("samples", failed_too=True)) + scored
+        steps = int(tally.total("steps", failed_too=True))
+        trained = tally.total("samples")
+        for phase, value in self._pending.items():
             seconds[phase] += value
-        self.charged, self.pending = 0, {}
+        self._passes, self._pending = 0, {}
         for phase, value in seconds.items():
-            self.seconds[phase] += value
-        totals = self.totals
+            self._seconds[phase] += value
+        totals = self._totals
         totals.samples += samples
         totals.scored += scored
         totals.steps += steps
@@ -93,14 +73,14 @@ class Account:
         totals.down += down * FP32_BYTES
         totals.wire += traffic.wire
         return {
-            "round": number + 1,
-            "clients": sampled,
+            "round": now.number + 1,
+            "clients": list(now.clients),
             "failed": {str(k): reasons.get(k, "") for k in failed},
-            "train_loss": float(column["loss_sum"].sum() / trained) if trained else None,
+            "train_loss": float(tally.losses.sum() / trained) if trained else None,
             "samples": samples,
             "scored": scored,
             "steps": steps,
-            "shared_layers": [b for b in traffic.shared_blocks if b != HEAD],
+            "shared_layers": [block for block in now.shared if block != HEAD],
             "values": {"up": up, "down": down, "head": head},
             "bytes": {
                 "up": up * FP32_BYTES,
@@ -111,15 +91,15 @@ class Account:
             "seconds": {**seconds, "evaluate": 0.0},
         }
 
-    def evaluated(self, seconds: float, line: dict[str, Any] | None = None) -> None:
-        """Seconds of an evaluation, of a round's line if it belongs to one."""
-        self.seconds["evaluate"] += seconds
-        if line is not None:
-            line["seconds"]["evaluate"] = seconds
+    def evaluated(self, seconds: float, record: dict[str, Any] | None = None) -> None:
+        """Seconds of an evaluation, of a round's record if it belongs to one."""
+        self._seconds["evaluate"] += seconds
+        if record is not None:
+            record["seconds"]["evaluate"] = seconds
 
     def summary(self) -> dict[str, Any]:
         """summary.json's part of it."""
-        totals = self.totals
+        totals = self._totals
         return {
             "samples": totals.samples,
             "scored": totals.scored,

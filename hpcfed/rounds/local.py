@@ -1,36 +1,22 @@
 """One client's part of a round, in its slot: score, order, mask, train."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from hpcfed.data.batches import Floats, Ids, Tokens, form_batches
-from hpcfed.data.partition import ClientRows
-from hpcfed.engine.client import STEPS, Client, ClientError, Trained
+from hpcfed.data.batches import Floats, Ids, form_batches
+from hpcfed.engine.client import STEPS, ClientError, Trained
 from hpcfed.engine.probe import fisher_traces, row_losses
 from hpcfed.policies import curriculum, sparsity
 from hpcfed.rng import derive, generator
-from hpcfed.settings.config import Config
-from hpcfed.storage.run import RunDirectory
+from hpcfed.round import Outcome, Round
+from hpcfed.rounds.setup import Setup
+from hpcfed.state import CURRICULUM, MOMENTS, PERSONAL
 from hpcfed.storage.states import ClientStates
-
-
-@dataclass
-class Outcome:
-    """What one client did in one round; `values` (layout.size,) is None if it failed."""
-
-    values: torch.Tensor | None = None
-    reason: str = ""  # why it failed
-    loss_sum: float = 0.0  # this rank's share of it
-    samples: int = 0  # trained on
-    steps: int = 0
-    scored: int = 0  # sample passes spent on difficulties before training
-    density: float = 1.0  # share of its personal values that trained
-    gradient: torch.Tensor | None = None  # (layout.size,) mean over its steps, for SCAFFOLD
-    score_seconds: float = 0.0  # of the pass that took them
 
 
 @dataclass
@@ -45,86 +31,80 @@ class Lesson:
 
 
 class LocalRounds:
-    """The clients' side of the method. What they keep: `personal` holds the values of layers that
-    stay home and the Fisher momentum, `lessons` the difficulties, `moments` the optimizer's."""
+    """The clients' side of the method."""
 
-    def __init__(
-        self,
-        config: Config,
-        client: Client,
-        rows: list[ClientRows],
-        tokens: Tokens,
-        directory: RunDirectory,
-    ) -> None:
-        self._config = config
-        self._client = client
-        self._rows = rows
-        self._tokens = tokens
-        self._directory = directory
-        writes = client.topology.is_root
-        self.personal = ClientStates("personal", directory, writes)
-        self.lessons = ClientStates("curriculum", directory, writes)
-        self.moments = ClientStates("moments", directory, writes)
-        spec = config.curriculum
+    def __init__(self, setup: Setup, states: Mapping[str, ClientStates]) -> None:
+        """states: what clients keep, by kind."""
+        self._config = setup.config
+        self._client = setup.client
+        self._rows = setup.rows
+        self._tokens = setup.train_tokens
+        self._directory = setup.directory
+        self._personal = states[PERSONAL]
+        self._lessons = states[CURRICULUM]
+        self._moments = states[MOMENTS]
+        spec = setup.config.curriculum
         self._ordered = spec.pace != "all"
-        self.needs = curriculum.NEEDS.get(spec.difficulty) if self._ordered else None
+        self._needs = curriculum.NEEDS.get(spec.difficulty) if self._ordered else None
 
-    def share(self, number: int) -> float:
+    @property
+    def scores_everyone(self) -> bool:
+        """Whether all clients are scored when the method begins."""
+        return self._needs is not None and self._config.curriculum.when == "start"
+
+    def portion(self, number: int) -> float:
         """f(t) of round `number`, from 0."""
         spec = self._config.curriculum
         return curriculum.share(
             spec.pace, spec.start, spec.full_at, number, self._config.federation.rounds
         )
 
-    def must_score(self, client: int, number: int) -> bool:
+    def _must_score(self, client: int, now: Round) -> bool:
         """Whether a client's round begins with a pass over its rows; the same on all ranks."""
-        warm = number < self._config.curriculum.warmup
-        own_pass = self.needs is not None and self._config.curriculum.when != "training"
-        return own_pass and not warm and client not in self.lessons.current
+        own_pass = self._needs is not None and self._config.curriculum.when != "training"
+        return own_pass and not now.warm and client not in self._lessons.files.current
 
-    def cost(self, client: int, number: int) -> int:
+    def cost(self, client: int, now: Round) -> int:
         """Tokens that a client will pass through the model in a round, about."""
         tokens = int(self._tokens.lengths[self._rows[client].train].sum())
-        share = self._config.local.epochs * self.share(number)
-        return round(tokens * (share + self.must_score(client, number)))
+        passes = self._config.local.epochs * self.portion(now.number)
+        return round(tokens * (passes + self._must_score(client, now)))
 
-    def keep(self, number: int, clients: list[int], personal: bool) -> None:
+    def accept(self, now: Round, clients: list[int]) -> None:
         """What these clients saved in this round is current from now on."""
-        if personal:
-            self.personal.keep(number, clients)
-        if self.needs and number >= self._config.curriculum.warmup:
-            self.lessons.keep(number, clients)
+        if now.personal:
+            self._personal.accept(now.number, clients)
+        if self._needs and not now.warm:
+            self._lessons.accept(now.number, clients)
         if self._config.local.moments == "keep":
-            self.moments.keep(number, clients)
+            self._moments.accept(now.number, clients)
+
+    def accept_scores(self, number: int, clients: list[int]) -> None:
+        """The difficulties that `score` saved are current from now on."""
+        self._lessons.accept(number, clients)
 
     def run(
-        self,
-        client: int,
-        number: int,
-        vector: torch.Tensor,
-        personal_blocks: tuple[str, ...],
-        control: torch.Tensor | None = None,
+        self, client: int, now: Round, vector: torch.Tensor, control: torch.Tensor | None = None
     ) -> Outcome:
         """Train a client from `vector` (layout.size,). Collective over the slot.
 
         control: (layout.size,), added to the gradient of every step. A failure that the slot's
         ranks agree on is in the outcome; the client keeps what it had.
         """
-        config, engine = self._config, self._client
-        warm = number < config.curriculum.warmup
+        config, engine, number = self._config, self._client, now.number
         done = Outcome()
-        state = self.personal.load(client) if not warm else None
+        state = self._personal.load(client) if not now.warm else None
         old = state["fisher"] if state and "fisher" in state else None
-        mask = sparsity.trainable(engine.layout, old, config.sparsity.keep, personal_blocks)
+        mask = sparsity.trainable(engine.layout, old, config.sparsity.keep, now.personal)
         if mask is not None:
-            own = engine.layout.pack(mask, personal_blocks)
+            own = engine.layout.pack(mask, now.personal)
             done.density = float(own.double().mean())
-        tracks = not warm and config.sparsity.keep < 1 and bool(personal_blocks)
+        tracks = not now.warm and config.sparsity.keep < 1 and bool(now.personal)
         try:
-            moments = self.moments.load(client)
+            moments = self._moments.load(client)
             engine.load(vector, mask, moments, control)
             clock = time.monotonic()
-            lesson = self._lesson(client, number)
+            lesson = self._lesson(client, now)
             done.scored = lesson.scored
             if lesson.scored:
                 done.score_seconds = time.monotonic() - clock
@@ -145,14 +125,14 @@ class LocalRounds:
         if engine.topology.leads_slot:
             if lesson.difficulty is not None:
                 self._save_lesson(client, number, lesson.difficulty)
-            if personal_blocks:
-                tensors = {"values": engine.layout.pack(values, personal_blocks)}
+            if now.personal:
+                tensors = {"values": engine.layout.pack(values, now.personal)}
                 if tracks:
                     gamma = config.sparsity.momentum
                     tensors["fisher"] = sparsity.momentum(old, trained.neurons, gamma)
-                self.personal.save(client, number, tensors)
+                self._personal.save(client, number, tensors)
             if moments:
-                self.moments.save(client, number, moments)
+                self._moments.save(client, number, moments)
             if self._ordered or tracks:
                 self._note(client, number, lesson, done)
         return done
@@ -170,7 +150,7 @@ class LocalRounds:
             observe=tracks or learns,
         )
         if known is not None and learns:
-            fresh = trained.fisher if self.needs == "fisher" else trained.losses
+            fresh = trained.fisher if self._needs == "fisher" else trained.losses
             rows = trained.rows if spec.refresh else trained.rows[np.isinf(known[trained.rows])]
             known[rows] = fresh[rows]
         return trained
@@ -180,7 +160,7 @@ class LocalRounds:
         note: dict[str, Any] = {"round": number + 1, "mask_density": done.density}
         if self._ordered:
             note |= {
-                "share": self.share(number),
+                "share": self.portion(number),
                 "batches": [batch.tolist() for batch in lesson.batches],
                 "trained": lesson.order,
             }
@@ -210,25 +190,25 @@ class LocalRounds:
             generator(self._config.seed, "batches", client),
         )
 
-    def _lesson(self, client: int, number: int) -> Lesson:
+    def _lesson(self, client: int, now: Round) -> Lesson:
         """What a client trains on in this round, at the values in the engine."""
         if not self._ordered:
             return Lesson([], [])
-        spec, seed = self._config.curriculum, self._config.seed
+        spec, seed, number = self._config.curriculum, self._config.seed, now.number
         batches = self._formed(client)
         rows = self._rows[client].train
         difficulty = None
         scored = 0
-        if number < spec.warmup:
+        if now.warm:
             order = curriculum.order(None, len(batches), generator(seed, "warmup", number, client))
-        elif self.needs is None:
+        elif self._needs is None:
             if spec.difficulty != "random":
                 difficulty = np.zeros(len(self._tokens))
                 difficulty[rows] = curriculum.text_difficulty(spec.difficulty, rows, self._tokens)
             order = self._order(client, batches, difficulty)
             difficulty = None  # nothing to keep
         else:
-            known = self.lessons.load(client)
+            known = self._lessons.load(client)
             if known is not None:
                 difficulty = np.zeros(len(self._tokens))
                 difficulty[rows] = known["difficulty"].numpy()
@@ -238,7 +218,7 @@ class LocalRounds:
                 difficulty = self._score(client)
                 scored = len(rows)
             order = self._order(client, batches, difficulty)
-        used = curriculum.in_use(order, self.share(number))
+        used = curriculum.in_use(order, self.portion(number))
         return Lesson(batches, used, difficulty, scored)
 
     def _order(self, client: int, batches: list[Ids], difficulty: Floats | None) -> list[int]:
@@ -253,12 +233,12 @@ class LocalRounds:
     def _score(self, client: int) -> Floats:
         """(len(tokens),) difficulties of a client's rows at the values in the engine."""
         batches = self._formed(client)
-        take = fisher_traces if self.needs == "fisher" else row_losses
+        take = fisher_traces if self._needs == "fisher" else row_losses
         return take(self._client, batches, self._tokens)
 
     def _save_lesson(self, client: int, number: int, difficulty: Floats) -> None:
         own = torch.from_numpy(difficulty[self._rows[client].train])
-        self.lessons.save(client, number, {"difficulty": own})
+        self._lessons.save(client, number, {"difficulty": own})
 
     def epochs(self, client: int, number: int) -> list[Ids]:
         """All batches of a client's local epochs in a round without a curriculum: in each epoch

@@ -15,11 +15,7 @@ from hpcfed.errors import UserError
 from hpcfed.settings import deepspeed_config
 from hpcfed.settings.config import Config
 from hpcfed.settings.resolve import Resolved, changed
-
-# Files of a run directory that tell what it holds.
-CONFIG, PARTITION, SUMMARY = "config.yaml", "partition.json", "summary.json"
-METRICS = "metrics.jsonl"
-MANIFEST = "checkpoint/manifest.json"
+from hpcfed.storage.paths import CONFIG, PARTITION, SUMMARY
 
 # What another life of a run may have otherwise: none of it changes a bit of the result but threads,
 # which a smaller node may not have.

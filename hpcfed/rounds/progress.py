@@ -2,12 +2,34 @@
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any, TextIO
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from hpcfed.rounds.federation import Federation
+
+@dataclass(frozen=True)
+class Opening:
+    """What runs where. frozen, trainable: values. seconds: until it was ready. done: rounds of
+    earlier lives, and up: what they have sent, in bytes."""
+
+    what: str
+    training_rows: int
+    clients: int
+    per_round: int
+    rounds: int
+    model: str
+    frozen: int
+    trainable: int
+    ranks: int
+    slots: int
+    threads: int
+    device: str
+    seconds: float
+    folder: Path
+    done: int
+    up: int
 
 
 class Progress:
@@ -23,35 +45,28 @@ class Progress:
         self._validation = ""
         self._began = time.monotonic()
 
-    def start(self, federation: "Federation") -> None:
+    def start(self, opening: Opening) -> None:
         """Say what runs where."""
         if not self._speaks:
             return
-        config, topology = federation.config, federation.topology
-        layout = federation.layout
-        self._rounds = config.federation.rounds
+        self._rounds, self._first, self._up = opening.rounds, opening.done, opening.up
         self._began = time.monotonic()
-        self._first = federation.rounds_done
-        self._up = federation.account.totals.up
-        per_client = topology.ranks_per_client
+        per_client = opening.ranks // opening.slots
         self._say(
-            f"{config.method} on {config.task.name}: {len(federation.task.train)} training rows, "
-            f"{config.federation.clients} clients, {config.federation.per_round} a round, "
-            f"{self._rounds} rounds\n"
-            f"{config.model.name}: {federation.prepared.backbone_values / 1e6:.1f}M frozen values, "
-            f"{layout.size:,} trainable ({layout.size * 4 / 1e6:.2f} MB)\n"
-            f"{topology.world.size} rank{'s'[: topology.world.size > 1]} = {topology.slots} "
-            f"slot{'s'[: topology.slots > 1]} x {per_client} ZeRO "
-            f"rank{'s'[: per_client > 1]}, {topology.threads} thread"
-            f"{'s'[: topology.threads > 1]} a rank, {topology.device}; "
-            f"ready after {federation.init_seconds:.1f} s -> {federation.run_directory.path}"
+            f"{opening.what}: {opening.training_rows} training rows, {opening.clients} clients, "
+            f"{opening.per_round} a round, {opening.rounds} rounds\n"
+            f"{opening.model}: {opening.frozen / 1e6:.1f}M frozen values, "
+            f"{opening.trainable:,} trainable ({opening.trainable * 4 / 1e6:.2f} MB)\n"
+            f"{_many(opening.ranks, 'rank')} = {_many(opening.slots, 'slot')} x "
+            f"{_many(per_client, 'ZeRO rank')}, {_many(opening.threads, 'thread')} a rank, "
+            f"{opening.device}; ready after {opening.seconds:.1f} s -> {opening.folder}"
         )
         if self._first:
             self._say(f"goes on after round {self._first}, the last one committed")
         if self._terminal is not None:
             self._bar = tqdm(
-                total=self._rounds * config.federation.per_round,
-                initial=self._first * config.federation.per_round,
+                total=opening.rounds * opening.per_round,
+                initial=self._first * opening.per_round,
                 unit="client",
                 leave=False,
                 file=self._terminal,
@@ -159,6 +174,10 @@ def _terminal() -> TextIO | None:
         return open("/dev/tty", "w")
     except OSError:
         return None
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'s'[: count > 1]}"
 
 
 def _clock(seconds: float) -> str:

@@ -1,6 +1,10 @@
 """The server's side of a round: optimizers and control variates, on flat tensors, the same on every
 rank. What a client adds to the exchange, and what the server makes of the sums.
 
+What is remembered, here and by clients, has a place for every trainable value, so what is shared
+may change from round to round: vectors (size,) are layout.size long, packed ones (n,) hold the
+values of the round's shared blocks, and only those travel.
+
 w: what the server handed out, w_i: what client i returns after s_i steps, with n_i rows; wbar =
 sum n_i w_i / n_S; Delta = w - wbar, the pseudo-gradient. m of K clients, n of all rows.
 
@@ -24,22 +28,17 @@ any optimizer; c' = c + sum (c_i' - c_i) / K.
 c_i lives in a file of client i's; only sums over clients pass between slots.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 
+from hpcfed.adapters.layout import AdapterLayout
+from hpcfed.round import Outcome
 from hpcfed.settings.config import Config, Server
+from hpcfed.state import ServerState
 
 LEAST_LR = 1e-4  # where server.lr_decay ends
-
-
-@dataclass(frozen=True)
-class Message:
-    """A client's part of the exchange: its values and what else is summed, end to end, and its
-    control variate after the round."""
-
-    packed: torch.Tensor
-    control: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -51,142 +50,187 @@ class Sampled:
     steps: int
 
 
-@dataclass
-class ServerState:
-    """All that passes from one round to the next, besides the values: (n,) each, and the rate."""
-
-    lr: float
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def get(self, name: str, like: torch.Tensor, start: float = 0.0) -> torch.Tensor:
-        """A tensor by name; at first `start` everywhere."""
-        return self.tensors.get(name, torch.full_like(like, start))
+def vectors(config: Config) -> int:
+    """How many vectors (n,) a client adds to the exchange: its values, and control variates."""
+    if config.local.control:
+        return 2
+    if not config.server.control:
+        return 1
+    return 3 if config.server.gradient == "difference" else 2
 
 
 class Optimizer:
     """The configured server step. `clients`, `rows`: of the whole federation."""
 
-    def __init__(self, config: Config, clients: int, rows: int) -> None:
+    def __init__(
+        self, config: Config, layout: AdapterLayout, state: ServerState, clients: int, rows: int
+    ) -> None:
         self._spec: Server = config.server
         self._local_lr = config.local.lr
         self._clients, self._rows = clients, rows
+        self._layout, self._state = layout, state
         self.scaffold = config.local.control
-        self.published = config.server.gradient == "difference"
-        self.state = ServerState(config.server.lr)
+        self._differences = config.server.gradient == "difference"
 
     @property
     def keeps(self) -> bool:
         """Whether each client has a control variate."""
         return self.scaffold or self._spec.control
 
-    @property
-    def extras(self) -> int:
-        """How many vectors (n,) a client adds to the exchange beside its values."""
-        if self.scaffold or (self._spec.control and not self.published):
-            return 1
-        return 2 if self._spec.control else 0
+    def _get(self, name: str, shared: Collection[str], start: float = 0.0) -> torch.Tensor:
+        """(n,) of what is remembered; at first `start` everywhere."""
+        vector = self._state.vectors.get(name)
+        if vector is None:
+            return torch.full((self._layout.count(shared),), start)
+        return self._layout.pack(vector, shared)
 
-    def correction(self, own: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
-        """(n,) c - c_i, which a client adds to its gradients."""
+    def _set(
+        self, name: str, shared: Collection[str], packed: torch.Tensor, start: float = 0.0
+    ) -> None:
+        before = self._state.vectors.get(name)
+        self._state.vectors[name] = self._spread(packed, shared, before, start)
+
+    def _spread(
+        self,
+        packed: torch.Tensor,
+        shared: Collection[str],
+        before: torch.Tensor | None = None,
+        start: float = 0.0,
+    ) -> torch.Tensor:
+        """(size,): packed values at their places, elsewhere those of before, or `start`."""
+        vector = torch.full((self._layout.size,), start) if before is None else before.clone()
+        self._layout.unpack(packed, shared, vector)
+        return vector
+
+    def correction(self, shared: Collection[str], kept: torch.Tensor | None) -> torch.Tensor | None:
+        """(size,) c - c_i, which a client adds to its gradients; zero where nothing is shared.
+        kept: its control variate (size,), None before its first round."""
         if not self.scaffold:
             return None
-        control = self.state.get("control", like)
-        return control if own is None else control - own
+        control = self._get("control", shared)
+        if kept is not None:
+            control = control - self._layout.pack(kept, shared)
+        return self._spread(control, shared)
 
     def message(
         self,
+        shared: Collection[str],
         w: torch.Tensor,
-        w_i: torch.Tensor,
-        own: torch.Tensor | None,
+        outcome: Outcome,
+        kept: torch.Tensor | None,
         rows: int,
-        steps: int,
-        gradient: torch.Tensor | None,
-    ) -> Message:
-        """What a client sends. w, w_i (n,). own: its control variate, None before its first round.
-        gradient: (n,) the mean over its steps, for SCAFFOLD."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What a client sends, its values and what else is summed, end to end (vectors * n,);
+        and its control variate after the round (size,), if it has one.
+
+        w (size,): what the server handed out. kept: as in `correction`.
+        """
+        assert outcome.values is not None
+        w_i = self._layout.pack(outcome.values, shared)
         if not self.keeps:
-            return Message(w_i)
-        before = torch.zeros_like(w) if own is None else own
+            return w_i, None
+        w = self._layout.pack(w, shared)
+        before = torch.zeros_like(w) if kept is None else self._layout.pack(kept, shared)
         # The exchange weighs all by n_i, so what is weighed otherwise is divided by it here.
         if self.scaffold:
-            assert gradient is not None
-            return Message(torch.cat([w_i, (gradient - before) / rows]), gradient)
-        if not self.published:
-            return Message(torch.cat([w_i, before]), w - w_i)
-        c = self.state.get("control", w)
-        after = before - c + (w - w_i) / (steps * self._local_lr)
-        return Message(torch.cat([w_i, (after - before) * (steps / rows), after]), after)
+            assert outcome.gradient is not None
+            after = self._layout.pack(outcome.gradient, shared)
+            sent = [w_i, (after - before) / rows]
+        elif not self._differences:
+            after = w - w_i
+            sent = [w_i, before]
+        else:
+            c, steps = self._get("control", shared), outcome.steps
+            after = before - c + (w - w_i) / (steps * self._local_lr)
+            sent = [w_i, (after - before) * (steps / rows), after]
+        return torch.cat(sent), self._spread(after, shared, kept)
 
-    def step(self, w: torch.Tensor, means: torch.Tensor, sampled: Sampled) -> torch.Tensor:
-        """(n,) the next round's values, from those handed out (n,) and the exchange's n_i-weighted
-        means ((1 + extras) * n,). Nothing changes if every client failed."""
+    def step(
+        self, shared: Collection[str], w: torch.Tensor, means: torch.Tensor, sampled: Sampled
+    ) -> torch.Tensor:
+        """(n,) the next round's values of the shared blocks, from those handed out (size,) and the
+        exchange's n_i-weighted means (vectors * n,). Nothing changes if every client failed.
+        """
+        w = self._layout.pack(w, shared)
         if not sampled.clients:
             return w
         wbar, *extras = torch.split(means, len(w))
-        control = self._control(w, wbar, extras, sampled)
+        control = self._control(shared, w, wbar, extras, sampled)
         name = self._spec.optimizer
         if name == "mean":
             return wbar.clone()
         if name in ("adam", "yogi"):
-            return self._adaptive(w, wbar)
-        if self.published:
-            return self._difference(w, wbar, control)
-        return self._momentum(w, wbar, control)
+            return self._adaptive(shared, w, wbar)
+        if self._differences:
+            return self._difference(shared, w, wbar, control)
+        return self._momentum(shared, w, wbar, control)
 
     def _control(
-        self, w: torch.Tensor, wbar: torch.Tensor, extras: list[torch.Tensor], sampled: Sampled
+        self,
+        shared: Collection[str],
+        w: torch.Tensor,
+        wbar: torch.Tensor,
+        extras: list[torch.Tensor],
+        sampled: Sampled,
     ) -> torch.Tensor:
         """Bring c up to date; returns the control term (n,) of the server step."""
-        c = self.state.get("control", w)
         if not self.keeps:
-            return c
-        if self.scaffold:
-            self.state.tensors["control"] = c + extras[0] * (sampled.rows / self._clients)
             return torch.zeros_like(w)
-        if not self.published:
+        c = self._get("control", shared)
+        if self.scaffold:
+            self._set("control", shared, c + extras[0] * (sampled.rows / self._clients))
+            return torch.zeros_like(w)
+        if not self._differences:
             old = extras[0]
-            share = sampled.rows / self._rows
-            self.state.tensors["control"] = c + share * (w - wbar - old)
+            portion = sampled.rows / self._rows
+            self._set("control", shared, c + portion * (w - wbar - old))
             return c - old
         moved, after = extras[0] * (sampled.rows / sampled.steps), extras[1]
         c = c + (sampled.clients / self._clients) * moved
-        self.state.tensors["control"] = c
+        self._set("control", shared, c)
         return c - after
 
-    def _momentum(self, w: torch.Tensor, wbar: torch.Tensor, control: torch.Tensor) -> torch.Tensor:
+    def _momentum(
+        self, shared: Collection[str], w: torch.Tensor, wbar: torch.Tensor, control: torch.Tensor
+    ) -> torch.Tensor:
         delta = w - wbar
-        rest = self._spec.momentum * self.state.get("momentum", w) + control
+        rest = self._spec.momentum * self._get("momentum", shared) + control
         v = rest + delta
-        self.state.tensors["momentum"] = v
+        self._set("momentum", shared, v)
         # w - lr v, written so that without momentum, control and rate it is wbar to the last bit.
         return wbar - rest - (self._rate() - 1) * v
 
     def _difference(
-        self, w: torch.Tensor, wbar: torch.Tensor, control: torch.Tensor
+        self, shared: Collection[str], w: torch.Tensor, wbar: torch.Tensor, control: torch.Tensor
     ) -> torch.Tensor:
-        delta, before = w - wbar, self.state.tensors.get("delta")
-        self.state.tensors["delta"] = delta
-        if before is None:  # no server step in the first round
+        delta, first = w - wbar, "delta" not in self._state.vectors
+        before = self._get("delta", shared)
+        self._set("delta", shared, delta)
+        if first:  # no server step in the first round
             return wbar.clone()
         beta = self._spec.momentum
-        v = beta * self.state.get("momentum", w) + (1 - beta) * (before - delta) + control
-        self.state.tensors["momentum"] = v
+        v = beta * self._get("momentum", shared) + (1 - beta) * (before - delta) + control
+        self._set("momentum", shared, v)
         return wbar - self._rate() * v
 
-    def _adaptive(self, w: torch.Tensor, wbar: torch.Tensor) -> torch.Tensor:
+    def _adaptive(
+        self, shared: Collection[str], w: torch.Tensor, wbar: torch.Tensor
+    ) -> torch.Tensor:
         spec, delta = self._spec, w - wbar
-        u = spec.momentum * self.state.get("momentum", w) + (1 - spec.momentum) * delta
-        r = self.state.get("second", w, spec.tau**2)
+        u = spec.momentum * self._get("momentum", shared) + (1 - spec.momentum) * delta
+        start = spec.tau**2
+        r = self._get("second", shared, start)
         square = delta.square()
         if spec.optimizer == "adam":
             r = spec.beta2 * r + (1 - spec.beta2) * square
         else:
             r = r - (1 - spec.beta2) * square * (r - square).sign()
-        self.state.tensors["momentum"], self.state.tensors["second"] = u, r
+        self._set("momentum", shared, u)
+        self._set("second", shared, r, start)
         return w - self._rate() * u / (r.sqrt() + spec.tau)
 
     def _rate(self) -> float:
         """The rate of this round; decays for the next."""
-        now = self.state.lr
-        self.state.lr = max(now * self._spec.lr_decay, min(now, LEAST_LR))
+        now = self._state.lr
+        self._state.lr = max(now * self._spec.lr_decay, min(now, LEAST_LR))
         return now

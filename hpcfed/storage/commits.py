@@ -1,83 +1,70 @@
-"""What a run needs in order to go on: from the federation into a commit, and back.
+"""A run's state as what a commit writes, and back: tensors by name, and what JSON can hold.
 
 A round exists when its manifest does. Everything else on disk is either reachable from the
-manifest or is removed when the run is resumed. Random draws need no state: each is derived from
-the seed and what it is for.
+manifest or is removed when the run is resumed.
 """
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hpcfed.rounds.account import Totals
-from hpcfed.storage.run import Commit
-from hpcfed.storage.states import ClientStates
+import torch
 
-if TYPE_CHECKING:
-    from hpcfed.rounds.federation import Federation
+from hpcfed.state import Best, ClientFiles, RunState, Seconds, ServerState, Totals
 
+FORMAT = 2  # of the manifest
 
-def client_states(federation: "Federation") -> dict[str, ClientStates]:
-    """Every kind of state that clients keep, by name."""
-    local = federation.local
-    kinds = (local.personal, local.lessons, local.moments, federation.controls)
-    return {own.kind: own for own in kinds}
+_SERVER = "server."
 
 
-def collect(federation: "Federation", rounds: int) -> Commit:
-    """The state after `rounds` rounds."""
-    server = federation.server.state
-    tensors = {"shared": federation.shared, "base": federation.base}
-    tensors |= {f"server.{name}": value for name, value in server.tensors.items()}
+def encode(state: RunState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors, content) of a state."""
+    tensors = {"values": state.values}
+    tensors |= {f"{_SERVER}{name}": value for name, value in state.server.vectors.items()}
     best = None
-    if federation.best is not None:
-        tensors["best"] = federation.best.shared
-        best = {
-            "round": federation.best.round,
-            "score": federation.best.score,
-            "shared_blocks": federation.best.shared_blocks,
-        }
+    if state.best is not None:
+        tensors["best"] = state.best.values
+        best = {"round": state.best.round, "score": state.best.score}
     content = {
-        "shared_blocks": federation.shared_blocks,
-        "server_lr": server.lr,
+        "format": FORMAT,
+        "rounds": state.rounds,
+        "shared_blocks": state.shared,
+        "server_lr": state.server.lr,
         "best": best,
-        "clients": {kind: own.maps() for kind, own in client_states(federation).items()},
-        "totals": asdict(federation.account.totals),
-        "seconds": {
-            "phases": federation.account.seconds,
-            "init": federation.earlier_init + federation.init_seconds,
-            "total": federation.seconds_so_far,
-            "tail": federation.stop.tail,
-        },
+        "clients": {kind: asdict(files) for kind, files in state.clients.items()},
+        "totals": asdict(state.totals),
+        "seconds": asdict(state.seconds),
     }
     # Copies, since the best values may be the current ones, and a file holds each tensor once.
-    return Commit(rounds, {name: value.clone() for name, value in tensors.items()}, content)
+    return {name: value.clone() for name, value in tensors.items()}, content
 
 
-def restore(federation: "Federation", commit: Commit) -> None:
-    """Put a federation that has just been built where `collect` was called."""
-    from hpcfed.rounds.federation import Snapshot
+def decode(tensors: dict[str, torch.Tensor], content: dict[str, Any]) -> RunState:
+    """The state that `encode` was given. Raises ValueError for another format, KeyError for what
+    is missing."""
+    if content["format"] != FORMAT:
+        raise ValueError(f"its format is {content['format']}, and this hpcfed reads {FORMAT}")
+    vectors = {
+        name.removeprefix(_SERVER): value
+        for name, value in tensors.items()
+        if name.startswith(_SERVER)
+    }
+    best = content["best"]
+    return RunState(
+        values=tensors["values"],
+        shared=tuple(content["shared_blocks"]),
+        server=ServerState(content["server_lr"], vectors),
+        rounds=content["rounds"],
+        best=None if best is None else Best(best["round"], best["score"], tensors["best"]),
+        clients={kind: _files(maps) for kind, maps in content["clients"].items()},
+        totals=Totals(**content["totals"]),
+        seconds=Seconds(**content["seconds"]),
+    )
 
-    content, tensors = commit.content, commit.tensors
-    federation.rounds_done = commit.rounds
-    federation.shared, federation.base = tensors["shared"], tensors["base"]
-    federation.share(content["shared_blocks"])
-    state = federation.server.state
-    state.lr = content["server_lr"]
-    prefix = "server."
-    state.tensors = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-    for kind, own in client_states(federation).items():
-        own.restore(content["clients"][kind])
-    federation.account.totals = Totals(**content["totals"])
-    federation.account.seconds = dict(content["seconds"]["phases"])
-    federation.earlier_init = content["seconds"]["init"]
-    federation.earlier_lives = content["seconds"]["total"]
-    federation.stop.tail = content["seconds"]["tail"]
-    best: dict[str, Any] | None = content["best"]
-    if best is not None:
-        federation.best = Snapshot(
-            tensors["best"],
-            tuple(best["shared_blocks"]),
-            dict(federation.local.personal.pinned),
-            best["round"],
-            best["score"],
-        )
+
+def _files(maps: dict[str, dict[str, int]]) -> ClientFiles:
+    """JSON's keys are texts."""
+    current, pinned = (
+        {int(client): number for client, number in maps[name].items()}
+        for name in ("current", "pinned")
+    )
+    return ClientFiles(current, pinned)

@@ -52,6 +52,19 @@ def append_line(path: Path, content: Any) -> None:
         os.fsync(stream.fileno())
 
 
+def make_folder(path: Path) -> None:
+    """A folder whose name is on disk too; its parent must be there."""
+    if not path.is_dir():
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Force a file that another library has written to disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
 def sync_folder(path: Path) -> None:
     """A rename is on disk when its folder is."""
     descriptor = os.open(path, os.O_RDONLY)

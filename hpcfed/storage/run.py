@@ -19,7 +19,6 @@ import math
 import os
 import platform
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +27,36 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from hpcfed.adapters.base import Adapted
-from hpcfed.data.batches import Ids
 from hpcfed.errors import UserError
-from hpcfed.rounds.evaluation import Evaluation
-from hpcfed.rounds.preflight import CONFIG, MANIFEST, METRICS, PARTITION, SUMMARY
 from hpcfed.settings.resolve import Resolved, describe
+from hpcfed.state import RunState
+from hpcfed.storage.commits import decode, encode
 from hpcfed.storage.files import (
     Lock,
     append_line,
+    make_folder,
+    sync_file,
     sync_folder,
     write_bytes,
     write_json,
     write_tensors,
 )
+from hpcfed.storage.paths import (
+    ADAPTER,
+    CLIENTS,
+    CONFIG,
+    HISTORY,
+    LIVES,
+    LOCK,
+    MANIFEST,
+    METRICS,
+    PARTITION,
+    PREDICTIONS,
+    SELECTION,
+    SUMMARY,
+)
 
 _PACKAGES = ("hpcfed", "torch", "deepspeed", "transformers", "peft", "mpi4py", "numpy")
-
-HISTORY = "history.jsonl"
-FORMAT = 1  # of the manifest
-
-
-@dataclass(frozen=True)
-class Commit:
-    """The state after so many rounds: tensors by name, and what JSON can hold."""
-
-    rounds: int
-    tensors: dict[str, torch.Tensor]
-    content: dict[str, Any]
 
 
 class RunDirectory:
@@ -70,7 +72,7 @@ class RunDirectory:
         facts: dict[str, Any],
         here: dict[str, Any],
         partition: dict[str, Any],
-        start: "Commit",
+        start: RunState,
         job: str = "",
     ) -> None:
         """Write what is known before the first round, and lock the folder.
@@ -86,7 +88,7 @@ class RunDirectory:
         (self.path / METRICS).touch()
         self.describe_life(facts, here)
         self.commit(start)
-        self._lock = Lock(self.path / "lock", job)
+        self._lock = Lock(self.path / LOCK, job)
         try:
             self.path.rename(final)
         except OSError:
@@ -99,19 +101,20 @@ class RunDirectory:
         self.path = final
         sync_folder(final.parent)
 
-    def reopen(self, job: str = "", patience: float = 0.0) -> "Commit":
-        """Lock the folder, remove what a life that ended early has left, return the last commit.
+    def reopen(self, job: str = "", patience: float = 0.0) -> RunState:
+        """Lock the folder, remove what a life that ended early has left, return the last committed
+        state.
 
         Raises UserError if another job uses it, or what the commit needs is missing.
         """
-        self._lock = Lock(self.path / "lock", job, patience)
-        commit = self._read()
-        self._clean(commit)
-        return commit
+        self._lock = Lock(self.path / LOCK, job, patience)
+        state, tensors, metrics_bytes = self._read()
+        self._clean(state, tensors, metrics_bytes)
+        return state
 
     def describe_life(self, facts: dict[str, Any], here: dict[str, Any]) -> None:
         """What runs, and where each life of the run took place, the latest last."""
-        file = self.path / "run.json"
+        file = self.path / LIVES
         lives = json.loads(file.read_text())["lives"] if file.exists() else []
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         versions |= {"python": platform.python_version(), "platform": platform.platform()}
@@ -121,62 +124,61 @@ class RunDirectory:
         """Append one round to metrics.jsonl; it counts when the round is committed."""
         append_line(self.path / METRICS, line)
 
-    def commit(self, commit: "Commit") -> None:
+    def commit(self, state: RunState) -> None:
         """Make the state after a round the one that a resumed run goes on from."""
         manifest = self.path / MANIFEST
-        folder = manifest.parent
-        folder.mkdir(exist_ok=True)
-        tensors = folder / f"round-{commit.rounds:05d}.safetensors"
-        write_tensors(tensors, commit.tensors)
-        content = {
-            "format": FORMAT,
-            "rounds": commit.rounds,
-            "tensors": tensors.name,
-            "metrics_bytes": (self.path / METRICS).stat().st_size,
-            **commit.content,
-        }
+        make_folder(manifest.parent)
+        tensors, content = encode(state)
+        file = manifest.with_name(f"round-{state.rounds:05d}.safetensors")
+        write_tensors(file, tensors)
+        content["tensors"] = file.name
+        content["metrics_bytes"] = (self.path / METRICS).stat().st_size
         write_json(manifest, content)
-        for old in folder.glob("round-*"):
-            if old != tensors:
+        self._drop_other_tensors(file)
+
+    def _drop_other_tensors(self, needed: Path) -> None:
+        for old in needed.parent.glob("round-*"):
+            if old != needed:
                 old.unlink()
 
-    def _read(self) -> "Commit":
-        """The last commit. Raises UserError if it is not there or not whole."""
+    def _read(self) -> tuple[RunState, Path, int]:
+        """The last committed state, the file of its tensors, and the length of metrics.jsonl.
+        Raises UserError if something is not there or not whole."""
         manifest = self.path / MANIFEST
         try:
             content = json.loads(manifest.read_text())
-            if content["format"] != FORMAT:
-                raise ValueError(f"format {content['format']}, not {FORMAT}")
-            tensors = load_file(manifest.parent / content["tensors"])
-            for file in sorted(self._referred(content)):
+            tensors = manifest.with_name(content["tensors"])
+            state = decode(load_file(tensors), content)
+            for file in sorted(self._referred(state)):
                 if not file.is_file():
                     raise FileNotFoundError(f"{file} is missing")
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            return state, tensors, content["metrics_bytes"]
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(
                 f"{self.path} cannot be resumed ({type(error).__name__}: {error}); remove it, or "
                 "give another run directory with output=..."
             ) from None
-        return Commit(content["rounds"], tensors, content)
 
-    def _referred(self, content: dict[str, Any]) -> set[Path]:
+    def _referred(self, state: RunState) -> set[Path]:
         """The clients' files that a commit refers to."""
         return {
-            self._state(kind, int(client), number)
-            for kind, maps in content["clients"].items()
-            for own in maps.values()
-            for client, number in own.items()
+            self._state(kind, client, number)
+            for kind, files in state.clients.items()
+            for versions in (files.current, files.pinned)
+            for client, number in versions.items()
         }
 
-    def _clean(self, commit: "Commit") -> None:
+    def _clean(self, state: RunState, tensors: Path, metrics_bytes: int) -> None:
         """Remove whatever came after the commit."""
         with (self.path / METRICS).open("r+") as stream:
-            stream.truncate(commit.content["metrics_bytes"])
-        used = self._referred(commit.content)
-        for folder in (self.path / "clients").glob("*"):
+            stream.truncate(metrics_bytes)
+        self._drop_other_tensors(tensors)
+        used = self._referred(state)
+        for folder in (self.path / CLIENTS).glob("*"):
             for file in folder.iterdir():
                 if file.name == HISTORY:
                     lines = file.read_text().splitlines()
-                    kept = [w for w in lines if _round(w) <= commit.rounds]
+                    kept = [w for w in lines if _round(w) <= state.rounds]
                     if kept != lines:
                         write_bytes(file, "".join(f"{w}\n" for w in kept).encode())
                 elif file not in used:
@@ -189,7 +191,7 @@ class RunDirectory:
     ) -> None:
         """What a client keeps after a round."""
         target = self._state(kind, client, round_number)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        self._make_client(client)
         write_tensors(target, tensors)
 
     def load_state(self, kind: str, client: int, round_number: int) -> dict[str, torch.Tensor]:
@@ -205,17 +207,20 @@ class RunDirectory:
         return self._client(client) / name
 
     def _client(self, client: int) -> Path:
-        return self.path / "clients" / f"{client:06d}"
+        return self.path / CLIENTS / f"{client:06d}"
+
+    def _make_client(self, client: int) -> None:
+        make_folder(self.path / CLIENTS)
+        make_folder(self._client(client))
 
     def note(self, client: int, line: dict[str, Any]) -> None:
         """Append a round to a client's own history; by one rank of the slot that ran it."""
-        target = self._client(client) / HISTORY
-        target.parent.mkdir(parents=True, exist_ok=True)
-        append_line(target, line)
+        self._make_client(client)
+        append_line(self._client(client) / HISTORY, line)
 
     def save_selection(self, record: dict[str, Any]) -> None:
         """How the shared layers were chosen."""
-        write_json(self.path / "selection.json", record)
+        write_json(self.path / SELECTION, record)
 
     def save_adapter(
         self,
@@ -230,7 +235,7 @@ class RunDirectory:
         values: (layout.size,) fp32. fresh: frozen weights that the checkpoint lacked; without them
         the adapter would be loaded over other random ones, so they are part of it.
         """
-        final = self.path / "adapter"
+        final = self.path / ADAPTER
         folder = final.with_name("adapter.new")
         for old in (folder, final):  # of a life that ended before the summary
             if old.exists():
@@ -246,24 +251,15 @@ class RunDirectory:
         config.base_model_name_or_path = source
         config.inference_mode = True
         config.save_pretrained(folder)
+        for file in folder.iterdir():
+            sync_file(file)
         write_json(folder / "labels.json", list(labels))
         folder.rename(final)
+        sync_folder(self.path)
 
-    def save_predictions(
-        self, labels: tuple[str, ...], truth: Ids, results: dict[str, Evaluation]
-    ) -> None:
+    def save_predictions(self, predictions: dict[str, Any]) -> None:
         """The predicted class of each test row, after the last round."""
-        rows = results["personal"].rows
-        write_json(
-            self.path / "predictions.json",
-            {
-                "labels": list(labels),
-                "row": rows.tolist(),
-                "label": truth[rows].tolist(),
-                **{name: result.predicted.tolist() for name, result in results.items()},
-            },
-            indent=None,
-        )
+        write_json(self.path / PREDICTIONS, predictions, indent=None)
 
     def save_summary(self, summary: dict[str, Any]) -> None:
         """The result of the run; its presence says that the run is complete."""

@@ -9,6 +9,7 @@ clock by which a run decides whether a round still fits stands still.
 import os
 import signal
 import sys
+from functools import partial
 
 import hpcfed.cluster.stop
 import hpcfed.rounds.federation
@@ -47,5 +48,5 @@ def arm(event: str, count: int, rank: int, name: str) -> None:
 
 if __name__ == "__main__":
     arm(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
-    cli.Stop = lambda grace: hpcfed.cluster.stop.Stop(grace, clock=lambda: 0.0)
+    cli.Stop = partial(hpcfed.cluster.stop.Stop, clock=lambda: 0.0)
     sys.exit(cli.main(sys.argv[5:]))

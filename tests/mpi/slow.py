@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hpcfed import model
 from hpcfed.data.batches import Ids, Tokens
@@ -51,6 +53,11 @@ def _blocks(backbone: Any) -> Any:
     return backbone.h if hasattr(backbone, "h") else backbone.layers
 
 
+def _rms_norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
+    scale = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + module.variance_epsilon)
+    return module.weight * hidden * scale
+
+
 class Plain:
     """The adapted model, unsharded, as one function of its trainable vector."""
 
@@ -63,6 +70,14 @@ class Plain:
         self.network = prepared.adapted.network.eval()
         names = {id(p): name for name, p in self.network.named_parameters()}
         self._names = [names[id(p)] for p in prepared.adapted.parameters]
+
+    def double(self) -> "Plain":
+        """In float64, norms included, which LLaMA computes in fp32 whatever its type."""
+        self.network.double()
+        for module in self.network.modules():
+            if isinstance(module, LlamaRMSNorm):
+                module.forward = partial(_rms_norm, module)
+        return self
 
     def losses(self, vector: torch.Tensor, rows: Ids, tokens: Tokens) -> torch.Tensor:
         """(len(rows),) losses, differentiable in `vector`."""

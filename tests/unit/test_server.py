@@ -4,41 +4,73 @@ import numpy as np
 import pytest
 import torch
 
-from hpcfed.server.optimizer import Optimizer, Sampled
+from hpcfed.adapters.layout import AdapterLayout
+from hpcfed.round import Outcome
+from hpcfed.server.optimizer import Optimizer, Sampled, vectors
 from hpcfed.settings.config import Config, Local, Server
+from hpcfed.state import ServerState
 
 SIZE, CLIENTS, LOCAL_LR = 7, 6, 0.3
 ROWS = (5, 9, 2, 7, 4, 3)  # of each client
+# Around the shared block lie others, whose values must stay out of it.
+LAYOUT = AdapterLayout.build([("0", "a", (3,), None), ("1", "b", (SIZE,), None),
+                              ("2", "c", (2,), None)])  # fmt: skip
+SHARED = ("1",)
 
 
 def make(**server):
     control = server.pop("local_control", False)
     config = Config(server=Server(**server), local=Local(lr=LOCAL_LR, control=control))
-    return Optimizer(config, CLIENTS, sum(ROWS))
+    state = ServerState(config.server.lr)
+    return Optimizer(config, LAYOUT, state, CLIENTS, sum(ROWS)), config
+
+
+def spread(packed):
+    """(LAYOUT.size,): these values in the shared block, others elsewhere."""
+    vector = torch.full((LAYOUT.size,), 7.0)
+    LAYOUT.unpack(packed, SHARED, vector)
+    return vector
 
 
 class Slow:
     """A federation whose clients return given values; what is kept per client is a dictionary."""
 
-    def __init__(self, optimizer):
-        self.optimizer, self.controls = optimizer, {}
+    def __init__(self, made):
+        self.optimizer, self.config = made
+        self.kept = {}
         self.w = torch.zeros(SIZE)
 
     def round(self, updates, gradients=None):
         """updates: client -> (values it returns, steps). The exchange, as the collective does it:
         n_i-weighted means, in float64."""
-        total = torch.zeros(SIZE * (1 + self.optimizer.extras), dtype=torch.float64)
+        total = torch.zeros(SIZE * vectors(self.config), dtype=torch.float64)
         after = {}
         for k, (values, steps) in updates.items():
-            gradient = None if gradients is None else gradients[k]
-            own = self.controls.get(k)
-            message = self.optimizer.message(self.w, values, own, ROWS[k], steps, gradient)
-            total += ROWS[k] * message.packed.double()
-            after[k] = message.control
+            outcome = Outcome(spread(values), steps=steps)
+            if gradients is not None:
+                outcome.gradient = spread(gradients[k])
+            packed, kept = self.optimizer.message(
+                SHARED, spread(self.w), outcome, self.kept.get(k), ROWS[k]
+            )
+            total += ROWS[k] * packed.double()
+            if kept is not None:
+                after[k] = kept
         rows = sum(ROWS[k] for k in updates)
         sampled = Sampled(len(updates), rows, sum(steps for _, steps in updates.values()))
-        self.w = self.optimizer.step(self.w, (total / max(rows, 1)).float(), sampled)
-        self.controls |= after
+        means = (total / max(rows, 1)).float()
+        self.w = self.optimizer.step(SHARED, spread(self.w), means, sampled)
+        self.kept |= after
+
+    @property
+    def controls(self):
+        """Client -> its control variate (SIZE,); where nothing is shared it is zero."""
+        for vector in self.kept.values():
+            assert len(vector) == LAYOUT.size and not vector[:3].any() and not vector[-2:].any()
+        return {k: LAYOUT.pack(vector, SHARED) for k, vector in self.kept.items()}
+
+    def remembered(self, name):
+        """(SIZE,) of what the server keeps."""
+        return LAYOUT.pack(self.optimizer._state.vectors[name], SHARED)
 
 
 def rounds(seed=0, number=5):
@@ -165,8 +197,9 @@ def test_scaffold_is_the_published_loop_over_clients():
     for updates in rounds():
         gradients = {k: torch.from_numpy(rng.normal(size=SIZE)).float() for k in updates}
         for k in updates:
-            own = slow.controls.get(k)
-            close(slow.optimizer.correction(own, slow.w), c - controls[k])
+            correction = slow.optimizer.correction(SHARED, slow.kept.get(k))
+            close(LAYOUT.pack(correction, SHARED), c - controls[k])
+            assert not LAYOUT.pack(correction, ("0", "2")).any()
         c = c + sum(gradients[k].double() - controls[k] for k in updates) / CLIENTS
         controls |= {k: g.double() for k, g in gradients.items()}
         w = mean(updates)
@@ -181,11 +214,11 @@ def test_after_a_full_round_from_zero_c_is_the_mean_of_the_clients():
     slow.round(updates)
     steps = sum(s for _, s in updates.values())
     wanted = sum(s * slow.controls[k].double() for k, (_, s) in updates.items()) / steps
-    close(slow.optimizer.state.tensors["control"], wanted)
+    close(slow.remembered("control"), wanted)
     slow = Slow(make(optimizer="momentum", control=True))
     slow.round(updates)
     wanted = sum(ROWS[k] * slow.controls[k].double() for k in updates) / sum(ROWS)
-    close(slow.optimizer.state.tensors["control"], wanted)
+    close(slow.remembered("control"), wanted)
 
 
 @pytest.mark.parametrize("options", [{}, {"optimizer": "adam"}, {"optimizer": "momentum"}])
@@ -193,10 +226,11 @@ def test_a_round_in_which_every_client_failed_changes_nothing(options):
     slow = Slow(make(**options))
     for updates in rounds(number=2):
         slow.round(updates)
-    before, state = slow.w.clone(), {k: v.clone() for k, v in slow.optimizer.state.tensors.items()}
+    vectors_now = slow.optimizer._state.vectors
+    before, state = slow.w.clone(), {k: v.clone() for k, v in vectors_now.items()}
     slow.round({})
     assert torch.equal(slow.w, before)
-    assert all(torch.equal(v, state[k]) for k, v in slow.optimizer.state.tensors.items())
+    assert all(torch.equal(v, state[k]) for k, v in vectors_now.items())
 
 
 def test_the_rate_decays_to_its_floor():
@@ -207,3 +241,21 @@ def test_the_rate_decays_to_its_floor():
         slow.round(updates)
         rates.append(float(((before - slow.w.double()) / (before - mean(updates))).mean()))
     assert rates == pytest.approx([1e-3, 1e-4, 1e-4, 1e-4, 1e-4], rel=0.05)
+
+
+def test_what_is_shared_may_change():
+    """What is remembered of a block waits while it is not shared."""
+    server, _ = make(optimizer="momentum", momentum=0.5)
+    state = server._state
+    w, sampled = torch.zeros(LAYOUT.size), Sampled(2, 9, 4)
+    for shared in (("0", "1"), ("1", "2"), ("0",)):
+        before = dict(state.vectors)
+        means = torch.ones(LAYOUT.count(shared))
+        LAYOUT.unpack(server.step(shared, w, means, sampled), shared, w)
+        for block in LAYOUT.blocks:
+            span = LAYOUT.span(block)
+            if before and block not in shared:
+                assert torch.equal(state.vectors["momentum"][span], before["momentum"][span])
+    momentum = state.vectors["momentum"]
+    assert set(momentum[LAYOUT.span("2")].tolist()) == {-1.0}  # shared once, from nothing
+    assert set(momentum[LAYOUT.span("0")].tolist()) == {-0.5}  # -1, then half of it and no more

@@ -1,9 +1,8 @@
 """Which file is a client's current one, and which files are dropped."""
 
-import json
-
 import torch
 
+from hpcfed.state import ClientFiles
 from hpcfed.storage.run import RunDirectory
 from hpcfed.storage.states import ClientStates
 
@@ -13,18 +12,19 @@ def files(path):
 
 
 def test_current_pinned_and_dropped(tmp_path):
-    states = ClientStates("personal", RunDirectory(tmp_path), writes=True)
+    states = ClientStates("personal", ClientFiles(), RunDirectory(tmp_path), writes=True)
 
     def round_of(number, client):
         states.save(client, number, {"values": torch.full((2,), float(number))})
-        states.keep(number, [client])
+        states.accept(number, [client])
         states.sweep()
 
     assert states.load(7) is None
     round_of(0, 7)
     round_of(1, 7)
     assert files(tmp_path) == ["personal-00001.safetensors"], "the old file is dropped"
-    best = states.pin()
+    states.pin()
+    best = states.files.pinned
     round_of(2, 7)
     round_of(4, 7)
     assert files(tmp_path) == ["personal-00001.safetensors", "personal-00004.safetensors"]
@@ -37,35 +37,26 @@ def test_current_pinned_and_dropped(tmp_path):
 
 
 def test_a_failed_round_leaves_the_old_state(tmp_path):
-    states = ClientStates("curriculum", RunDirectory(tmp_path), writes=True)
+    states = ClientStates("curriculum", ClientFiles(), RunDirectory(tmp_path), writes=True)
     states.save(3, 0, {"difficulty": torch.zeros(1)})
-    states.keep(0, [3])
+    states.accept(0, [3])
     states.save(3, 1, {"difficulty": torch.ones(1)})  # and then its update was refused
     assert states.load(3)["difficulty"].item() == 0
 
 
 def test_only_the_writer_deletes(tmp_path):
     writer, reader = (
-        ClientStates("personal", RunDirectory(tmp_path), writes) for writes in (True, False)
+        ClientStates("personal", ClientFiles(), RunDirectory(tmp_path), writes)
+        for writes in (True, False)
     )
     for number in (0, 1):
         writer.save(1, number, {"values": torch.zeros(1)})
-    reader.keep(0, [1])
-    reader.keep(1, [1])
+    reader.accept(0, [1])
+    reader.accept(1, [1])
     reader.sweep()
     assert len(files(tmp_path)) == 2
-    writer.keep(0, [1])
-    writer.keep(1, [1])
+    writer.accept(0, [1])
+    writer.accept(1, [1])
     writer.sweep()
     assert len(files(tmp_path)) == 1
-    assert reader.current == writer.current
-
-
-def test_maps_come_back_from_json(tmp_path):
-    states = ClientStates("personal", RunDirectory(tmp_path), writes=True)
-    states.keep(0, [3, 5])
-    states.pin()
-    states.keep(1, [5])
-    other = ClientStates("personal", RunDirectory(tmp_path), writes=True)
-    other.restore(json.loads(json.dumps(states.maps())))
-    assert other.current == {3: 0, 5: 1} and other.pinned == {3: 0, 5: 0}
+    assert reader.files == writer.files

@@ -41,22 +41,22 @@ def check(topology: Topology, out: Path) -> None:
              "adapter.virtual_tokens=50", "data.partition.kind=iid", "data.validation=0",
              f"federation.clients={clients}", f"federation.per_round={PER_ROUND}",
              f"federation.rounds={ROUNDS}", "curriculum.warmup=0", "local.epochs=1",
-             "local.moments=keep", "task.max_length=32", "layers.probe_clients=2", "evaluation.every=9",
+             "local.moments=keep", "task.max_length=32", "layers.probe_clients=2",
+             "evaluation.every=9",
              "server.control=true", "sparsity.keep=0.5", "cluster.threads=1"],
         )  # fmt: skip
         tracemalloc.start()
         before = held()
-        for number in range(ROUNDS):
-            if number == 0:
-                federation._begin_method(number, Progress(speaks=False))
-            line, _ = federation.round(number, Progress(speaks=False))
-            federation._commit(number + 1, line)
+        federation.begin_method(Progress(speaks=False))
+        for _ in range(ROUNDS):
+            record, _ = federation.round(Progress(speaks=False))
+            federation.commit(record)
         found[clients] = held() - before
         tracemalloc.stop()
         kept[clients] = sum(len(list(run.glob(f"clients/*/{k}-*"))) for k in ("control", "moments"))
         vector = federation.layout.size * 4
-        federation.run_directory.close()
-        federation.client.close()
+        federation.setup.directory.close()
+        federation.setup.client.close()
         del federation
     assert kept[1000] > 2 * kept[100], kept
     more = found[1000] - found[100]

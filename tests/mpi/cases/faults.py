@@ -39,21 +39,21 @@ def check(topology: Topology, out: Path, data: Path) -> None:
 def spoil(federation: Federation) -> None:
     """Client 0: its last row has a label that does not exist, which one rank meets, in some
     micro-step. Client 2: the loss is not a number, from its second optimizer step on."""
-    federation.train_tokens.labels[federation.rows[0].train[-1]] = 99
-    forward = federation.client.forward
+    federation.setup.train_tokens.labels[federation.setup.rows[0].train[-1]] = 99
+    forward = federation.setup.client.forward
     seen = []
 
     def spoiled(rows, batch, tokens):
-        if np.isin(batch, federation.rows[2].train).all():
+        if np.isin(batch, federation.setup.rows[2].train).all():
             if not any(batch is other for other in seen):
                 seen.append(batch)
-            if len(seen) > 1 or len(federation.rows[2].train) <= 8:
-                head = [p for n, p in federation.client.model.named_parameters()
+            if len(seen) > 1 or len(federation.setup.rows[2].train) <= 8:
+                head = [p for n, p in federation.setup.client.model.named_parameters()
                         if p.requires_grad and "classifier" in n]  # fmt: skip
                 head[0].data.fill_(float("nan"))
         return forward(rows, batch, tokens)
 
-    federation.client.forward = spoiled
+    federation.setup.client.forward = spoiled
 
 
 def record(federation: Federation) -> dict[int, tuple[int, np.ndarray]]:
@@ -79,7 +79,7 @@ def record(federation: Federation) -> dict[int, tuple[int, np.ndarray]]:
 
 def compare(federation: Federation, healthy: dict, faulty: dict, out: Path) -> None:
     """The others' updates have the same bits, and the mean is theirs alone."""
-    comm = federation.topology.world.comm
+    comm = federation.setup.topology.world.comm
     everyone: dict[int, tuple[int, np.ndarray]] = {}
     for part in comm.allgather(faulty):
         everyone |= part
@@ -89,13 +89,13 @@ def compare(federation: Federation, healthy: dict, faulty: dict, out: Path) -> N
         assert np.array_equal(values, healthy[client][1]), f"client {client} has other bits"
     total = sum(weight * values.astype(np.float64) for weight, values in everyone.values())
     mean = (total / sum(weight for weight, _ in everyone.values())).astype(np.float32)
-    assert torch.equal(federation.shared, torch.from_numpy(mean))
-    assert federation.account.totals.failures == 2
-    values = federation.layout.count(federation.shared_blocks)
-    assert HEAD in federation.shared_blocks
-    assert federation.account.totals.up == 2 * values * 4
-    assert federation.account.totals.down == 4 * values * 4
-    if federation.topology.is_root:
+    state = federation.state
+    assert state.shared == federation.layout.blocks and HEAD in state.shared
+    assert torch.equal(state.values, torch.from_numpy(mean))
+    assert state.totals.failures == 2
+    assert state.totals.up == 2 * len(mean) * 4
+    assert state.totals.down == 4 * len(mean) * 4
+    if federation.setup.topology.is_root:
         line = json.loads((out / "metrics.jsonl").read_text())
         assert sorted(line["failed"]) == ["0", "2"], line["failed"]
         assert "Target 99 is out of bounds" in line["failed"]["0"], line["failed"]

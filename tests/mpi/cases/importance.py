@@ -44,7 +44,8 @@ def check(
     config = resolve("lora-fedavg", overrides).config
     plain = Plain(config, LABELS, HEADS[head])
     torch.manual_seed(1)
-    vector = torch.randn(plain.layout.size) * 0.3
+    # Larger values of LoRA would saturate the attention of models as narrow as these.
+    vector = torch.randn(plain.layout.size) * (0.1 if adapter == "lora" else 0.3)
     check_fisher(config, plain, vector, topology)
     check_curvature(config, plain, vector, topology)
     if adapter != "prompt":
@@ -73,8 +74,7 @@ def close(found: object, wanted: object, what: str) -> None:
 def check_fisher(config: Config, plain: Plain, vector: torch.Tensor, topology: Topology) -> None:
     """Own pass, training pass and sensitivity equal loops over single samples."""
     tokens = some_tokens(ROWS, 11)
-    exactly = Plain(config, LABELS, HEADS[config.model.head])
-    exactly.network.double()
+    exactly = Plain(config, LABELS, HEADS[config.model.head]).double()
     gradients = torch.stack(
         [exactly.gradient(vector.double(), row, tokens) for row in range(len(tokens))]
     )
@@ -128,16 +128,13 @@ def check_curvature(config: Config, plain: Plain, vector: torch.Tensor, topology
     batch = BATCHES[1]
     torch.manual_seed(3)
     direction = torch.randint(0, 2, (plain.layout.size,)).double() * 2 - 1
-    exactly = Plain(config, LABELS, HEADS[config.model.head])
-    exactly.network.double()
+    exactly = Plain(config, LABELS, HEADS[config.model.head]).double()
 
     def slope(at: torch.Tensor) -> torch.Tensor:
         leaf = at.clone().requires_grad_()
         return torch.autograd.grad(exactly.losses(leaf, batch, tokens).mean(), leaf)[0]
 
-    # LLaMA's norms compute in fp32 whatever the model's type: a smaller h would drown in that.
-    llama = "llama" in config.model.name
-    h = 1e-4 if llama else 1e-6
+    h = 1e-6
     there, back = (slope(vector.double() + sign * h * direction) for sign in (1, -1))
     wanted = (there - back) / (2 * h)
     client = build(config, config.local, topology)
@@ -148,9 +145,7 @@ def check_curvature(config: Config, plain: Plain, vector: torch.Tensor, topology
     error = float((found - wanted).norm() / wanted.norm())
     exact = client.stage < 2 and not client.checkpointing
     print(f"Hessian product, {'exact' if exact else 'differences'}: {error:.1e}", flush=True)
-    assert error <= ((1e-3 if llama else 1e-5) if exact else 1e-3), (
-        f"Hessian product: {error:.1e} off"
-    )
+    assert error <= (1e-5 if exact else 1e-3), f"Hessian product: {error:.1e} off"
     client.close()
 
 

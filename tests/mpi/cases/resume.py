@@ -22,9 +22,9 @@ from hpcfed.cluster.collectives import MaskedSum
 from hpcfed.cluster.topology import Topology
 from hpcfed.engine.client import Client
 from hpcfed.rounds.federation import Federation
-from hpcfed.rounds.preflight import MANIFEST, METRICS
 from hpcfed.rounds.progress import Progress
-from hpcfed.storage import commits
+from hpcfed.storage.commits import encode
+from hpcfed.storage.paths import MANIFEST, METRICS
 from hpcfed.storage.run import RunDirectory
 from hpcfed.storage.states import ClientStates
 from tests.mpi.cases.runs import build, clear
@@ -139,8 +139,8 @@ def life(
         return True
     except Struck:
         if federation is not None:
-            federation.run_directory.close()
-            federation.client.close()
+            federation.setup.directory.close()
+            federation.setup.client.close()
         return False
     finally:
         federation = None
@@ -149,12 +149,11 @@ def life(
 
 def state(federation: Federation) -> str:
     """A digest of all that a commit holds, but for seconds, and of what clients keep."""
-    commit = commits.collect(federation, federation.rounds_done)
-    content = {k: v for k, v in commit.content.items() if k != "seconds"}
+    tensors, content = encode(federation.state)
+    content.pop("seconds")
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-    tensors = dict(commit.tensors)
-    for kept, states in commits.client_states(federation).items():
-        for client in states.current:
+    for kept, states in federation.client_states.items():
+        for client in states.files.current:
             loaded = states.load(client)
             assert loaded is not None
             tensors |= {f"{kept} {client} {name}": value for name, value in loaded.items()}
@@ -174,13 +173,13 @@ def whole(
 
     def begun(federation: Federation) -> None:
         committed[0] = state(federation)
-        commit = federation._commit
+        commit = federation.commit
 
-        def noting(rounds: int, line: dict[str, Any]) -> None:
-            commit(rounds, line)
-            committed[rounds] = state(federation)
+        def noting(record: dict[str, Any]) -> None:
+            commit(record)
+            committed[federation.state.rounds] = state(federation)
 
-        federation._commit = noting  # type: ignore[method-assign]
+        federation.commit = noting  # type: ignore[method-assign]
 
     instants = Instants(out, lambda name: False, notice)
     assert life(topology, preset, [*words, f"output={out}"], instants, False, begun)
@@ -212,7 +211,7 @@ def check(
 
     def begun(federation: Federation) -> None:
         nonlocal now
-        now = federation.rounds_done
+        now = federation.state.rounds
         assert state(federation) == committed[now], (
             f"after {now} rounds and a strike at {previous!r}: not what was committed"
         )

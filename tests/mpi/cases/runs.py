@@ -14,10 +14,12 @@ import numpy as np
 from hpcfed.app import cli
 from hpcfed.cluster.topology import Topology
 from hpcfed.policies import sparsity
+from hpcfed.round import Round
 from hpcfed.rounds.federation import Federation
 from hpcfed.rounds.local import LocalRounds
 from hpcfed.rounds.preflight import check
 from hpcfed.rounds.progress import Progress
+from hpcfed.rounds.setup import set_up
 from hpcfed.settings.resolve import resolve
 
 
@@ -41,8 +43,8 @@ def federate(
         found[name] = {"masks": masks} if topology.leads_slot else {}
         if topology.is_root:
             found[name] |= {
-                "values": federation.vector(None).numpy(),
-                "initial": federation.prepared.initial.numpy(),
+                "values": federation.state.values.numpy(),
+                "initial": federation.setup.prepared.initial.numpy(),
             }
     return found
 
@@ -62,7 +64,7 @@ def build(
         preset, [*overrides, f"cluster.ranks_per_client={topology.ranks_per_client}"]
     )
     checked = check(resolved, topology.world.size, resume)
-    return Federation(checked, topology.world, time.monotonic(), topology)
+    return Federation(set_up(checked, topology.world, time.monotonic(), topology))
 
 
 class watched:  # noqa: N801
@@ -77,10 +79,10 @@ class watched:  # noqa: N801
         now = (0, 0)
         run, trainable = self._run, self._trainable
 
-        def noting(rounds: LocalRounds, client: int, number: int, *rest: Any) -> Any:
+        def noting(rounds: LocalRounds, client: int, own: Round, *rest: Any) -> Any:
             nonlocal now
-            now = (number, client)
-            done = run(rounds, client, number, *rest)
+            now = (own.number, client)
+            done = run(rounds, client, own, *rest)
             if now in self._lost:
                 assert done.values is not None
                 done.values.fill_(np.inf)

@@ -18,11 +18,13 @@ import torch
 
 from hpcfed.adapters.layout import HEAD
 from hpcfed.cluster.topology import Topology
+from hpcfed.round import Round
 from hpcfed.rounds import preflight
 from hpcfed.rounds.account import FP32_BYTES
 from hpcfed.rounds.federation import Federation
 from hpcfed.rounds.local import LocalRounds
 from hpcfed.rounds.progress import Progress
+from hpcfed.rounds.setup import set_up
 from hpcfed.settings.resolve import resolve
 from tests.mpi.cases.runs import clear
 from tests.mpi.variants import FIBECFED
@@ -126,7 +128,8 @@ def check(topology: Topology, out: Path, data: Path, name: str) -> None:
     everyone, across = Spy(topology.world.comm, seen), Spy(topology.across, seen)
     world = replace(topology.world, comm=everyone)
     watched = replace(topology, world=world, across=across, slot=Spy(topology.slot, seen))
-    federation = Federation(preflight.check(resolved, world.size), world, time.monotonic(), watched)
+    checked = preflight.check(resolved, world.size)
+    federation = Federation(set_up(checked, world, time.monotonic(), watched))
     trained = watch_training(federation)
     try:
         federation.run(Progress(speaks=False))
@@ -141,7 +144,7 @@ def check(topology: Topology, out: Path, data: Path, name: str) -> None:
 def check_calls(federation: Federation, everyone: Spy, across: Spy) -> None:
     """Between the slots: the statistics, the weight, and one exchange a round, in the two halves of
     an Allreduce. What all ranks tell each other besides is small."""
-    rounds = federation.config.federation.rounds
+    rounds = federation.setup.config.federation.rounds
     exchange = {"Allreduce": 2 * rounds, "Alltoallv": rounds, "Allgatherv": rounds}
     assert across.calls == exchange, across.calls
     assert across.largest > federation.layout.size / 2 > 500
@@ -152,15 +155,16 @@ def check_home(
     federation: Federation, trained: list[tuple[int, int, Any]], seen: list[np.ndarray]
 ) -> None:
     """No value of a layer that stays home is in what was handed to MPI; the others' are."""
-    comm = federation.topology.world.comm
-    layout, personal = federation.layout, federation.personal_blocks
+    comm = federation.setup.topology.world.comm
+    layout = federation.layout
+    personal = [block for block in layout.blocks if block not in federation.state.shared]
     assert personal and comm.allreduce(len(trained)) == 4 * 3
     home = shared = 0
     for client, number, values in trained:
-        if number < federation.config.curriculum.warmup:
+        if number < federation.setup.config.curriculum.warmup:
             continue
-        weight = len(federation.rows[client].train)
-        start = federation.base
+        weight = len(federation.setup.rows[client].train)
+        start = federation.state.values
         for block in layout.blocks:
             span = layout.span(block)
             moved = values[span][values[span] != start[span]].double().numpy()
@@ -181,9 +185,9 @@ def watch_training(federation: Federation) -> list[tuple[int, int, Any]]:
     """(client, round, values after training) of this slot, as they come."""
     trained = []
 
-    def run(self: LocalRounds, client: int, number: int, *rest: Any) -> Any:
-        done = ORIGINAL(self, client, number, *rest)
-        trained.append((client, number, done.values))
+    def run(self: LocalRounds, client: int, now: Round, *rest: Any) -> Any:
+        done = ORIGINAL(self, client, now, *rest)
+        trained.append((client, now.number, done.values))
         return done
 
     LocalRounds.run = run  # type: ignore[method-assign]
@@ -192,8 +196,8 @@ def watch_training(federation: Federation) -> list[tuple[int, int, Any]]:
 
 def check_bytes(federation: Federation, run: Path) -> None:
     """A round's upload: 4 bytes for each value of the selected layers and the head, per client."""
-    layout, config = federation.layout, federation.config
-    if not federation.topology.is_root:
+    layout, config = federation.layout, federation.setup.config
+    if not federation.setup.topology.is_root:
         return
     for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
         warm = line["round"] <= config.curriculum.warmup
@@ -202,6 +206,6 @@ def check_bytes(federation: Federation, run: Path) -> None:
         assert len(blocks) == (4 if warm else 3)
         assert line["bytes"]["up"] == config.federation.per_round * values * FP32_BYTES
         # Each slot's sums of values, a weight and statistics, as float64; then the mean.
-        slots = federation.topology.slots
+        slots = federation.setup.topology.slots
         small = 1 + config.federation.per_round * 6 + 2 * slots + 2
         assert line["bytes"]["wire"] == (values + small) * 8 * slots + values * 4

@@ -1,0 +1,32 @@
+"""A round, and what a client did in it."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Round:
+    """number: from 0. warm: all layers are shared, and nothing of the method acts yet. clients: the
+    sampled ones. shared, personal: names of blocks."""
+
+    number: int
+    warm: bool
+    clients: tuple[int, ...]
+    shared: tuple[str, ...]
+    personal: tuple[str, ...]
+
+
+@dataclass
+class Outcome:
+    """What one client did in one round; `values` (layout.size,) is None if it failed."""
+
+    values: torch.Tensor | None = None
+    reason: str = ""  # why it failed
+    loss_sum: float = 0.0  # this rank's share of it
+    samples: int = 0  # trained on
+    steps: int = 0
+    scored: int = 0  # sample passes spent on difficulties before training
+    density: float = 1.0  # share of its personal values that trained
+    gradient: torch.Tensor | None = None  # (layout.size,) mean over its steps, for SCAFFOLD
+    score_seconds: float = 0.0  # of the pass that took them

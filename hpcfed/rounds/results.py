@@ -1,0 +1,144 @@
+"""What a run comes to: validation on the way, the test split at the end."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpcfed.adapters.layout import HEAD
+from hpcfed.data.batches import Ids, Tokens
+from hpcfed.rounds.account import Account
+from hpcfed.rounds.evaluation import Evaluation, Evaluator
+from hpcfed.rounds.setup import Setup
+from hpcfed.state import Best, RunState
+from hpcfed.storage.states import ClientStates
+
+
+class Results:
+    """Evaluates the run's state. `personal`: the files of values that stay home."""
+
+    def __init__(
+        self, setup: Setup, state: RunState, personal: ClientStates, account: Account
+    ) -> None:
+        self._setup, self._state = setup, state
+        self._personal, self._account = personal, account
+        self._evaluator = Evaluator(
+            setup.client, setup.task, setup.topology, setup.config.evaluation.batch_size
+        )
+
+    def vector(
+        self,
+        client: int | None,
+        values: torch.Tensor | None = None,
+        files: Mapping[int, int] | None = None,
+    ) -> torch.Tensor:
+        """All trainable values (layout.size,) of a client: the shared ones, and its personal ones,
+        or those everyone starts from. By default now; else of these values and files."""
+        vector = (self._state.values if values is None else values).clone()
+        if client is None:
+            return vector
+        kept = self._personal.load(client, files)
+        if kept is not None:
+            layout = self._setup.prepared.adapted.layout
+            home = [block for block in layout.blocks if block not in self._state.shared]
+            layout.unpack(kept["values"], home, vector)
+        return vector
+
+    def validate(self, record: dict[str, Any]) -> None:
+        """Where it is time for it, validation metrics of the current values, into the round's
+        record; remembers the best round."""
+        state, config = self._state, self._setup.config
+        last = state.rounds == config.federation.rounds
+        if not last and state.rounds % config.evaluation.every:
+            return
+        clock = time.monotonic()
+        rows = [own.validation for own in self._setup.rows]
+        if sum(map(len, rows)):
+            found = self._evaluate(
+                rows, self._setup.train_tokens, state.values, self._personal.files.current
+            )
+            record["validation"] = {name: result.scores for name, result in found.items()}
+            score = found["personal"].scores["score"]
+            if state.best is None or score > state.best.score:
+                self._personal.pin()
+                state.best = Best(state.rounds - 1, score, state.values)
+        self._account.evaluated(time.monotonic() - clock, record)
+
+    def _evaluate(
+        self, rows: list[Ids], tokens: Tokens, values: torch.Tensor, files: Mapping[int, int]
+    ) -> dict[str, Evaluation]:
+        """Personal and global results on rows[k] of every client k; one pass if they coincide.
+        files: client -> round of its personal values."""
+        personal = self._evaluator.evaluate(
+            rows, tokens, files, lambda k: self.vector(k, values, files)
+        )
+        if not files:
+            return {"personal": personal, "global": personal}
+        return {
+            "personal": personal,
+            "global": self._evaluator.evaluate(rows, tokens, {}, lambda _: values),
+        }
+
+    def _test(self, values: torch.Tensor, files: Mapping[int, int]) -> dict[str, Evaluation]:
+        rows = [own.test for own in self._setup.rows]
+        return self._evaluate(rows, self._setup.test_tokens, values, files)
+
+    def finish(self, seconds_so_far: Callable[[], float]) -> dict[str, Any]:
+        """The test split, used here for the first time; the adapter; the summary."""
+        setup, state = self._setup, self._state
+        config, files = setup.config, self._personal.files
+        clock = time.monotonic()
+        results = self._test(state.values, files.current)
+        final = {name: result.scores for name, result in results.items()}
+        best = None
+        if state.best is not None:
+            same = state.best.round + 1 == config.federation.rounds
+            found = results if same else self._test(state.best.values, files.pinned)
+            best = {
+                "round": state.best.round + 1,
+                "validation": state.best.score,
+                **{name: result.scores for name, result in found.items()},
+            }
+        self._account.evaluated(time.monotonic() - clock)
+        labels = setup.test_tokens.labels
+        summary = {
+            "method": config.method,
+            "task": config.task.name,
+            "seed": config.seed,
+            "rounds": config.federation.rounds,
+            "metric": setup.task.metric,
+            "accuracy": {name: result["accuracy"] for name, result in final.items()},
+            "score": {name: result["score"] for name, result in final.items()},
+            "majority": float(np.bincount(labels).max() / len(labels)),
+            "test": final,
+            "best": best,
+            **self._account.summary(),
+            "seconds": {
+                "init": state.seconds.init,
+                **state.seconds.phases,
+                "total": seconds_so_far(),
+            },
+            "shared_layers": [block for block in state.shared if block != HEAD],
+        }
+        if setup.topology.is_root:
+            self._save(results, summary)
+        setup.topology.world.comm.Barrier()
+        return summary
+
+    def _save(self, results: dict[str, Evaluation], summary: dict[str, Any]) -> None:
+        setup, directory = self._setup, self._setup.directory
+        prepared, rows = setup.prepared, results["personal"].rows
+        directory.save_adapter(
+            prepared.adapted, self._state.values, prepared.fresh, setup.task.labels, prepared.source
+        )
+        directory.save_predictions(
+            {
+                "labels": list(setup.task.labels),
+                "row": rows.tolist(),
+                "label": setup.test_tokens.labels[rows].tolist(),
+                **{name: result.predicted.tolist() for name, result in results.items()},
+            }
+        )
+        directory.save_summary(summary)

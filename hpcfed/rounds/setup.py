@@ -1,0 +1,155 @@
+"""From a checked configuration to a run that is ready for its next round."""
+
+import socket
+import time
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from hpcfed import model
+from hpcfed.cluster.stop import Stop
+from hpcfed.cluster.topology import (
+    Topology,
+    World,
+    connect_slots,
+    job,
+    keep_heap_small,
+    restarted,
+)
+from hpcfed.data import partition
+from hpcfed.data.batches import Tokens
+from hpcfed.data.partition import ClientRows
+from hpcfed.data.sources import TaskData
+from hpcfed.engine.client import Client
+from hpcfed.model import Prepared
+from hpcfed.objectives import heads
+from hpcfed.rounds.preflight import Checked
+from hpcfed.settings.config import Config
+from hpcfed.settings.deepspeed_config import zero_stage
+from hpcfed.state import RunState, ServerState
+from hpcfed.storage.run import RunDirectory
+
+LOCK_PATIENCE = 120.0  # seconds
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a run needs besides its state, and the state that it goes on from.
+
+    started: when this life of the run began, of time.monotonic. init_seconds: until it was ready.
+    """
+
+    config: Config
+    task: TaskData
+    rows: list[ClientRows]
+    train_tokens: Tokens
+    test_tokens: Tokens
+    prepared: Prepared
+    client: Client
+    topology: Topology
+    stop: Stop
+    directory: RunDirectory
+    state: RunState
+    started: float
+    init_seconds: float
+
+
+def set_up(
+    checked: Checked,
+    world: World,
+    started: float,
+    topology: Topology | None = None,
+    stop: Stop | None = None,
+) -> Setup:
+    """Load everything; nothing is written before all of it succeeded. A run that has begun goes on
+    from its last commit.
+
+    topology: of callers that watch what is communicated. stop: if it listens to signals already.
+    Raises UserError, on all ranks, for anything the user can mend.
+    """
+    directory = RunDirectory(checked.output)
+    try:
+        return _set_up(checked, world, started, directory, topology, stop)
+    except BaseException:
+        directory.close()
+        raise
+
+
+def _set_up(
+    checked: Checked,
+    world: World,
+    started: float,
+    directory: RunDirectory,
+    topology: Topology | None,
+    stop: Stop | None,
+) -> Setup:
+    config, settings, task = checked.config, checked.settings, checked.task
+    state: RunState | None = None
+    with world.agreement("opening the run directory"):
+        if checked.begun and world.rank == 0:
+            # The earlier life of a requeued job may take a moment to end.
+            state = directory.reopen(job(), LOCK_PATIENCE if restarted() else 0.0)
+    stop = stop or Stop(config.cluster.grace_seconds)
+    topology = topology or connect_slots(world, config.cluster)
+    if zero_stage(settings) == 3 and topology.device.type == "cpu":
+        keep_heap_small()
+    with world.agreement("reading the tokenizer"):
+        tokenizer = model.load_tokenizer(config)
+        head = heads.build(config, task, tokenizer)
+        train_tokens, test_tokens = (
+            head.encode(split, tokenizer, config.task.max_length)
+            for split in (task.train, task.test)
+        )
+    with world.agreement("loading the model"):
+        prepared = model.prepare(config, task.labels, train_tokens.pad_id, settings, head)
+    client = Client(prepared, config.local, settings, topology, stop)
+    init_seconds = time.monotonic() - started
+    state = world.comm.bcast(state, root=0) if checked.begun else first_state(config, prepared)
+    assert state is not None
+    state.seconds.init += init_seconds
+    stop.tail = state.seconds.tail
+    facts, here = _facts(task, prepared, settings), _here(topology, state.rounds)
+    with world.agreement("writing the run directory"):
+        if world.rank == 0 and checked.begun:
+            directory.describe_life(facts, here)
+        elif world.rank == 0:
+            table = partition.summary(task, checked.rows)
+            state.seconds.total = time.monotonic() - started
+            directory.create(checked.resolved, facts, here, table, state, job())
+    world.comm.Barrier()
+    return Setup(
+        config, task, checked.rows, train_tokens, test_tokens, prepared, client, topology, stop,
+        directory, state, started, init_seconds,
+    )  # fmt: skip
+
+
+def first_state(config: Config, prepared: Prepared) -> RunState:
+    """Before the first round: everyone has the initial values, and shares all of them."""
+    layout = prepared.adapted.layout
+    return RunState(prepared.initial.clone(), layout.blocks, ServerState(config.server.lr))
+
+
+def _facts(task: TaskData, prepared: Prepared, settings: dict[str, Any]) -> dict[str, Any]:
+    """What runs."""
+    layout = prepared.adapted.layout
+    return {
+        "model": prepared.source,
+        "labels": list(task.labels),
+        "backbone_values": prepared.backbone_values,
+        "adapter_values": {block: layout.count([block]) for block in layout.blocks},
+        "deepspeed": settings,
+    }
+
+
+def _here(topology: Topology, rounds_done: int) -> dict[str, Any]:
+    """Where this life of the run takes place."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "rounds_done": rounds_done,
+        "hosts": dict(Counter(topology.world.comm.allgather(socket.gethostname()))),
+        "ranks": topology.world.size,
+        "slots": topology.slots,
+        "threads": topology.threads,
+        "device": str(topology.device),
+    }
