@@ -1,5 +1,6 @@
 # make demo   a first federation: 4 MPI ranks, 2 ZeRO clients at a time, real model, no download
-# make test   lint, types and all tests
+# make test   lint, types, tests without MPI and on real MPI worlds
+# make test-all   the same with full products, a fresh MPI world for every case, and real data
 # make test-cluster   launch tests on a real Slurm of two hosts inside this machine; as root on Debian
 # Each does all of its own set-up in .venv; PYTHON, and anything pip reads, may be set by you.
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-cluster lint clean
+.PHONY: setup demo test test-all test-cluster lint clean
 
 setup: $(VENV)/installed
 
@@ -27,7 +28,11 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile tests/unit tests/mpi
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long" tests/unit tests/mpi
+
+# PYTEST_ARGS: as --budget=SECONDS, which names what it left out.
+test-all: lint
+	HPCFED_FRESH_WORLDS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/unit tests/mpi $(PYTEST_ARGS)
 
 test-cluster: setup
 	tests/cluster/install

@@ -133,7 +133,12 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def _text(file: Path, run: Path) -> str:
-    return file.read_text().replace(str(run.parent), "")
+    text = file.read_text().replace(str(run.parent), "")
+    if file.name == "adapter_config.json":  # PEFT writes sets in any order
+        return json.dumps(
+            {k: sorted(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+        )
+    return text
 
 
 def metrics(run: Path) -> list[dict[str, object]]:

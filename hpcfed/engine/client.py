@@ -33,7 +33,6 @@ _LINEAR = nn.functional.linear
 
 STEPS = "steps"  # beside an optimizer's moments, how many steps it had made
 
-
 # What a rank reports to its slot in place of a problem, if the round has to be dropped.
 _STOPPING = "the job has to stop"
 

@@ -250,6 +250,8 @@ class RunDirectory:
         config.modules_to_save = sorted({*config.modules_to_save, *parts})
         config.base_model_name_or_path = source
         config.inference_mode = True
+        if isinstance(getattr(config, "target_modules", None), set):
+            config.target_modules = sorted(config.target_modules)  # a set's order is not ours
         config.save_pretrained(folder)
         for file in folder.iterdir():
             sync_file(file)

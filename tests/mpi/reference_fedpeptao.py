@@ -35,6 +35,7 @@ class Outcome:
     scores: dict[str, float]  # of the layers, if they were chosen
     personal: dict[int, torch.Tensor]
     controls: dict[int, torch.Tensor]  # if clients have any
+    c: torch.Tensor  # the server's
 
 
 class Loop:
@@ -69,7 +70,7 @@ class Loop:
         keeps = self.config.local.control or self.config.server.control
         return Outcome(
             self.config, self.layout, self.initial, w, self.layers, self.shared_part, self.scores,
-            self.personal, self.controls if keeps else {},
+            self.personal, self.controls if keeps else {}, self.c,
         )  # fmt: skip
 
     def rounds(self) -> torch.Tensor:
@@ -177,6 +178,7 @@ class Loop:
             sampled = sum(n[k] * self.controls[k] for k in back) / rows
             term = torch.as_tensor(whole - sampled)
             self.controls |= {k: w - own for k, (own, _, _) in back.items()}
+            self.c = torch.as_tensor(sum(n[k] * self.controls[k] for k in n) / sum(n.values()))
         if spec.optimizer == "mean":
             return mean
         rate, self.rate = self.rate, max(self.rate * spec.lr_decay, 1e-4)

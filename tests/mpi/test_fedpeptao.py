@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from hpcfed.policies.sampling import sample
@@ -155,11 +156,20 @@ def check_controls(loop, run, least):
     seen = 0
     for k, wanted in loop.controls.items():
         for file in run.glob(f"clients/{k:06d}/control-*.safetensors"):
-            found = load_file(file)["control"].double()
-            packed = loop.layout.pack(wanted, blocks)
-            assert float((found - packed).norm() / packed.norm()) <= 1e-4
+            near(loop, load_file(file)["control"], wanted, blocks)
             seen += 1
     assert seen >= least
+    (checkpoint,) = run.glob("checkpoint/round-*.safetensors")
+    near(loop, load_file(checkpoint)["server.control"], loop.c, blocks)
+
+
+def near(loop, found, wanted, blocks):
+    """Equal where something is shared, and zero elsewhere."""
+    packed, own = loop.layout.pack(wanted, blocks), loop.layout.pack(found.double(), blocks)
+    assert float(packed.norm()) > 0
+    assert float((own - packed).norm() / packed.norm()) <= 1e-4
+    loop.layout.unpack(torch.zeros(len(own)), blocks, found)
+    assert not found.any()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (4, 1)])

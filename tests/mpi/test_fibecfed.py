@@ -35,7 +35,7 @@ MANY = [case for case in product(FACTORS) if case not in FEW]
 def overrides(out, kind="", stage="zero0"):
     return [
         *FIBECFED, f"data.root={out}", f"model.name={out}/bert-classifier",
-        f"deepspeed=ds_configs/{stage}.json", *KINDS[kind],
+        f"deepspeed=ds_configs/{stage}.json", "local.lr=0.1", *KINDS[kind],
     ]  # fmt: skip
 
 
