@@ -124,8 +124,8 @@ def test_what_cannot_be_resumed(worlds, data, tmp_path, shape):
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     (out / "summary.json").unlink()
     content = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**content, "format": 0}))
-    assert "format 0" in sentence(said(out, "--resume"))
+    manifest.write_text(json.dumps({**content, "format": 1}))
+    assert "its format is 1, and this hpcfed reads 2" in sentence(said(out, "--resume"))
     (tmp_path / "other").mkdir()
     assert "is no run directory" in sentence(said(tmp_path / "other", "--resume"))
 
