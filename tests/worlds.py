@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 Shape = tuple[int, int]  # slots, ranks per client
 
-START_SECONDS = 180.0
-CASE_SECONDS = 240.0  # a case that takes longer hangs
+START_SECONDS = 600.0  # the first one on a machine compiles an operator
+CASE_SECONDS = 400.0  # a case that takes longer hangs
 AFTER_FAILURE = 10.0  # what other ranks get, once one has failed, to fail too or to end
 
 

@@ -36,8 +36,9 @@ def words(data, *extra):
 def test_struck_at_every_kind_of_instant(worlds, data, tmp_path, shape):
     """Every write, rename and removal, and every event of a run, twice in different rounds."""
     (struck,) = worlds.call(
-        shape, f"{CASES}:check", preset="lora-fedavg", words=words(data), folder=tmp_path
-    )
+        shape, f"{CASES}:check", preset="lora-fedavg", words=words(data), folder=tmp_path,
+        seconds=1200.0,
+    )  # fmt: skip
     files = ("manifest.json", "metrics.jsonl", "history.jsonl", "summary.json", "run.json",
              "selection.json", "predictions.json", "round-N.safetensors",
              "adapter_model.safetensors", "personal-N.safetensors", "curriculum-N.safetensors",
