@@ -256,7 +256,7 @@ def test_every_other_choice_runs(worlds, data, tmp_path, shape, name):
 @pytest.mark.parametrize("shape", [(4, 1)])
 @pytest.mark.parametrize("name", ["plain", "control"])
 def test_what_stays_home_never_travels(worlds, data, tmp_path, shape, name):
-    worlds.call(shape, "tests.mpi.cases.wire:check", out=tmp_path, data=data, name=name)
+    worlds.call(shape, "tests.mpi.cases.wire:check", out=tmp_path, data=data, method=name)
 
 
 @pytest.mark.parametrize("shape", [(2, 1)])

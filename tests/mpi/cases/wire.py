@@ -116,12 +116,12 @@ def check_watch(topology: Topology, form: str) -> None:
     assert not travelled(secret.astype(np.float64) + 1e-3, seen).any()
 
 
-def check(topology: Topology, out: Path, data: Path, name: str) -> None:
-    """Four rounds, watched. name: plain, or with control variates."""
+def check(topology: Topology, out: Path, data: Path, method: str) -> None:
+    """Four rounds, watched. method: plain, or with control variates."""
     words = [*FIBECFED, f"data.root={data}", f"model.name={data}/bert-classifier"]
-    if name == "control":
+    if method == "control":
         words += ["server.optimizer=momentum", "server.control=true"]
-    run = out / name
+    run = out / method
     clear(topology, run)
     resolved = resolve("fibecfed", [*words, f"output={run}"])
     seen: list[np.ndarray] = []
@@ -136,7 +136,7 @@ def check(topology: Topology, out: Path, data: Path, name: str) -> None:
     finally:
         LocalRounds.run = ORIGINAL  # type: ignore[method-assign]
     check_calls(federation, everyone, across)
-    if name == "plain":
+    if method == "plain":
         check_home(federation, trained, seen)
         check_bytes(federation, run)
 
