@@ -18,7 +18,8 @@ quiet()
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 
-LEFT_OUT = pytest.StashKey[list[str]]()
+BEGAN = time.monotonic()
+TIME_IS_UP = "the time is up"
 
 
 def pytest_addoption(parser):
@@ -26,16 +27,10 @@ def pytest_addoption(parser):
         "--budget", type=float, metavar="SECONDS",
         help="begin no further test after so many seconds; what is left out is named at the end",
     )  # fmt: skip
-    parser.addoption(
-        "--first", type=int, default=0, metavar="N",
-        help="begin with the N-th test, and come to those before it last",
-    )  # fmt: skip
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "xdist_group(name): of the tests that one worker runs")
-    config.stash[LEFT_OUT] = []
-    config.stash_began = time.monotonic()
 
 
 def pytest_make_parametrize_id(val):
@@ -52,20 +47,19 @@ def pytest_collection_modifyitems(config, items):
         name = f"world-{shape[0]}x{shape[1]}" if shape else item.path.stem
         item.add_marker(pytest.mark.xdist_group(name))
     items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0])
-    first = config.getoption("first") % max(1, len(items))
-    items[:] = items[first:] + items[:first]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     budget = item.config.getoption("budget")
-    if budget is not None and time.monotonic() - item.config.stash_began > budget:
-        item.config.stash[LEFT_OUT].append(item.nodeid)
-        pytest.skip("the time is up")
+    if budget is not None and time.monotonic() - BEGAN > budget:
+        pytest.skip(TIME_IS_UP)
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    left_out = config.stash[LEFT_OUT]
+def pytest_terminal_summary(terminalreporter):
+    """From the reports, which workers send, and not from what a worker knows."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    left_out = [report.nodeid for report in skipped if TIME_IS_UP in str(report.longrepr)]
     if left_out:
         terminalreporter.section(f"left out, since the time was up: {len(left_out)}")
         for name in left_out:

@@ -15,18 +15,14 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
-from hpcfed.cluster import launcher
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support import ROOT, on_ranks
 
 Shape = tuple[int, int]  # slots, ranks per client
 
@@ -50,19 +46,13 @@ class World:
         self._lines: list[Connection | None] = [None] * self._ranks
         self._pids = [0] * self._ranks
         self._log = self._folder / "output"
-        program = str(ROOT / "tests" / "mpi" / "world.py")
         address = str(self._folder / "socket")
-        words, extra = launcher.command(
-            launcher.find_mpiexec(),
-            self._ranks,
-            [sys.executable, program, address, str(ranks_per_client)],
-        )
+        command, environment = on_ranks(self._ranks, "world.py", address, str(ranks_per_client))
         with Listener(address, family="AF_UNIX", backlog=self._ranks) as listener:
             with self._log.open("w") as log:
                 self._process = subprocess.Popen(
-                    words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    env={**os.environ, **extra, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-                    start_new_session=True,
+                    command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+                    stderr=log, start_new_session=True,
                 )  # fmt: skip
             until = time.monotonic() + START_SECONDS
             inner = listener._listener._socket  # type: ignore[attr-defined]
@@ -146,10 +136,9 @@ class World:
 class Worlds:
     """Worlds by shape, one at a time: that of another shape is closed when one is asked for."""
 
-    def __init__(self, lock: Path, make: Callable[[Shape], World] = World) -> None:
+    def __init__(self, lock: Path) -> None:
         """lock: a file; of all processes that were given it, one at a time runs a world of several
         ranks, since more would only wait for each other's cores."""
-        self._make = make
         self._lock = lock
         self._open: dict[Shape, World] = {}
         self._fresh = os.environ.get("HPCFED_FRESH_WORLDS", "") not in ("", "0")
@@ -188,7 +177,7 @@ class Worlds:
     def _get(self, shape: Shape) -> World:
         if shape not in self._open or self._fresh:
             self.close()
-            self._open[shape] = self._make(shape)
+            self._open[shape] = World(shape)
         return self._open[shape]
 
     def _drop(self, shape: Shape) -> None:

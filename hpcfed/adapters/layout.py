@@ -81,6 +81,10 @@ class AdapterLayout:
         """Block names without the head."""
         return tuple(block for block in self.blocks if block != HEAD)
 
+    def others(self, blocks: Collection[str]) -> tuple[str, ...]:
+        """The blocks that are not among these, in order."""
+        return tuple(block for block in self.blocks if block not in blocks)
+
     @cached_property
     def neurons(self) -> tuple[slice, ...]:
         """For each entry, its slice of a flat vector of neurons."""

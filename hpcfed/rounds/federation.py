@@ -37,7 +37,6 @@ class Federation:
         self.state = setup.state
         self.layout = setup.prepared.adapted.layout
         self._config, self._topology = setup.config, setup.topology
-        self._earlier = self.state.seconds.total if self.state.rounds else 0.0
         self.client_states = {
             kind: ClientStates(
                 kind, self.state.clients[kind], setup.directory, setup.topology.is_root
@@ -46,7 +45,7 @@ class Federation:
         }
         self.local = LocalRounds(setup, self.client_states)
         self.account = Account(self.layout, self.state)
-        self.results = Results(setup, self.state, self.client_states[PERSONAL], self.account)
+        self.results = Results(setup, self.client_states[PERSONAL], self.account)
         rows = sum(len(own.train) for own in setup.rows)
         # Comes into play, with the clients' control variates, when the method begins.
         self.server = server.Optimizer(
@@ -165,9 +164,8 @@ class Federation:
         spec, number = self._config.federation, self.state.rounds
         sampled = sampling.sample(self._config.seed, number, spec.clients, spec.per_round)
         shared = self.state.shared
-        personal = tuple(block for block in self.layout.blocks if block not in shared)
         warm = number < self._config.curriculum.warmup
-        return Round(number, warm, tuple(sampled), shared, personal)
+        return Round(number, warm, tuple(sampled), shared, self.layout.others(shared))
 
     def _train(self, now: Round, lane: list[int], progress: Progress) -> tuple[MaskedSum, Tally]:
         """This slot's clients, one after the other; their sums and numbers."""
@@ -286,4 +284,4 @@ class Federation:
     @property
     def seconds_so_far(self) -> float:
         """Of all lives of the run."""
-        return self._earlier + time.monotonic() - self.setup.started
+        return self.setup.earlier_seconds + time.monotonic() - self.setup.started

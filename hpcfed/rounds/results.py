@@ -12,17 +12,15 @@ from hpcfed.data.batches import Ids, Tokens
 from hpcfed.rounds.account import Account
 from hpcfed.rounds.evaluation import Evaluation, Evaluator
 from hpcfed.rounds.setup import Setup
-from hpcfed.state import Best, RunState
+from hpcfed.state import Best
 from hpcfed.storage.states import ClientStates
 
 
 class Results:
     """Evaluates the run's state. `personal`: the files of values that stay home."""
 
-    def __init__(
-        self, setup: Setup, state: RunState, personal: ClientStates, account: Account
-    ) -> None:
-        self._setup, self._state = setup, state
+    def __init__(self, setup: Setup, personal: ClientStates, account: Account) -> None:
+        self._setup, self._state = setup, setup.state
         self._personal, self._account = personal, account
         self._evaluator = Evaluator(
             setup.client, setup.task, setup.topology, setup.config.evaluation.batch_size
@@ -42,8 +40,7 @@ class Results:
         kept = self._personal.load(client, files)
         if kept is not None:
             layout = self._setup.prepared.adapted.layout
-            home = [block for block in layout.blocks if block not in self._state.shared]
-            layout.unpack(kept["values"], home, vector)
+            layout.unpack(kept["values"], layout.others(self._state.shared), vector)
         return vector
 
     def validate(self, record: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ class Setup:
     """All that a run needs besides its state, and the state that it goes on from.
 
     started: when this life of the run began, of time.monotonic. init_seconds: until it was ready.
+    earlier_seconds: of earlier lives.
     """
 
     config: Config
@@ -53,6 +54,7 @@ class Setup:
     state: RunState
     started: float
     init_seconds: float
+    earlier_seconds: float
 
 
 def set_up(
@@ -105,8 +107,9 @@ def _set_up(
         prepared = model.prepare(config, task.labels, train_tokens.pad_id, settings, head)
     client = Client(prepared, config.local, settings, topology, stop)
     init_seconds = time.monotonic() - started
-    state = world.comm.bcast(state, root=0) if checked.begun else first_state(config, prepared)
+    state = world.comm.bcast(state, root=0) if checked.begun else _first_state(config, prepared)
     assert state is not None
+    earlier_seconds = state.seconds.total
     state.seconds.init += init_seconds
     stop.tail = state.seconds.tail
     facts, here = _facts(task, prepared, settings), _here(topology, state.rounds)
@@ -120,11 +123,11 @@ def _set_up(
     world.comm.Barrier()
     return Setup(
         config, task, checked.rows, train_tokens, test_tokens, prepared, client, topology, stop,
-        directory, state, started, init_seconds,
+        directory, state, started, init_seconds, earlier_seconds,
     )  # fmt: skip
 
 
-def first_state(config: Config, prepared: Prepared) -> RunState:
+def _first_state(config: Config, prepared: Prepared) -> RunState:
     """Before the first round: everyone has the initial values, and shares all of them."""
     layout = prepared.adapted.layout
     return RunState(prepared.initial.clone(), layout.blocks, ServerState(config.server.lr))

@@ -31,7 +31,7 @@ class Tally:
         self.reasons: dict[int, str] = {}
 
     def note(self, client: int, outcome: Outcome) -> None:
-        """What a client of this slot did. Losses are this rank's share, see `add_losses`."""
+        """What a client of this slot did. Losses are this rank's share of it."""
         failed = outcome.values is None
         if failed:
             self.reasons[client] = outcome.reason
@@ -73,12 +73,16 @@ class Tally:
     @property
     def failed(self) -> list[int]:
         """Clients whose update is lost."""
-        return [k for k, failed in zip(self.clients, self.column("failed"), strict=True) if failed]
+        return self._which(failed=True)
 
     @property
     def succeeded(self) -> list[int]:
         """The others."""
-        return [k for k in self.clients if k not in self.failed]
+        return self._which(failed=False)
+
+    def _which(self, failed: bool) -> list[int]:
+        column = self.column("failed")
+        return [k for k, own in zip(self.clients, column, strict=True) if bool(own) == failed]
 
     def total(self, name: str, failed_too: bool = False) -> float:
         """Sum of a column over the clients that did not fail."""

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from functools import partial
+from typing import Any
 
 import hpcfed.cluster.stop
 import hpcfed.rounds.federation
@@ -17,20 +18,23 @@ import hpcfed.storage.run
 from hpcfed.app import cli
 from hpcfed.cluster.collectives import MaskedSum
 from hpcfed.engine.client import Client
+from hpcfed.storage.run import RunDirectory
 from hpcfed.storage.states import ClientStates
 
-EVENTS = {
+# What a run does, besides writing files, that a later life may find half done.
+EVENTS: dict[str, tuple[Any, str]] = {
     "forward": (Client, "forward"),
     "select": (hpcfed.rounds.federation, "select"),
     "exchange": (MaskedSum, "mean"),
-    "manifest": (hpcfed.storage.run, "write_json"),
+    "commit": (RunDirectory, "commit"),
     "sweep": (ClientStates, "sweep"),
 }
+WRITES = {"manifest": (hpcfed.storage.run, "write_json")}
 
 
 def arm(event: str, count: int, rank: int, name: str) -> None:
     """Count the event; strike."""
-    holder, attribute = EVENTS[event]
+    holder, attribute = {**EVENTS, **WRITES}[event]
     original = getattr(holder, attribute)
     left = [count]
 

@@ -17,27 +17,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import hpcfed.rounds.federation
-from hpcfed.cluster.collectives import MaskedSum
 from hpcfed.cluster.topology import Topology
-from hpcfed.engine.client import Client
 from hpcfed.rounds.federation import Federation
 from hpcfed.rounds.progress import Progress
 from hpcfed.storage.commits import encode
 from hpcfed.storage.paths import MANIFEST, METRICS
-from hpcfed.storage.run import RunDirectory
-from hpcfed.storage.states import ClientStates
 from tests.mpi.cases.runs import build, clear
+from tests.mpi.interrupt import EVENTS
 from tests.same import assert_same
 
-# What a run does, besides writing files, that a later life may find half done.
-EVENTS: dict[str, tuple[Any, str]] = {
-    "forward": (Client, "forward"),
-    "select": (hpcfed.rounds.federation, "select"),
-    "exchange": (MaskedSum, "mean"),
-    "commit": (RunDirectory, "commit"),
-    "sweep": (ClientStates, "sweep"),
-}
 TIMES = 2  # each kind of instant, at most, in rounds that differ
 
 

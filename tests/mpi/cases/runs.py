@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -67,38 +68,29 @@ def build(
     return Federation(set_up(checked, topology.world, time.monotonic(), topology))
 
 
-class watched:  # noqa: N801
+@contextlib.contextmanager
+def watched(lost: tuple[tuple[int, int], ...]) -> Iterator[dict[tuple[int, int], np.ndarray]]:
     """Keep every mask that a client trains under, by round and client; spoil the lost updates."""
+    run, trainable = LocalRounds.run, sparsity.trainable
+    masks: dict[tuple[int, int], np.ndarray] = {}
+    now = (0, 0)
 
-    def __init__(self, lost: tuple[tuple[int, int], ...] = ()) -> None:
-        self._lost = lost
-        self._run, self._trainable = LocalRounds.run, sparsity.trainable
+    def noting(rounds: LocalRounds, client: int, own: Round, *rest: Any) -> Any:
+        nonlocal now
+        now = (own.number, client)
+        done = run(rounds, client, own, *rest)
+        if now in lost:
+            assert done.values is not None
+            done.values.fill_(np.inf)
+        return done
 
-    def __enter__(self) -> dict[tuple[int, int], np.ndarray]:
-        masks: dict[tuple[int, int], np.ndarray] = {}
-        now = (0, 0)
-        run, trainable = self._run, self._trainable
+    def recording(layout: Any, *rest: Any) -> Any:
+        mask = trainable(layout, *rest)
+        masks[now] = np.ones(layout.size, bool) if mask is None else mask.numpy()
+        return mask
 
-        def noting(rounds: LocalRounds, client: int, own: Round, *rest: Any) -> Any:
-            nonlocal now
-            now = (own.number, client)
-            done = run(rounds, client, own, *rest)
-            if now in self._lost:
-                assert done.values is not None
-                done.values.fill_(np.inf)
-            return done
-
-        def recording(layout: Any, *rest: Any) -> Any:
-            mask = trainable(layout, *rest)
-            masks[now] = np.ones(layout.size, bool) if mask is None else mask.numpy()
-            return mask
-
-        LocalRounds.run, sparsity.trainable = noting, recording  # type: ignore[method-assign]
-        return masks
-
-    def __exit__(self, *_: object) -> None:
-        LocalRounds.run = self._run  # type: ignore[method-assign]
-        sparsity.trainable = self._trainable
+    with patch.object(LocalRounds, "run", noting), patch.object(sparsity, "trainable", recording):
+        yield masks
 
 
 def command_line(

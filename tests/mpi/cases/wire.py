@@ -157,7 +157,7 @@ def check_home(
     """No value of a layer that stays home is in what was handed to MPI; the others' are."""
     comm = federation.setup.topology.world.comm
     layout = federation.layout
-    personal = [block for block in layout.blocks if block not in federation.state.shared]
+    personal = layout.others(federation.state.shared)
     assert personal and comm.allreduce(len(trained)) == 4 * 3
     home = shared = 0
     for client, number, values in trained:
