@@ -126,9 +126,9 @@ def differences(one: Path, other: Path) -> list[str]:
             torch.equal(value, second_states[file][key]) for key, value in values.items()
         ):
             where.append(file)
-    for file in one.glob("clients/*/history.jsonl"):
-        if file.read_text() != (other / file.relative_to(one)).read_text():
-            where.append(str(file.relative_to(one)))
+    for history in one.glob("clients/*/history.jsonl"):
+        if history.read_text() != (other / history.relative_to(one)).read_text():
+            where.append(str(history.relative_to(one)))
     return where
 
 

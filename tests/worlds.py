@@ -38,7 +38,8 @@ class WorldError(Exception):
 class World:
     """One running world."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, bare: bool = False) -> None:
+        """bare: its ranks know nothing but MPI."""
         self.cases: list[str] = []
         slots, ranks_per_client = shape
         self._ranks = slots * ranks_per_client
@@ -47,7 +48,11 @@ class World:
         self._pids = [0] * self._ranks
         self._log = self._folder / "output"
         address = str(self._folder / "socket")
-        command, environment = on_ranks(self._ranks, "world.py", address, str(ranks_per_client))
+        words = [address, "bare" if bare else str(ranks_per_client)]
+        command, environment = on_ranks(self._ranks, "world.py", *words)
+        if self._ranks == 1:
+            # Ranks that wait for each other at every step want the cores more.
+            command = ["nice", *command]
         with Listener(address, family="AF_UNIX", backlog=self._ranks) as listener:
             with self._log.open("w") as log:
                 self._process = subprocess.Popen(
@@ -73,8 +78,8 @@ class World:
         began = self._log.stat().st_size
         self.cases.append(name)
         lines = {line: rank for rank, line in enumerate(self._lines) if line is not None}
-        for line in lines:
-            line.send((name, arguments))
+        for own in lines:
+            own.send((name, arguments))
         replies: dict[int, tuple[bool, Any]] = {}
         until = time.monotonic() + seconds
         while len(replies) < self._ranks:
@@ -136,10 +141,11 @@ class World:
 class Worlds:
     """Worlds by shape, one at a time: that of another shape is closed when one is asked for."""
 
-    def __init__(self, lock: Path) -> None:
+    def __init__(self, lock: Path, bare: bool = False) -> None:
         """lock: a file; of all processes that were given it, one at a time runs a world of several
-        ranks, since more would only wait for each other's cores."""
-        self._lock = lock
+        ranks, since more would only wait for each other's cores. bare: cases get no topology, but
+        a World of MPI alone."""
+        self._lock, self._bare = lock, bare
         self._open: dict[Shape, World] = {}
         self._fresh = os.environ.get("HPCFED_FRESH_WORLDS", "") not in ("", "0")
 
@@ -177,7 +183,7 @@ class Worlds:
     def _get(self, shape: Shape) -> World:
         if shape not in self._open or self._fresh:
             self.close()
-            self._open[shape] = World(shape)
+            self._open[shape] = World(shape, self._bare)
         return self._open[shape]
 
     def _drop(self, shape: Shape) -> None:

@@ -20,10 +20,10 @@ from typing import Any
 
 from hpcfed.cluster import launcher
 from hpcfed.cluster.stop import SIGNALS
-from hpcfed.cluster.topology import Launched, forget_launcher
+from hpcfed.cluster.topology import Launched, check_hosts, forget_launcher
 from hpcfed.errors import UserError
+from hpcfed.settings.config import Cluster
 
-MEET_SECONDS = 120.0
 POLL_SECONDS = 0.2
 FAREWELL_SECONDS = 10.0
 
@@ -31,17 +31,20 @@ FAREWELL_SECONDS = 10.0
 _PROBE = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI"
 
 
-def take_part(process: Launched, arguments: list[str]) -> int:
+def take_part(process: Launched, cluster: Cluster, arguments: list[str]) -> int:
     """Run `hpcfed ARGUMENTS` on one MPI rank for each of DeepSpeed's processes; its exit code.
 
-    Raises UserError if the processes do not find each other, or a host has no MPI.
+    Raises UserError, on the processes that see it, if they do not find each other in time, if a
+    host has no MPI, or if the hosts cannot hold the clients.
     """
-    store = _meet(process)
+    store = _meet(process, cluster.meet_seconds)
     store.set(f"process-{process.rank}", json.dumps(_about(process)))
-    return _lead(store, process, arguments) if process.rank == 0 else _follow(store, process)
+    if process.rank > 0:
+        return _follow(store, process)
+    return _lead(store, process, cluster, arguments)
 
 
-def _meet(process: Launched) -> Any:
+def _meet(process: Launched, seconds: float) -> Any:
     import torch.distributed as dist
 
     make_store: Any = dist.TCPStore  # type: ignore[attr-defined]
@@ -53,7 +56,7 @@ def _meet(process: Launched) -> Any:
             process.port,
             process.size,
             first,
-            timedelta(seconds=MEET_SECONDS),
+            timedelta(seconds=seconds),
             wait_for_workers=False,
         )
     except (RuntimeError, ValueError) as error:  # torch's own errors derive from RuntimeError
@@ -84,11 +87,12 @@ def _about(process: Launched) -> dict[str, str]:
     return {"host": socket.gethostname(), "problem": problem}
 
 
-def _lead(store: Any, process: Launched, arguments: list[str]) -> int:
+def _lead(store: Any, process: Launched, cluster: Cluster, arguments: list[str]) -> int:
     """Start mpiexec, and tell the others how it ended."""
     code = 2
     try:
-        hosts = _hosts(store, process.size)
+        hosts = _hosts(store, process.size, cluster.meet_seconds)
+        check_hosts(hosts, cluster.ranks_per_client)
         forget_launcher()
         code = _start(store, process.size, hosts, arguments)
     finally:
@@ -99,18 +103,19 @@ def _lead(store: Any, process: Launched, arguments: list[str]) -> int:
     return code
 
 
-def _hosts(store: Any, size: int) -> dict[str, int]:
+def _hosts(store: Any, size: int, seconds: float) -> dict[str, int]:
     """Host -> its processes, in the order of their ranks."""
     keys = [f"process-{rank}" for rank in range(size)]
-    until = time.monotonic() + MEET_SECONDS
+    until = time.monotonic() + seconds
     for rank, key in enumerate(keys):
         left = max(1.0, until - time.monotonic())
         try:
             store.wait([key], timedelta(seconds=left))
         except RuntimeError:
             raise UserError(
-                f"Process {rank} of {size} was not heard of within {MEET_SECONDS:.0f} s; see to it "
-                "that all hosts reach the first one, and look above for what it may have said."
+                f"Process {rank} of {size} was not heard of within {seconds:.0f} s "
+                "(cluster.meet_seconds); see to it that all hosts reach the first one, and look "
+                "above for what it may have said."
             ) from None
     known = [json.loads(store.get(key)) for key in keys]
     for own in known:

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from hpcfed.adapters.layout import HEAD
-from hpcfed.cluster.collectives import MaskedSum, Mean, sum_in_slot, sum_over_ranks
-from hpcfed.engine.client import ClientError, StopError
+from hpcfed.cluster.collectives import MaskedSum, Mean, sum_in_slot
+from hpcfed.engine.client import StopError
 from hpcfed.policies import sampling
 from hpcfed.round import Outcome, Round
 from hpcfed.rounds.account import Account, Traffic
 from hpcfed.rounds.local import LocalRounds
-from hpcfed.rounds.progress import Opening, Progress
+from hpcfed.rounds.progress import Progress
 from hpcfed.rounds.results import Results
 from hpcfed.rounds.selection import select
 from hpcfed.rounds.setup import Setup
@@ -56,7 +56,7 @@ class Federation:
         """Run all rounds that are left, save the shared adapter, and return summary.json's content;
         None if a signal asked to stop before: then the run can be resumed."""
         config, state = self._config, self.state
-        progress.start(self._opening())
+        progress.start(self.setup.opening())
         stopping = False
         while not stopping and state.rounds < config.federation.rounds:
             if state.rounds == config.curriculum.warmup:
@@ -82,28 +82,6 @@ class Federation:
         self.setup.client.close()
         return summary
 
-    def _opening(self) -> Opening:
-        """What a person is told at the start."""
-        setup, topology, config = self.setup, self._topology, self._config
-        return Opening(
-            what=f"{config.method} on {config.task.name}",
-            training_rows=len(setup.task.train),
-            clients=config.federation.clients,
-            per_round=config.federation.per_round,
-            rounds=config.federation.rounds,
-            model=config.model.name,
-            frozen=setup.prepared.backbone_values,
-            trainable=self.layout.size,
-            ranks=topology.world.size,
-            slots=topology.slots,
-            threads=topology.threads,
-            device=str(topology.device),
-            seconds=setup.init_seconds,
-            folder=setup.directory.path,
-            done=self.state.rounds,
-            up=self.state.totals.up,
-        )
-
     def begin_method(self, progress: Progress) -> None:
         """After the warm-up: choose the shared layers; score the clients, if all are scored now."""
         config, state, setup = self._config, self.state, self.setup
@@ -115,29 +93,11 @@ class Federation:
         state.shared = tuple(b for b in self.layout.blocks if b in (*selection.chosen, HEAD))
         self.account.before_the_round(selection.samples, select=time.monotonic() - clock)
         clock = time.monotonic()
-        passes = self._score_everyone() if self.local.scores_everyone else 0
+        passes = self.local.score_everyone(state) if self.local.scores_everyone else 0
         self.account.before_the_round(passes, score=time.monotonic() - clock)
         if self._topology.is_root and config.layers.score != "all":
             setup.directory.save_selection({"round": state.rounds + 1, **selection.record})
         progress.chose(state.rounds, selection.record)
-
-    def _score_everyone(self) -> int:
-        """Every client's difficulties, spread over the slots; returns the sample passes."""
-        topology, client = self._topology, self.setup.client
-        sizes = {k: len(own.train) for k, own in enumerate(self.setup.rows)}
-        passes = np.zeros(len(sizes))
-        for k in sampling.spread(sizes, topology.slots)[topology.slot_index]:
-            try:
-                done = self.local.score(k, self.state.rounds, self.state.values)
-            except ClientError:
-                if client.interrupted:
-                    break
-                continue  # it is scored, or fails again, in its first round
-            passes[k] = done if topology.leads_slot else 0
-        sum_over_ranks(passes, topology)
-        client.leave_if_interrupted()
-        self.local.accept_scores(self.state.rounds, [int(k) for k in np.flatnonzero(passes)])
-        return int(passes.sum())
 
     def round(self, progress: Progress) -> tuple[dict[str, Any] | None, bool]:
         """The next round: sample, train, exchange, server step. Returns its metrics, None if it was

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from hpcfed.cluster.collectives import sum_over_ranks
 from hpcfed.data.batches import Floats, Ids, form_batches
 from hpcfed.engine.client import STEPS, ClientError, Trained
 from hpcfed.engine.probe import fisher_traces, row_losses
-from hpcfed.policies import curriculum, sparsity
+from hpcfed.policies import curriculum, sampling, sparsity
 from hpcfed.rng import derive, generator
 from hpcfed.round import Outcome, Round
 from hpcfed.rounds.setup import Setup
-from hpcfed.state import CURRICULUM, MOMENTS, PERSONAL
+from hpcfed.state import CURRICULUM, MOMENTS, PERSONAL, RunState
 from hpcfed.storage.states import ClientStates
 
 
@@ -78,10 +79,6 @@ class LocalRounds:
             self._lessons.accept(now.number, clients)
         if self._config.local.moments == "keep":
             self._moments.accept(now.number, clients)
-
-    def accept_scores(self, number: int, clients: list[int]) -> None:
-        """The difficulties that `score` saved are current from now on."""
-        self._lessons.accept(number, clients)
 
     def run(
         self, client: int, now: Round, vector: torch.Tensor, control: torch.Tensor | None = None
@@ -170,16 +167,28 @@ class LocalRounds:
             note["difficulty"] = {k: v if np.isfinite(v) else None for k, v in found.items()}
         self._directory.note(client, note)
 
-    def score(self, client: int, number: int, vector: torch.Tensor) -> int:
-        """Take a client's difficulties without training it; returns the sample passes.
-
-        Raises ClientError on all ranks of the slot.
-        """
-        self._client.load(vector)
-        difficulty = self._score(client)
-        if self._client.topology.leads_slot:
-            self._save_lesson(client, number, difficulty)
-        return len(self._rows[client].train)
+    def score_everyone(self, state: RunState) -> int:
+        """Take the difficulties of all clients, spread over the slots, before round `state.rounds`;
+        returns the sample passes."""
+        engine = self._client
+        topology = engine.topology
+        sizes = {k: len(own.train) for k, own in enumerate(self._rows)}
+        passes = np.zeros(len(sizes))
+        for k in sampling.spread(sizes, topology.slots)[topology.slot_index]:
+            try:
+                engine.load(state.values)
+                difficulty = self._score(k)
+            except ClientError:
+                if engine.interrupted:
+                    break
+                continue  # it is scored, or fails again, in its first round
+            if topology.leads_slot:
+                self._save_lesson(k, state.rounds, difficulty)
+                passes[k] = sizes[k]
+        sum_over_ranks(passes, topology)
+        engine.leave_if_interrupted()
+        self._lessons.accept(state.rounds, [int(k) for k in np.flatnonzero(passes)])
+        return int(passes.sum())
 
     def _formed(self, client: int) -> list[Ids]:
         """A client's batches, formed once."""

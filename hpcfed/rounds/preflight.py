@@ -19,7 +19,10 @@ from hpcfed.storage.paths import CONFIG, PARTITION, SUMMARY
 
 # What another life of a run may have otherwise: none of it changes a bit of the result but threads,
 # which a smaller node may not have.
-_MAY_CHANGE = ("output", "cluster.threads", "cluster.timeout_minutes", "cluster.grace_seconds")
+_MAY_CHANGE = (
+    "output", "cluster.threads", "cluster.meet_seconds", "cluster.timeout_minutes",
+    "cluster.grace_seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from hpcfed.engine.client import Client
 from hpcfed.model import Prepared
 from hpcfed.objectives import heads
 from hpcfed.rounds.preflight import Checked
+from hpcfed.rounds.progress import Opening
 from hpcfed.settings.config import Config
 from hpcfed.settings.deepspeed_config import zero_stage
 from hpcfed.state import RunState, ServerState
@@ -55,6 +56,28 @@ class Setup:
     started: float
     init_seconds: float
     earlier_seconds: float
+
+    def opening(self) -> Opening:
+        """What a person is told at the start."""
+        config, topology = self.config, self.topology
+        return Opening(
+            what=f"{config.method} on {config.task.name}",
+            training_rows=len(self.task.train),
+            clients=config.federation.clients,
+            per_round=config.federation.per_round,
+            rounds=config.federation.rounds,
+            model=config.model.name,
+            frozen=self.prepared.backbone_values,
+            trainable=self.prepared.adapted.layout.size,
+            ranks=topology.world.size,
+            slots=topology.slots,
+            threads=topology.threads,
+            device=str(topology.device),
+            seconds=self.init_seconds,
+            folder=self.directory.path,
+            done=self.state.rounds,
+            up=self.state.totals.up,
+        )
 
 
 def set_up(

@@ -261,6 +261,12 @@ class Cluster:
         "CPU threads per rank; null = OMP_NUM_THREADS, else the node's cores / its ranks",
         at_least=1,
     )
+    meet_seconds: float = option(
+        120.0,
+        "until the processes that DeepSpeed's launcher started on all hosts have met, or the job "
+        "ends; more where python starts slowly on hundreds of hosts",
+        above=0,
+    )
     timeout_minutes: float = option(
         30.0, "a collective inside a client that takes longer ends the job", above=0
     )

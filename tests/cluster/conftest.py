@@ -2,8 +2,8 @@
 
 import pytest
 
+from tests.cluster import methods
 from tests.cluster.lab import Lab, why_not
-from tests.mpi.variants import write_data
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,13 @@ def lab():
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-    """A folder that all hosts see, with the data of the tests."""
+    """A folder that all hosts see, with the data and the model of the tests."""
     out = tmp_path_factory.mktemp("cluster")
-    write_data(out)
+    methods.prepare(out)
     return out
+
+
+@pytest.fixture(scope="session")
+def undisturbed(shared):
+    """Name -> the run that others must equal."""
+    return methods.references(shared)

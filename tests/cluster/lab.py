@@ -91,7 +91,7 @@ class Lab:
 
     def submit(self, *words: str, **env: str) -> str:
         """sbatch; returns the job's number."""
-        output = self.run("sbatch", *words, **env)
+        output = self.run("sbatch", *words, code=0, timeout=300, **env)
         found = re.search(r"Submitted batch job (\d+)", output)
         assert found, output
         return found[1]

@@ -9,32 +9,16 @@ import time
 
 import pytest
 
-from tests.cluster.methods import LONG, METHODS, RANKS, words
+from tests.cluster.methods import LONG, METHODS, words
 from tests.same import assert_same
-from tests.support import ROOT, mpiexec
+from tests.support import ROOT
 
 BOTH = ("--nodes=2",)
-TWO = {"RANKS_PER_NODE": "2"}  # a node
+ONE = {"RANKS_PER_NODE": "1"}
 # The lab's user is root, whom mpirun warns.
 ROOT_MAY = {
     f"{stem}_ALLOW_RUN_AS_ROOT{end}": "1" for stem in ("OMPI", "PRTE") for end in ("", "_CONFIRM")
 }
-
-
-@pytest.fixture(scope="module")
-def local(shared):
-    """method -> its run under mpiexec on this machine, which nothing disturbs."""
-    for method in METHODS:
-        mpiexec(RANKS, "hpcfed", "run", method, *words(method, shared, f"{method}-local"))
-    return {method: shared / f"{method}-local" for method in METHODS}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(shared):
-    """The long run under mpiexec."""
-    out = shared / "long-local"
-    mpiexec(RANKS, "hpcfed", "run", "fibecfed", *LONG, f"data.root={shared}", f"output={out}")
-    return out
 
 
 def lives(out):
@@ -69,27 +53,28 @@ def test_the_scripts_pass_shellcheck():
 
 
 @pytest.mark.parametrize(
-    ("method", "launch"), [("fibecfed", "srun"), ("fedpeptao", "srun"), ("fibecfed", "mpirun")]
+    ("method", "launch", "ranks"),
+    [("fibecfed", "srun", 2), ("fedpeptao", "srun", 1), ("fibecfed", "mpirun", 1)],
 )
-def test_sbatch_across_both_hosts(lab, shared, local, method, launch):
-    """One rank a client: the same bits as under a local mpiexec."""
+def test_sbatch_across_both_hosts(lab, shared, undisturbed, method, launch, ranks):
+    """So many ranks, each a slot, on each host: the same bits as on one rank."""
     name = f"{method}-{launch}"
     log = shared / f"{name}.out"
     job = lab.submit(
         *BOTH, f"--output={log}", f"slurm/{method}.sh", *words(method, shared, name),
-        LAUNCH=launch, **TWO, **ROOT_MAY,
+        LAUNCH=launch, RANKS_PER_NODE=str(ranks), **ROOT_MAY,
     )  # fmt: skip
     assert lab.ends(job, log=log) == "COMPLETED", log.read_text()
-    assert_same(shared / name, local[method])
-    assert lives(shared / name)[0]["hosts"] == {"n1": 2, "n2": 2}
+    assert_same(shared / name, undisturbed[method])
+    assert lives(shared / name)[0]["hosts"] == {"n1": ranks, "n2": ranks}
 
 
-def test_two_jobs_on_the_same_hosts(lab, shared, local):
+def test_two_jobs_on_the_same_hosts(lab, shared, undisturbed):
     """At the same time: no port or file in common."""
     logs = [shared / f"pair{i}.out" for i in range(2)]
     jobs = [
         lab.submit(
-            *BOTH, "--ntasks-per-node=2", "--oversubscribe", f"--output={logs[i]}",
+            *BOTH, "--ntasks-per-node=1", "--oversubscribe", f"--output={logs[i]}",
             f"slurm/{method}.sh", *words(method, shared, f"pair{i}"),
         )
         for i, method in enumerate(METHODS)
@@ -97,21 +82,22 @@ def test_two_jobs_on_the_same_hosts(lab, shared, local):
     for job, log in zip(jobs, logs, strict=True):
         assert lab.ends(job, log=log) == "COMPLETED", log.read_text()
     for i, method in enumerate(METHODS):
-        assert_same(shared / f"pair{i}", local[method])
+        assert_same(shared / f"pair{i}", undisturbed[method])
 
 
 def test_signals_requeue_and_a_time_limit(lab, shared, undisturbed):
     """USR1, scontrol requeue, and a time limit strike in mid-run: four lives, the same bits. And a
     second job on the run directory is refused, naming the holder."""
     out, log = shared / "disturbed", shared / "disturbed.out"
+    run = words("fibecfed", shared, "disturbed", *LONG)
     job = lab.submit(
-        *BOTH, "--time=20", "--signal=B:USR1@30", f"--output={log}", "slurm/fibecfed.sh", *LONG,
-        f"data.root={shared}", f"output={out}", GRACE="25", **TWO,
+        *BOTH, "--time=20", "--signal=B:USR1@50", f"--output={log}", "slurm/fibecfed.sh", *run,
+        GRACE="25", **ONE,
     )  # fmt: skip
     rounds_reach(lab, job, out, 1, log)
     second = lab.run(
-        sys.executable, "-m", "hpcfed", "run", "fibecfed", *LONG, f"data.root={shared}",
-        f"output={out}", "cluster.grace_seconds=25", "--resume", code=2,
+        sys.executable, "-m", "hpcfed", "run", "fibecfed", *run, "cluster.grace_seconds=25",
+        "--resume", code=2,
     )  # fmt: skip
     assert re.search(rf"in use by process \d+ on n1 of Slurm job {job} since", second), second
     lab.run("scancel", "--signal=USR1", job)
@@ -120,14 +106,14 @@ def test_signals_requeue_and_a_time_limit(lab, shared, undisturbed):
     lab.run("scontrol", "requeue", job)
     began = lives_reach(lab, job, out, 3, log)
     rounds_reach(lab, job, out, began + 2, log)
-    # A minute: the limit is near at once.
+    # A minute: less than 50 s are left at once.
     lab.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
     wait_for(log, "time is nearly up")
     wait_for(log, "requeued", times=2)
     lab.run("scontrol", "update", f"JobId={job}", "TimeLimit=20")
     assert lab.ends(job, log=log) == "COMPLETED", log.read_text()
     assert len(lives(out)) == 4
-    assert_same(out, undisturbed)
+    assert_same(out, undisturbed["fibecfed-long"])
 
 
 def test_lost_nodes(lab, shared, undisturbed):
@@ -135,27 +121,27 @@ def test_lost_nodes(lab, shared, undisturbed):
     left, from the last committed round."""
     out, log = shared / "lost", shared / "lost.out"
     job = lab.submit(
-        "--nodes=1-2", f"--output={log}", "slurm/fibecfed.sh", *LONG, f"data.root={shared}",
-        f"output={out}", **TWO,
+        "--nodes=1-2", f"--output={log}", "slurm/fibecfed.sh",
+        *words("fibecfed", shared, "lost", *LONG), **ONE,
     )  # fmt: skip
     rounds_reach(lab, job, out, 2, log)
-    assert lives(out)[0]["hosts"] == {"n1": 2, "n2": 2}
+    assert lives(out)[0]["hosts"] == {"n1": 1, "n2": 1}
     try:
         lab.lose("n2")
         began = lives_reach(lab, job, out, 2, log)
         assert re.search(r"lost: n2 (does not answer|is down)", log.read_text())
-        assert lives(out)[1]["hosts"] == {"n1": 2}, "half of the slots"
+        assert lives(out)[1]["hosts"] == {"n1": 1}, "half of the slots"
         rounds_reach(lab, job, out, began + 2, log)
         lab.restore("n2")
         lab.lose("n1")
         lives_reach(lab, job, out, 3, log)
-        assert lives(out)[2]["hosts"] == {"n2": 2}
+        assert lives(out)[2]["hosts"] == {"n2": 1}
         assert "lost: n1 is down" in log.read_text()
         assert lab.ends(job, log=log) == "COMPLETED", log.read_text()
     finally:
         for node in ("n1", "n2"):
             lab.restore(node)
-    assert_same(out, undisturbed)
+    assert_same(out, undisturbed["fibecfed-long"])
 
 
 def lives_reach(lab, job, out, number, log, seconds=240):

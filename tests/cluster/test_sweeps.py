@@ -8,7 +8,7 @@ import time
 
 import yaml
 
-from tests.cluster.methods import SMALL
+from tests.cluster.methods import LONG, words
 from tests.same import assert_same
 from tests.support import ROOT
 
@@ -22,18 +22,19 @@ print(sweep.table())
 """
 
 
-def describe(shared, name, **more):
-    """2 x 2 runs; those of the task `absent` have no data."""
+def describe(shared, name, extra=(), **more):
+    """2 x 2 runs, one rank a node; extra: overrides of all."""
     tree = {
         "source": "fibecfed",
         "folder": str(shared / name),
         "executor": "slurm",
         "overrides": {
-            **{key: yaml.safe_load(value) for key, value in (own.split("=", 1) for own in SMALL)},
-            "data.root": str(shared),
+            key: yaml.safe_load(value)
+            for key, value in (own.split("=", 1) for own in words("fibecfed", shared, "", *extra))
+            if key != "output"
         },
         "grid": {"seed": [1, 2], "task.max_length": [16, 32]},
-        "cluster": {"nodes": 2, "tasks_per_node": 2, "timeout_min": 20},
+        "cluster": {"nodes": 2, "tasks_per_node": 1, "timeout_min": 20},
         **more,
     }
     file = shared / f"{name}.yaml"
@@ -76,7 +77,7 @@ def test_on_slurm(lab, shared):
         lambda: lab.run(*sweep_line(file, "status"), code=1),
     )
     run = json.loads((out / "seed=1_max_length=16" / "run.json").read_text())
-    assert run["lives"][0]["hosts"] == {"n1": 2, "n2": 2}
+    assert run["lives"][0]["hosts"] == {"n1": 1, "n2": 1}
     assert "submitted 0 of 4" in lab.run(*sweep_line(file, "submit"))
 
 
@@ -86,36 +87,32 @@ def test_as_a_job_array_of_slurm_alone(lab, shared):
     log = shared / "array-%a.out"
     job = lab.submit(
         "--array=0-2", "--nodes=2", f"--output={log}", "slurm/sweep.sh", str(file),
-        "federation.rounds=2", RANKS_PER_NODE="2",
+        "federation.rounds=2", RANKS_PER_NODE="1",
     )  # fmt: skip
     states = [lab.ends(f"{job}_{line}", log=shared / f"array-{line}.out") for line in range(3)]
     assert states == ["COMPLETED", "COMPLETED", "FAILED"]
     assert "There is no run 2" in (shared / "array-2.out").read_text()
     assert lab.run(*sweep_line(file, "status")).count("| complete") == 2
     run = json.loads((shared / "array" / "seed=1" / "run.json").read_text())
-    assert run["lives"][0]["hosts"] == {"n1": 2, "n2": 2}
+    assert run["lives"][0]["hosts"] == {"n1": 1, "n2": 1}
 
 
-def test_a_time_limit_under_submitit(lab, shared):
-    """submitit's signal reaches a run: its job is requeued and goes on; the same bits as in a
-    sweep that nothing disturbs."""
-    more = {"grid": {}, "cluster": {"nodes": 2, "tasks_per_node": 2, "timeout_min": 20}}
-    more["list"] = [{"federation.rounds": 30}]
-    for name in ("calm", "signalled"):
-        file = describe(shared, name, **more)
-        lab.run(*sweep_line(file, "submit"))
-        out = shared / name / "rounds=30"
-        job = json.loads((shared / name / "jobs.json").read_text())["rounds=30"]["job"]
-        if name == "signalled":
-            manifest, until = out / "checkpoint" / "manifest.json", time.monotonic() + 120
-            while not (manifest.exists() and json.loads(manifest.read_text())["rounds"] >= 3):
-                assert time.monotonic() < until
-                time.sleep(0.2)
-            lab.run("scancel", "--signal=USR2", job)
-        assert lab.ends(job) == "COMPLETED"
-    lives = json.loads((shared / "signalled" / "rounds=30" / "run.json").read_text())["lives"]
+def test_a_time_limit_under_submitit(lab, shared, undisturbed):
+    """submitit's signal reaches a run: its job is requeued and goes on; the same bits as in a run
+    that nothing disturbs."""
+    file = describe(shared, "limited", extra=LONG, grid={"seed": [352]})
+    lab.run(*sweep_line(file, "submit"))
+    out = shared / "limited" / "seed=352"
+    job = json.loads((shared / "limited" / "jobs.json").read_text())["seed=352"]["job"]
+    manifest, until = out / "checkpoint" / "manifest.json", time.monotonic() + 120
+    while not (manifest.exists() and json.loads(manifest.read_text())["rounds"] >= 3):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    lab.run("scancel", "--signal=USR2", job)
+    assert lab.ends(job) == "COMPLETED"
+    lives = json.loads((out / "run.json").read_text())["lives"]
     assert len(lives) == 2 and lives[1]["rounds_done"] >= 3
-    assert_same(shared / "calm" / "rounds=30", shared / "signalled" / "rounds=30")
+    assert_same(out, undisturbed["fibecfed-long"])
 
 
 def test_without_slurm(shared):

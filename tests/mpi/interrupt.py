@@ -52,5 +52,6 @@ def arm(event: str, count: int, rank: int, name: str) -> None:
 
 if __name__ == "__main__":
     arm(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
-    cli.Stop = partial(hpcfed.cluster.stop.Stop, clock=lambda: 0.0)
+    still = partial(hpcfed.cluster.stop.Stop, clock=lambda: 0.0)
+    cli.Stop = still  # type: ignore[attr-defined, assignment]
     sys.exit(cli.main(sys.argv[5:]))

@@ -103,6 +103,7 @@ class Loop:
             scores.append(self.plain.alike(self.initial.float(), rows, self.tokens))
         z = np.average(scores, axis=0, weights=n)
         self.scores = dict(zip(self.layers, z.tolist(), strict=True))
+        assert not isinstance(self.config.layers.keep, str)
         number = round(self.config.layers.keep * len(z))
         best = sorted(range(len(z)), key=lambda i: -z[i])[:number]
         self.layers = [self.layout.layers[i] for i in sorted(best)]
@@ -137,7 +138,7 @@ class Loop:
             ):
                 optimizer.zero_grad()
                 loss = self.plain.losses(leaf, batch, self.tokens).mean()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 if local.clip:
                     torch.nn.utils.clip_grad_norm_([leaf], local.clip)
                 assert leaf.grad is not None
@@ -172,7 +173,7 @@ class Loop:
             moved = sum(s / steps * (new[k] - self.controls[k]) for k, (_, s, _) in back.items())
             self.c = self.c + len(back) / everybody * moved
             self.controls |= new
-            term = sum(n[k] / rows * (self.c - new[k]) for k in back)  # type: ignore[assignment]
+            term = sum(n[k] / rows * (self.c - new[k]) for k in back)
         elif spec.control:
             whole = sum(n[k] * self.controls[k] for k in n) / sum(n.values())
             sampled = sum(n[k] * self.controls[k] for k in back) / rows

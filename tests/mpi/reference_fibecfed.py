@@ -88,6 +88,7 @@ class Reference:
             own = [self.plain.sensitivity(vector, int(row), self.tokens) for row in batch]
             self.found.scored[config.curriculum.warmup] += 2 * len(batch)
             scores += len(self.rows[k].train) * np.mean(own, axis=0)
+        assert not isinstance(config.layers.keep, str)
         number = math.floor(config.layers.keep * len(scores) + 0.5)
         best = sorted(range(len(scores)), key=lambda i: -scores[i])[:number]
         self.found.layers = [self.layout.layers[i] for i in sorted(best)]
@@ -168,7 +169,7 @@ class Reference:
             samples += len(batch)
             optimizer.zero_grad()
             loss = self.plain.losses(whole, batch, self.tokens).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_([free], config.local.clip)
             optimizer.step()
         values = start.clone()

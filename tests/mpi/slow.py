@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hpcfed import model
 from hpcfed.data.batches import Ids, Tokens
-from hpcfed.objectives.heads import Classifier, Head, LabelWords
+from hpcfed.objectives.heads import Classifier, Cloze, Head, LabelWords
 from hpcfed.settings.config import Config
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def obvious_losses(
             wanted = list(head.words[label])
             picked = text[len(ids) - 1 - len(wanted) : len(ids) - 1]
         else:
-            assert tokens.positions is not None
+            assert isinstance(head, Cloze) and tokens.positions is not None
             wanted, picked = [head.words[label]], text[int(tokens.positions[row])][None]
         found.append(nn.functional.cross_entropy(picked, torch.tensor(wanted)))
     return torch.stack(found)

@@ -10,12 +10,26 @@ SHAPES = [(1, 1), (2, 1), (4, 1), (2, 2)]
 EVERY_SHAPE = [*SHAPES, pytest.param((3, 1), marks=pytest.mark.long)]
 
 
-@pytest.mark.parametrize("wire", ["float64", "float32"])
-@pytest.mark.parametrize("per_value", [False, True])
+KINDS = [(per_value, wire) for per_value in (False, True) for wire in ("float64", "float32")]
+
+
 @pytest.mark.parametrize("shape", EVERY_SHAPE)
-def test_against_numpy(worlds, shape, per_value, wire):
-    for size in (1, 5, 1000, 300_001):
-        worlds.call(shape, f"{CASES}:check_mean", size=size, per_value=per_value, wire=wire)
+def test_against_numpy(worlds, shape):
+    """In pieces of 64 values: fewer than one, and several, whose last is not full."""
+    for per_value, wire in KINDS:
+        for size in (1, 5, 1000):
+            worlds.call(
+                shape, f"{CASES}:check_mean", size=size, per_value=per_value, wire=wire, chunk=64
+            )
+
+
+@pytest.mark.parametrize(
+    ("shape", "per_value", "wire"),
+    [((2, 2), True, "float64"),
+     *(pytest.param(shape, *kind, marks=pytest.mark.long) for shape in SHAPES for kind in KINDS)],
+)  # fmt: skip
+def test_in_the_pieces_of_real_runs(worlds, shape, per_value, wire):
+    worlds.call(shape, f"{CASES}:check_mean", size=300_001, per_value=per_value, wire=wire)
 
 
 @pytest.mark.parametrize("shape", EVERY_SHAPE)

@@ -1,6 +1,7 @@
 """Write, step, read at every ZeRO stage, dtype and adapter, on one and two ranks per client."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ def legal(shape, adapter, dtype, file):
     return not (dtype == "bf16" and file in ("zero0", "offload"))
 
 
-FACTORS = {
+FACTORS: dict[str, list[Any]] = {
     "shape": [(1, 1), (1, 2)], "adapter": ["lora", "prefix", "prompt"], "dtype": ["fp32", "bf16"],
     "file": list(FILES),
 }  # fmt: skip

@@ -4,6 +4,9 @@ Relative difference per block after 3 rounds, D = value - initial value:
 ||D - Dref|| / ||Dref|| <= 1e-5 with SGD and 1e-3 with AdamW. Never loosen it.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -15,7 +18,9 @@ from tests.mpi.variants import STAGES, VARIANTS, overrides
 from tests.pairwise import pairwise, product
 
 SHAPES = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
-FACTORS = {"shape": SHAPES, "variant": [v for v in VARIANTS if v != "dropout"], "stage": STAGES}
+FACTORS: dict[str, Sequence[Any]] = {
+    "shape": SHAPES, "variant": [v for v in VARIANTS if v != "dropout"], "stage": STAGES,
+}  # fmt: skip
 FEW = pairwise(FACTORS)
 MANY = [case for case in product(FACTORS) if case not in FEW]
 

@@ -1,5 +1,7 @@
 """Fisher, sensitivity, curvature, frozen values against obvious versions, at every ZeRO stage."""
 
+from typing import Any
+
 import pytest
 
 from tests import models
@@ -10,7 +12,7 @@ HEADS = {"classifier": list(models.ARCHITECTURES), "cloze": ["bert", "roberta"],
          "label_words": ["gpt2", "llama"]}  # fmt: skip
 # With smaller random weights the loss is so flat that its curvature drowns in rounding.
 WIDTH = 0.04
-FACTORS = {
+FACTORS: dict[str, list[Any]] = {
     "shape": [(1, 1), (1, 2)], "architecture": list(models.ARCHITECTURES),
     "file": ["zero0", "zero1", "zero2", "zero3", "offload", "partitioned"],
     "adapter": ["lora", "prefix", "prompt"], "head": list(HEADS), "spares": [False, True],

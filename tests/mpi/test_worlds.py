@@ -2,10 +2,18 @@
 
 import pytest
 
-from tests.worlds import WorldError
+from tests.worlds import WorldError, Worlds
 
 SHAPE = [(2, 1)]
 CASES = "tests.mpi.cases.trouble"
+
+
+@pytest.fixture(scope="module")
+def worlds(common):
+    """Worlds that start in a moment."""
+    running = Worlds(common / "worlds.lock", bare=True)
+    yield running
+    running.close()
 
 
 @pytest.mark.parametrize("shape", SHAPE)

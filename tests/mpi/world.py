@@ -1,6 +1,6 @@
 """Program: a rank of an MPI world that runs what it is told, one case after the other.
 
-usage: world.py SOCKET RANKS_PER_CLIENT     started by tests.worlds
+usage: world.py SOCKET RANKS_PER_CLIENT|bare     started by tests.worlds
 
 Each rank waits on a connection of its own, so an idle world takes no time from others.
 """
@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from multiprocessing.connection import Client
+from typing import Any
 
 from hpcfed.app.cli import quiet
 
@@ -23,23 +24,32 @@ LATER = (
 )  # fmt: skip
 
 
+def prepare(world: Any, ranks_per_client: int) -> Any:
+    """The world's slots, with all that cases need loaded."""
+    from hpcfed.cluster.topology import connect_slots
+    from hpcfed.settings.config import Cluster
+
+    gc.disable()
+    topology = connect_slots(world, Cluster(ranks_per_client=ranks_per_client, threads=1))
+    for name in LATER:
+        importlib.import_module(name)
+    # DeepSpeed collects garbage whenever it makes a ZeRO-3 engine; among all that has been imported
+    # that would take longer than the engine.
+    gc.freeze()
+    gc.enable()
+    return topology
+
+
 def main() -> None:
     """Serve until told to end."""
     quiet()
     address, ranks_per_client = sys.argv[1:]
     # What hangs is asked where, before it is killed.
     faulthandler.register(signal.SIGQUIT, all_threads=True)
-    from hpcfed.cluster.topology import connect_slots, connect_world
-    from hpcfed.settings.config import Cluster
+    from hpcfed.cluster.topology import connect_world
 
     world = connect_world()
-    topology = connect_slots(world, Cluster(ranks_per_client=int(ranks_per_client), threads=1))
-    for name in LATER:
-        importlib.import_module(name)
-    # DeepSpeed collects garbage whenever it makes a ZeRO-3 engine; among all that has been imported
-    # that would take longer than the engine.
-    gc.collect()
-    gc.freeze()
+    topology = world if ranks_per_client == "bare" else prepare(world, int(ranks_per_client))
     with Client(address, family="AF_UNIX") as line:
         line.send((world.rank, os.getpid()))
         while (request := line.recv()) is not None:

@@ -107,14 +107,16 @@ def test_the_best_neurons_of_each_matrix_train():
     scores = torch.tensor([5.0, 1.0, 3.0, 0.0, 2.0, 2.0, 2.0, 1.0, 9.0, 9.0])
     mask = sparsity.trainable(own, scores, 0.5, ("0",))
     wanted = torch.tensor([1, 0, 1, 0, 1, 1, 0, 1, 1, 1]).bool()  # ties to the lower index
-    assert torch.equal(mask, own.expand(wanted))
+    assert mask is not None and torch.equal(mask, own.expand(wanted))
     assert sparsity.trainable(own, scores, 1.0, ("0",)) is None
     assert sparsity.trainable(own, None, 0.5, ("0",)) is None, "first participation"
     assert sparsity.trainable(own, scores, 0.5, ()) is None
     zeros = scores.clone()
     zeros[:3] = 0  # A, before B has moved
-    assert sparsity.trainable(own, zeros, 0.5, ("0",))[own.entries[0].values].all()
+    unmoved = sparsity.trainable(own, zeros, 0.5, ("0",))
+    assert unmoved is not None and unmoved[own.entries[0].values].all()
     tiny = sparsity.trainable(own, scores, 0.01, ("0", "1"))
+    assert tiny is not None
     assert tiny[own.entries[1].values].sum() == 2, "at least one neuron of each matrix"
 
 

@@ -331,6 +331,7 @@ def test_collate_equals_the_tokenizer_with_padding():
     tokenizer = load_tokenizer(Config())
     texts = ["a cat", "a much longer sentence about many cats and dogs", "x"]
     split = sources.Split(texts, ["b", "c c c", "d"], np.array([0, 1, 0]), None)
+    assert split.pairs is not None
     tokens = tokenize(split, tokenizer, 12)
     rows = np.array([2, 0, 1])
     batch = tokens.collate(rows, torch.device("cpu"))
@@ -343,7 +344,8 @@ def test_collate_equals_the_tokenizer_with_padding():
 
 
 def test_collate_pads_to_the_longest_of_its_rows():
-    tokens = Tokens(np.arange(6, dtype=np.int32), None, np.array([0, 1, 3, 6]), np.zeros(3), 9)
+    labels = np.zeros(3, dtype=np.int64)
+    tokens = Tokens(np.arange(6, dtype=np.int32), None, np.array([0, 1, 3, 6]), labels, 9)
     batch = tokens.collate(np.array([0, 1]), torch.device("cpu"))
     assert batch["input_ids"].tolist() == [[0, 9], [1, 2]]
     assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]

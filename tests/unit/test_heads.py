@@ -111,12 +111,13 @@ def test_the_template_is_never_cut(tokenizer, ends):
             if ends:
                 assert words[0] == "[CLS]" and words[-1] == "."
             else:
+                assert tokens.positions is not None
                 gap = int(tokens.positions[row])
                 assert words[gap - 1 : gap + 1] == ["?", "[MASK]"]
                 assert words[-2:] == ["!", "[SEP]"]
             if room == 200:  # nothing was too long: nothing is lost
-                both = [text[row].replace("[MASK]", " ") for text in (texts, pairs)]
-                wanted = tokenizer(own.fill(*both, "" if ends else "[MASK]"))["input_ids"]
+                first, second = (text[row].replace("[MASK]", " ") for text in (texts, pairs))
+                wanted = tokenizer(own.fill(first, second, "" if ends else "[MASK]"))["input_ids"]
                 assert ids == (wanted[:-1] if ends else wanted)
     with pytest.raises(UserError, match="too short for the template"):
         gaps.encode(split, own, tokenizer, 2, ends)

@@ -1,5 +1,7 @@
 """Prompts on four architectures: that they act, where they act, and that PEFT agrees."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -12,6 +14,8 @@ from hpcfed.errors import UserError
 from hpcfed.settings.config import Adapter, Config, Model, Task
 from hpcfed.storage.run import RunDirectory
 from tests import models
+
+Place = tuple[str, Path]  # architecture and a folder with a model of it
 
 LABELS = ("a", "b", "c")
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 10, 11, 0, 0]])
@@ -43,7 +47,7 @@ def place(request, tmp_path_factory):
     return request.param, models.save(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def test_layout(place):
+def test_layout(place: Place):
     torch.manual_seed(0)
     # Grouped: 2 of 4 heads have keys and values.
     width = models.HIDDEN // (2 if place[0] == "llama" else 1)
@@ -56,7 +60,7 @@ def test_layout(place):
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
-def test_initial_values(place, kind):
+def test_initial_values(place: Place, kind):
     adapted = prepare(*place, kind).adapted
     vector = adapted.initial(1)
     assert torch.equal(vector, adapted.initial(1)) and not torch.equal(vector, adapted.initial(2))
@@ -64,7 +68,7 @@ def test_initial_values(place, kind):
     assert float(prompts.std()) == pytest.approx(0.02, rel=0.2)
 
 
-def test_a_layers_prefix_moves_its_output_and_no_earlier_one(place):
+def test_a_layers_prefix_moves_its_output_and_no_earlier_one(place: Place):
     adapted = prepare(*place, "prefix").adapted
     network = adapted.network.eval()
 
@@ -93,7 +97,7 @@ def test_a_layers_prefix_moves_its_output_and_no_earlier_one(place):
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
-def test_padding_changes_nothing(place, kind):
+def test_padding_changes_nothing(place: Place, kind):
     network = prepare(*place, kind).adapted.network.eval()
     with torch.no_grad():
         padded = network(**BATCH)[1]
@@ -102,7 +106,7 @@ def test_padding_changes_nothing(place, kind):
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
-def test_peft_loads_what_is_saved_and_gives_the_same_logits(place, kind, tmp_path):
+def test_peft_loads_what_is_saved_and_gives_the_same_logits(place: Place, kind, tmp_path):
     found = prepare(*place, kind)
     adapted = found.adapted
     run = RunDirectory(tmp_path)
@@ -122,7 +126,7 @@ def test_peft_loads_what_is_saved_and_gives_the_same_logits(place, kind, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
-def test_checkpointing_changes_no_gradient(place, kind):
+def test_checkpointing_changes_no_gradient(place: Place, kind):
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(1)

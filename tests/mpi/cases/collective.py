@@ -1,17 +1,29 @@
 """Cases: the masked mean against numpy. Every rank makes the same random payloads and runs its
 slot's clients."""
 
+from unittest.mock import patch
+
 import numpy as np
 import torch
 
-from hpcfed.cluster.collectives import MaskedSum, sum_over_ranks
+from hpcfed.cluster import collectives
+from hpcfed.cluster.collectives import MaskedSum, Wire, sum_over_ranks
 from hpcfed.cluster.topology import Topology
 
 CLIENTS = 7
 
 
-def check_mean(topology: Topology, size: int, per_value: bool, wire: str) -> None:
-    """Random values, weights and masks, with failed clients that send NaN and inf."""
+def check_mean(
+    topology: Topology, size: int, per_value: bool, wire: Wire, chunk: int = collectives.CHUNK
+) -> None:
+    """Random values, weights and masks, with failed clients that send NaN and inf; exchanged in
+    pieces of `chunk` values."""
+    with patch.object(collectives, "CHUNK", chunk):
+        check_exchange(topology, size, per_value, wire)
+
+
+def check_exchange(topology: Topology, size: int, per_value: bool, wire: Wire) -> None:
+    """The exchange against numpy."""
     rng = np.random.default_rng([size, per_value])
     values = rng.normal(size=(CLIENTS, size)).astype(np.float32)
     weights = rng.integers(1, 500, CLIENTS)
@@ -79,7 +91,7 @@ def check_big(topology: Topology) -> None:
     total.add(torch.full((size,), float(topology.slot_index)), topology.slot_index + 1)
     mean = total.mean(torch.zeros(size), topology).values
     weights = np.arange(topology.slots) + 1
-    wanted = np.float32(np.arange(topology.slots) @ weights / weights.sum())
+    wanted = float(np.float32(np.arange(topology.slots) @ weights / weights.sum()))
     assert bool((mean == wanted).all())
 
 

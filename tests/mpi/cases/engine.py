@@ -12,14 +12,14 @@ from hpcfed.cluster.topology import Topology
 from hpcfed.data.batches import Tokens
 from hpcfed.data.wordings import Wording
 from hpcfed.engine.client import Client
-from hpcfed.objectives.heads import Classifier, Cloze, LabelWords
+from hpcfed.objectives.heads import Classifier, Cloze, Head, LabelWords
 from hpcfed.settings import deepspeed_config
 from hpcfed.settings.config import Config, Local
 from hpcfed.settings.resolve import resolve
 
 LABELS = ("a", "b", "c")  # an odd number: partitions of the head are uneven
 _WORDING = Wording(("{a}", "<mask>"), LABELS)
-HEADS = {
+HEADS: dict[str, Head] = {
     "classifier": Classifier(),
     "cloze": Cloze(_WORDING, (150, 160, 170)),
     "label_words": LabelWords(_WORDING, ((150,), (160, 161), (170, 150, 162))),

@@ -14,6 +14,8 @@ from hpcfed.rounds.progress import Progress
 from tests.mpi.cases.runs import build, clear
 from tests.mpi.variants import overrides
 
+Updates = dict[int, tuple[int, np.ndarray]]  # client -> (weight, packed values)
+
 
 def check(topology: Topology, out: Path, data: Path) -> None:
     """A healthy round, and the same round with two faulty clients."""
@@ -41,7 +43,7 @@ def spoil(federation: Federation) -> None:
     micro-step. Client 2: the loss is not a number, from its second optimizer step on."""
     federation.setup.train_tokens.labels[federation.setup.rows[0].train[-1]] = 99
     forward = federation.setup.client.forward
-    seen = []
+    seen: list[np.ndarray] = []
 
     def spoiled(rows, batch, tokens):
         if np.isin(batch, federation.setup.rows[2].train).all():
@@ -53,41 +55,42 @@ def spoil(federation: Federation) -> None:
                 head[0].data.fill_(float("nan"))
         return forward(rows, batch, tokens)
 
-    federation.setup.client.forward = spoiled
+    federation.setup.client.forward = spoiled  # type: ignore[method-assign, assignment]
 
 
-def record(federation: Federation) -> dict[int, tuple[int, np.ndarray]]:
+def record(federation: Federation) -> Updates:
     """client -> (weight, packed values) of every update that is added up."""
-    updates: dict[int, tuple[int, np.ndarray]] = {}
+    updates: Updates = {}
     run = federation.local.run
     current = []
 
     def watched(client, *arguments):
         current.append(client)
-        MaskedSum.add = add
+        MaskedSum.add = add  # type: ignore[method-assign]
         return run(client, *arguments)
 
     def add(self, values, weight, mask=None):
         updates[current[-1]] = (weight, values.numpy().copy())
-        MaskedSum.add = original
+        MaskedSum.add = original  # type: ignore[method-assign]
         return original(self, values, weight, mask)
 
     original = MaskedSum.add
-    federation.local.run = watched
+    federation.local.run = watched  # type: ignore[method-assign]
     return updates
 
 
-def compare(federation: Federation, healthy: dict, faulty: dict, out: Path) -> None:
+def compare(federation: Federation, healthy: Updates, faulty: Updates, out: Path) -> None:
     """The others' updates have the same bits, and the mean is theirs alone."""
     comm = federation.setup.topology.world.comm
-    everyone: dict[int, tuple[int, np.ndarray]] = {}
+    everyone: Updates = {}
     for part in comm.allgather(faulty):
         everyone |= part
     assert sorted(everyone) == [1, 3], sorted(everyone)
     for client, (weight, values) in faulty.items():
         assert weight == healthy[client][0]
         assert np.array_equal(values, healthy[client][1]), f"client {client} has other bits"
-    total = sum(weight * values.astype(np.float64) for weight, values in everyone.values())
+    parts = [weight * values.astype(np.float64) for weight, values in everyone.values()]
+    total = sum(parts, np.zeros(()))
     mean = (total / sum(weight for weight, _ in everyone.values())).astype(np.float32)
     state = federation.state
     assert state.shared == federation.layout.blocks and HEAD in state.shared

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,9 +22,10 @@ from tests import models
 from tests.mpi.cases.engine import HEADS, LABELS, build, check_moments, some_tokens
 from tests.mpi.slow import Plain
 
-ROWS = 13
-BATCHES = [np.arange(0, 5), np.arange(5, 12), np.arange(12, 13)]  # ragged; one smaller than ranks
+ROWS = 8
+BATCHES = [np.arange(0, 3), np.arange(3, 7), np.arange(7, 8)]  # ragged; one smaller than ranks
 CLOSE = 1e-4
+Optimizer = Literal["adamw", "adam", "sgd"]
 
 
 def check(
@@ -53,13 +55,11 @@ def check(
     if adapter == "lora" and head == "classifier":
         # What surrounds a step knows nothing of adapters and heads.
         check_corrections(config, plain, vector, topology)
-        for name, momentum in (("adamw", 0.0), ("adam", 0.0), ("sgd", 0.9)):
-            local = replace(
-                config.local, optimizer=name, lr=1e-2, momentum=momentum, weight_decay=0.01
-            )
-            client = build(config, local, topology)
-            check_moments(client, vector)
-            client.close()
+        # AdamW's and SGD's are kept in cases/engine.py.
+        local = replace(config.local, optimizer="adam", lr=1e-2, weight_decay=0.01)
+        client = build(config, local, topology)
+        check_moments(client, vector)
+        client.close()
     if "zero3" in deepspeed:
         check_silence(config, vector, topology)
 
@@ -93,7 +93,7 @@ def check_fisher(config: Config, plain: Plain, vector: torch.Tensor, topology: T
     close(trained.fisher, wanted, "Fisher in training")
     everyone = np.arange(len(tokens))
     close(trained.losses, plain.losses(vector, everyone, tokens).detach().numpy(), "losses")
-    counts = torch.tensor([1.0] * 5 + [2.0] * 8)  # batches 1 and 2 were trained on twice
+    counts = torch.tensor([1.0] * 3 + [2.0] * 5)  # batches 1 and 2 were trained on twice
     mean = (gradients.square() * counts[:, None]).sum(0) / counts.sum()
     neurons = [
         mean[e.values].reshape(e.shape).movedim(e.neuron_axis, 0).flatten(1).sum(1)
@@ -156,10 +156,11 @@ def check_frozen(config: Config, plain: Plain, vector: torch.Tensor, topology: T
     rng = np.random.default_rng(2)
     layout = plain.layout
     trainable = layout.expand(torch.from_numpy(rng.random(layout.neurons[-1].stop) < 0.5))
-    for name, lr, decay, clip, tolerance in (
+    kinds: list[tuple[Optimizer, float, float, float, float]] = [
         ("sgd", 0.5, 0.05, 0.1, 1e-5),
         ("adamw", 1e-2, 0.05, 0.1, 1e-3),
-    ):
+    ]
+    for name, lr, decay, clip, tolerance in kinds:
         local = replace(config.local, optimizer=name, lr=lr, weight_decay=decay, clip=clip)
         client = build(config, local, topology)
         client.load(vector)

@@ -26,8 +26,6 @@ from tests.mpi.cases.runs import build, clear
 from tests.mpi.interrupt import EVENTS
 from tests.same import assert_same
 
-TIMES = 2  # each kind of instant, at most, in rounds that differ
-
 
 class Struck(BaseException):
     """The end of a life."""
@@ -175,9 +173,10 @@ def whole(
 
 
 def check(
-    topology: Topology, preset: str, words: list[str], folder: Path, only: list[str] | None = None
-) -> dict[str, int]:
-    """A run that is struck at each kind of instant, in up to TIMES different rounds: after each
+    topology: Topology, preset: str, words: list[str], folder: Path, times: int,
+    only: list[str] | None = None,
+) -> dict[str, int]:  # fmt: skip
+    """A run that is struck at each kind of instant, in up to `times` different rounds: after each
     strike it is where the undisturbed run was after as many rounds, and in the end it has the same
     bits. Returns how often each kind of instant has struck."""
     committed = whole(topology, preset, words, folder / "whole")
@@ -190,7 +189,7 @@ def check(
 
     def strikes(name: str) -> bool:
         nonlocal last
-        if last or struck[name] >= TIMES or rounds.get(name) == now or (only and name not in only):
+        if last or struck[name] >= times or rounds.get(name) == now or (only and name not in only):
             return False
         last = name
         struck[name] += 1

@@ -34,7 +34,7 @@ def federate(
     For each run: `values` and `initial` (layout.size,), without personal ones, on rank 0; and the
     `masks` that this slot's clients trained under, by (round, client), on the slot's first rank.
     """
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, overrides in runs.items():
         out = folder / name
         clear(topology, out)

@@ -190,7 +190,7 @@ def watch_training(federation: Federation) -> list[tuple[int, int, Any]]:
         trained.append((client, now.number, done.values))
         return done
 
-    LocalRounds.run = run  # type: ignore[method-assign]
+    LocalRounds.run = run  # type: ignore[method-assign, assignment]
     return trained
 
 
