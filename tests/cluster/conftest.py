@@ -1,4 +1,6 @@
-"""One cluster for all tests of this folder; where it cannot run they are skipped, with a reason."""
+"""A cluster for the tests of each worker; where none can run they are skipped, with a reason."""
+
+import fcntl
 
 import pytest
 
@@ -16,14 +18,19 @@ def lab():
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory):
-    """A folder that all hosts see, with the data and the model of the tests."""
-    out = tmp_path_factory.mktemp("cluster")
-    methods.prepare(out)
+def shared(common):
+    """A folder that all hosts, and all workers, see, with the data and the model of the tests."""
+    out = common / "cluster"
+    with (common / "cluster.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            out.mkdir()
+            methods.prepare(out)
+            methods.Undisturbed(out).begin()
     return out
 
 
 @pytest.fixture(scope="session")
 def undisturbed(shared):
     """Name -> the run that others must equal."""
-    return methods.references(shared)
+    return methods.Undisturbed(shared)

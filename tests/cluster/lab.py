@@ -74,7 +74,7 @@ class Lab:
         pid = self.pid(node) if node else self._head
         return [
             "nsenter", f"--target={pid}", *NAMESPACES, f"--wd={ROOT}",
-            "env", f"SLURM_CONF={self.folder}/lab/slurm.conf", *words,
+            "env", f"SLURM_CONF={self.folder}/lab/slurm.conf", "TMPDIR=/var/tmp", *words,
         ]  # fmt: skip
 
     def run(

@@ -170,7 +170,7 @@ run_node() {
     rm -rf "$lab/spool-$node"
     mkdir "$lab/spool-$node"
     /usr/sbin/sshd -D -e -h "$lab/ssh/host" -o PidFile=none -o StrictModes=no \
-        -o AuthorizedKeysFile="$lab/ssh/client.pub" &
+        -o AuthorizedKeysFile="$lab/ssh/client.pub" -o SetEnv=TMPDIR=/var/tmp &
     exec slurmd -D -N "$node"
 }
 

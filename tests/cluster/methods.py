@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tests import models
@@ -25,8 +26,10 @@ METHODS = {
     ],
 }  # fmt: skip
 
-# Long enough to be disturbed a few times.
-LONG = ["federation.rounds=80", "evaluation.every=40"]
+# Long enough to be disturbed a few times, and for Slurm to look at time limits, every 30 s.
+LONG = ["federation.rounds=240", "evaluation.every=80"]
+
+PATIENCE = 400.0  # seconds
 
 _ONE_AFTER_THE_OTHER = """
 import json, sys
@@ -48,16 +51,38 @@ def words(method: str, shared: Path, name: str, *extra: str) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def references(shared: Path) -> dict[str, Path]:
-    """The runs that all others must equal, on one rank that nothing disturbs: fibecfed, fedpeptao,
-    and fibecfed-long."""
-    runs = {name: (name, ()) for name in METHODS} | {"fibecfed-long": ("fibecfed", LONG)}
-    lines = [
-        [method, *words(method, shared, f"{name}-here", *extra)]
-        for name, (method, extra) in runs.items()
-    ]
-    subprocess.run(
-        [sys.executable, "-c", _ONE_AFTER_THE_OTHER, json.dumps(lines)],
-        cwd=ROOT, check=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    return {name: shared / f"{name}-here" for name in runs}
+RUNS: dict[str, tuple[str, list[str]]] = {
+    "fibecfed": ("fibecfed", []),
+    "fedpeptao": ("fedpeptao", []),
+    "fibecfed-long": ("fibecfed", LONG),
+}
+
+
+class Undisturbed:
+    """The runs that others must equal, each on one rank: fibecfed, fedpeptao, and fibecfed-long.
+    They run beside the first tests."""
+
+    def __init__(self, shared: Path) -> None:
+        self._shared = shared
+
+    def begin(self) -> None:
+        """Start them."""
+        lines = [
+            [method, *words(method, self._shared, f"{name}-here", *extra), "--no-live"]
+            for name, (method, extra) in RUNS.items()
+        ]
+        command = [sys.executable, "-c", _ONE_AFTER_THE_OTHER, json.dumps(lines)]
+        with (self._shared / "undisturbed.out").open("w") as log:
+            subprocess.Popen(
+                ["nice", *command], cwd=ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+
+    def __getitem__(self, name: str) -> Path:
+        """The run directory, when it is complete."""
+        out, until = self._shared / f"{name}-here", time.monotonic() + PATIENCE
+        while not (out / "summary.json").exists():
+            log = self._shared / "undisturbed.out"
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.2)
+        return out
