@@ -55,7 +55,7 @@ class Study:
     @property
     def tuned(self) -> list[str]:
         """Methods with a learning rate of their own."""
-        return [name for name, own in self.methods.items() if not own.rate_of]
+        return [name for name, method in self.methods.items() if not method.rate_of]
 
     def cell(self, method: str, task: str, alpha: float, seed: int, rate: float) -> Cell:
         """What identifies a run."""
@@ -87,20 +87,20 @@ class Study:
     def best_rates(self) -> dict[str, float]:
         """Method -> the rate with the best validation accuracy, mean of the tuning tasks."""
         done = self.finished()
-        found: dict[str, float] = {}
+        best: dict[str, float] = {}
         for method in self.tuned:
             scores = {rate: self.score(done, method, rate, TUNING_TASKS) for rate in self.rates}
-            found[method] = max(scores, key=lambda rate: scores[rate])
-        return {name: found[own.rate_of or name] for name, own in self.methods.items()}
+            best[method] = max(scores, key=lambda rate: scores[rate])
+        return {name: best[method.rate_of or name] for name, method in self.methods.items()}
 
     def score(self, done: list[Cell], method: str, rate: float, tasks: Iterable[str]) -> float:
         """Mean validation accuracy of a rate over the second half of the rounds and the tasks."""
         scores = []
         for task in tasks:
-            own = find(done, self.cell(method, task, 1.0, TUNING_SEED, rate))
-            if own is None:
+            cell = find(done, self.cell(method, task, 1.0, TUNING_SEED, rate))
+            if cell is None:
                 raise SystemExit("Some learning-rate runs are missing; start with `tune`.")
-            scores.append(late_validation(own))
+            scores.append(late_validation(cell))
         return mean(scores)
 
     def tune(self, jobs: int) -> None:
@@ -112,14 +112,14 @@ class Study:
         """Run what is not finished, `jobs` at a time."""
         lock = threading.Lock()
         done, cells = self.finished(), list(wanted)
-        todo = [own for own in cells if find(done, own) is None]
+        todo = [cell for cell in cells if find(done, cell) is None]
         print(f"{len(cells) - len(todo)} cells are finished, {len(todo)} to go", flush=True)
 
-        def work(own: Cell) -> None:
-            result = run_cell(own, self.methods[own["method"]], self.file.stem)
+        def work(cell: Cell) -> None:
+            result = run_cell(cell, self.methods[cell["method"]], self.file.stem)
             with lock, self.file.open("a") as stream:
                 stream.write(json.dumps(result) + "\n")
-                print(f"{own}: test {result['test']:.4f}, {result['seconds']:.0f} s", flush=True)
+                print(f"{cell}: test {result['test']:.4f}, {result['seconds']:.0f} s", flush=True)
 
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(work, todo))
@@ -142,42 +142,44 @@ class Study:
         for task, alpha in tasks:
             base = self._group(done, self.base, task, alpha, rates)
             for method in self.methods:
-                own = self._group(done, method, task, alpha, rates)
-                both = sorted(own.keys() & base.keys())
+                cells = self._group(done, method, task, alpha, rates)
+                both = sorted(cells.keys() & base.keys())
                 if both:
-                    pair = [own[s] for s in both], [base[s] for s in both]
+                    pair = [cells[s] for s in both], [base[s] for s in both]
                     print(self._row(task, alpha, method, *pair))
 
     def _group(
         self, done: list[Cell], method: str, task: str, alpha: float, rates: dict[str, float]
     ) -> dict[int, Cell]:
         """Seed -> a method's finished cell."""
-        found = {s: find(done, self.cell(method, task, alpha, s, rates[method])) for s in SEEDS}
-        return {seed: own for seed, own in found.items() if own is not None}
+        cells = {s: find(done, self.cell(method, task, alpha, s, rates[method])) for s in SEEDS}
+        return {seed: cell for seed, cell in cells.items() if cell is not None}
 
-    def _row(self, task: str, alpha: float, method: str, own: list[Cell], base: list[Cell]) -> str:
+    def _row(
+        self, task: str, alpha: float, method: str, cells: list[Cell], base: list[Cell]
+    ) -> str:
         """A line of the table: accuracy over seeds, and what it cost to reach the targets, as a
         share of what the base paid for the same seeds."""
-        tests = [c["test"] for c in own]
+        tests = [c["test"] for c in cells]
         parts = [
-            task, f"{alpha:g}", method, str(len(own)), f"{mean(tests):.3f}",
-            f"{min(tests):.3f}-{max(tests):.3f}", f"{mean(c['best'] for c in own):.3f}",
-            "" if method == self.base else difference(own, base),
+            task, f"{alpha:g}", method, str(len(cells)), f"{mean(tests):.3f}",
+            f"{min(tests):.3f}-{max(tests):.3f}", f"{mean(c['best'] for c in cells):.3f}",
+            "" if method == self.base else difference(cells, base),
         ]  # fmt: skip
         for what in ("samples", "up"):
-            ours = [first(c, target(b), what) for c, b in zip(own, base, strict=True)]
+            ours = [first(c, target(b), what) for c, b in zip(cells, base, strict=True)]
             theirs = [first(b, target(b), what) for b in base]
             pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b]
             text = f"{sum(a for a, _ in pairs) / sum(b for _, b in pairs):.2f}" if pairs else "none"
-            if len(pairs) < len(own):
-                text += f" ({len(pairs)} of {len(own)} reach it)"
+            if len(pairs) < len(cells):
+                text += f" ({len(pairs)} of {len(cells)} reach it)"
             parts.append(text)
         return "| " + " | ".join(parts) + " |"
 
     def clock_cells(self, methods: Iterable[str]) -> list[Cell]:
         """Runs of which the seconds count: nothing else may run on the machine."""
         cells = self.cells(methods, [(task, 1.0) for task in TUNING_TASKS], SEEDS[:1])
-        return [{**own, "alone": True} for own in cells]
+        return [{**cell, "alone": True} for cell in cells]
 
     def report_seconds(self, methods: Iterable[str]) -> None:
         """Print what was clocked: all rounds, and until the target; evaluation left out."""
@@ -192,9 +194,9 @@ class Study:
             spent = first(one, target(other), "seconds")
             theirs = paid.setdefault(wanted["task"], spent)
             until = "not reached" if spent is None else f"{spent:.0f} s"
-            share = f"{spent / theirs:.2f}" if spent and theirs else ""
+            fraction = f"{spent / theirs:.2f}" if spent and theirs else ""
             whole = f"{one['curve'][-1]['seconds']:.0f} s"
-            print(f"| {wanted['task']} | {wanted['method']} | {whole} | {until} | {share} |")
+            print(f"| {wanted['task']} | {wanted['method']} | {whole} | {until} | {fraction} |")
 
 
 def variant(preset: str, *overrides: str) -> Method:
@@ -211,9 +213,9 @@ def command_line(doc: str, actions: Mapping[str, Callable[[int], None]]) -> None
     actions[options.what](options.jobs)
 
 
-def late_validation(own: Cell) -> float:
+def late_validation(cell: Cell) -> float:
     """Mean validation accuracy of the second half of the rounds; a single round jumps by 0.1."""
-    points = [point["validation"] for point in own["curve"]]
+    points = [point["validation"] for point in cell["curve"]]
     return mean(points[len(points) // 2 :])
 
 
@@ -222,14 +224,14 @@ def find(cells: list[Cell], wanted: Cell) -> Cell | None:
     return next((c for c in cells if all(c.get(k) == v for k, v in wanted.items())), None)
 
 
-def run_cell(own: Cell, method: Method, folder: str) -> Cell:
+def run_cell(cell: Cell, method: Method, folder: str) -> Cell:
     """One run in a process of its own; what the table needs of it."""
-    name = "-".join(str(v).replace(" ", "_") for v in own.values())
+    name = "-".join(str(v).replace(" ", "_") for v in cell.values())
     out = ROOT / "runs" / folder / name
     shutil.rmtree(out, ignore_errors=True)
     words = [
-        method.preset, *COMMON, *method.overrides, f"task.name={own['task']}",
-        f"data.partition.alpha={own['alpha']}", f"seed={own['seed']}", f"local.lr={own['lr']}",
+        method.preset, *COMMON, *method.overrides, f"task.name={cell['task']}",
+        f"data.partition.alpha={cell['alpha']}", f"seed={cell['seed']}", f"local.lr={cell['lr']}",
         f"output={out}",
     ]  # fmt: skip
     done = subprocess.run(
@@ -240,36 +242,36 @@ def run_cell(own: Cell, method: Method, folder: str) -> Cell:
         text=True,
     )
     if done.returncode:
-        raise SystemExit(f"{own}: exit code {done.returncode}\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{cell}: exit code {done.returncode}\n{done.stderr[-3000:]}")
     summary = json.loads((out / "summary.json").read_text())
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     predictions = json.loads((out / "predictions.json").read_text())
     right = [
         int(a == b) for a, b in zip(predictions["personal"], predictions["label"], strict=True)
     ]
     return {
-        **own,
+        **cell,
         "words": [word for word in words if not word.startswith("output=")],
         "test": summary["accuracy"]["personal"],
         "best": summary["best"]["personal"]["accuracy"],
         "majority": summary["majority"],
         "seconds": summary["seconds"]["total"],
-        "curve": list(curve(lines)),
+        "curve": list(curve(records)),
         "right": "".join(map(str, right)),
     }
 
 
-def curve(lines: list[Cell]) -> Iterator[Cell]:
+def curve(records: list[Cell]) -> Iterator[Cell]:
     """At each validation: its accuracy, and what had been spent until then."""
     spent = {"samples": 0, "up": 0, "down": 0, "seconds": 0.0}
-    for line in lines:
-        spent["samples"] += line["samples"]
-        spent["up"] += line["bytes"]["up"]
-        spent["down"] += line["bytes"]["down"]
-        spent["seconds"] += sum(v for k, v in line["seconds"].items() if k != "evaluate")
-        if "validation" in line:
-            validation = line["validation"]["personal"]["accuracy"]
-            yield {"round": line["round"], "validation": validation, **spent}
+    for record in records:
+        spent["samples"] += record["samples"]
+        spent["up"] += record["bytes"]["up"]
+        spent["down"] += record["bytes"]["down"]
+        spent["seconds"] += sum(v for k, v in record["seconds"].items() if k != "evaluate")
+        if "validation" in record:
+            validation = record["validation"]["personal"]["accuracy"]
+            yield {"round": record["round"], "validation": validation, **spent}
 
 
 def target(base: Cell) -> float:
@@ -277,17 +279,17 @@ def target(base: Cell) -> float:
     return 0.95 * float(base["curve"][-1]["validation"])
 
 
-def first(own: Cell, wanted: float, what: str) -> float | None:
+def first(cell: Cell, wanted: float, what: str) -> float | None:
     """What had been spent when the validation accuracy first reached the target."""
-    return next((p[what] for p in own["curve"] if p["validation"] >= wanted), None)
+    return next((p[what] for p in cell["curve"] if p["validation"] >= wanted), None)
 
 
-def difference(own: list[Cell], base: list[Cell]) -> str:
+def difference(cells: list[Cell], base: list[Cell]) -> str:
     """Difference of test accuracy after the last round, and its 95 % interval by the paired
     bootstrap over test rows: each row's correctness is the mean over seeds, so what another seed
     would give is not in the interval; the spread shows that."""
     ours, theirs = (
-        np.array([[int(r) for r in c["right"]] for c in runs]).mean(0) for runs in (own, base)
+        np.array([[int(r) for r in c["right"]] for c in runs]).mean(0) for runs in (cells, base)
     )
     gain = ours - theirs
     rng = np.random.default_rng(0)

@@ -47,12 +47,12 @@ def main() -> None:
             set_up(preflight.check(resolved, world.size), world, time.monotonic())
         )
         tokens = federation.setup.train_tokens
-        train = [own.train for own in federation.setup.rows]
+        train = [rows.train for rows in federation.setup.rows]
         orders: dict[str, dict[int, Floats]] = {"fisher": {}, "in training": {}, "loss": {}}
-        for number in range(max(federation.setup.config.federation.rounds, 1 + max(MOMENTS))):
-            if number in MOMENTS:
-                orders["fisher"][number], orders["loss"][number] = score(federation)
-                orders["in training"][number] = in_training(federation)
+        for round_number in range(max(federation.setup.config.federation.rounds, 1 + max(MOMENTS))):
+            if round_number in MOMENTS:
+                orders["fisher"][round_number], orders["loss"][round_number] = score(federation)
+                orders["in training"][round_number] = in_training(federation)
             federation.round(Progress(speaks=False))
         _, final = score(federation)
         fixed = {kind: np.zeros(len(tokens)) for kind in ("length", "rarity", "random")}
@@ -63,33 +63,33 @@ def main() -> None:
         name = federation.setup.config.task.name
         print(f"{name}: rank correlation with the final loss, within clients (over all rows)")
         print("rounds before  " + "".join(f"{n:>16}" for n in MOMENTS))
-        for kind, found in orders.items():
-            print(f"{kind:<15}" + "".join(f"{both(found[n], final, train):>16}" for n in MOMENTS))
+        for kind, taken in orders.items():
+            print(f"{kind:<15}" + "".join(f"{both(taken[n], final, train):>16}" for n in MOMENTS))
         for kind, scores in fixed.items():
             print(f"{kind:<15}" + f"{both(scores, final, train):>16}" * len(MOMENTS))
-        federation.setup.client.close()
+        federation.setup.engine.close()
 
 
 def score(federation: Federation) -> tuple[Floats, Floats]:
     """(rows,) Fisher trace and loss of every training row at the shared values."""
-    client, tokens = federation.setup.client, federation.setup.train_tokens
+    engine, tokens = federation.setup.engine, federation.setup.train_tokens
     fisher, losses = np.zeros(len(tokens)), np.zeros(len(tokens))
-    client.load(federation.state.values)
-    for k, own in enumerate(federation.setup.rows):
-        batches = form_batches(own.train, tokens.lengths, 8, generator(0, "batches", k))
-        fisher += fisher_traces(client, batches, tokens)
-        losses += client.predict(batches, tokens)[1]
+    engine.load(federation.state.values)
+    for k, rows in enumerate(federation.setup.rows):
+        batches = form_batches(rows.train, tokens.lengths, 8, generator(0, "batches", k))
+        fisher += fisher_traces(engine, batches, tokens)
+        losses += engine.predict(batches, tokens)[1]
     return fisher, losses
 
 
 def in_training(federation: Federation) -> Floats:
     """(rows,) Fisher trace of every training row while its client trains for an epoch."""
-    client, tokens = federation.setup.client, federation.setup.train_tokens
+    engine, tokens = federation.setup.engine, federation.setup.train_tokens
     fisher = np.zeros(len(tokens))
-    for k, own in enumerate(federation.setup.rows):
-        batches = form_batches(own.train, tokens.lengths, 8, generator(0, "batches", k))
-        client.load(federation.state.values)
-        fisher += client.train(batches, tokens, derive(0, "dropout", k), observe=True).fisher
+    for k, rows in enumerate(federation.setup.rows):
+        batches = form_batches(rows.train, tokens.lengths, 8, generator(0, "batches", k))
+        engine.load(federation.state.values)
+        fisher += engine.train(batches, tokens, derive(0, "dropout", k), observe=True).fisher
     return fisher
 
 

@@ -67,9 +67,12 @@ STUDY = Study(
     {
         "p-tuning-v2": Method("p-tuning-v2"),
         "fedpeptao": changed(),
-        **{name: changed(*own) for name, own in LAYERS.items()},
-        **{f"fedpeptao, {name}": changed(*own) for name, own in SERVERS.items()},
-        **{f"eigenvalue, {name}": changed(*EIGENVALUE, *own) for name, own in SERVERS.items()},
+        **{name: changed(*overrides) for name, overrides in LAYERS.items()},
+        **{f"fedpeptao, {name}": changed(*overrides) for name, overrides in SERVERS.items()},
+        **{
+            f"eigenvalue, {name}": changed(*EIGENVALUE, *overrides)
+            for name, overrides in SERVERS.items()
+        },
         "eigenvalue, plain mean": Method("fedpeptao", (*EIGENVALUE, *SERVERS["plain mean"])),
     },
     base="p-tuning-v2",
@@ -114,16 +117,16 @@ def validate(
     """Run and print lines of a table: of each method, task, alpha and seed the mean validation
     accuracy of the second half of the rounds, at the tuned rate."""
     rates = STUDY.best_rates()
-    lines = {
-        name: [STUDY.cell(*own, rates[own[0]]) if own else None for own in line]
-        for name, line in wanted.items()
+    rows = {
+        name: [STUDY.cell(*key, rates[key[0]]) if key else None for key in row]
+        for name, row in wanted.items()
     }
-    STUDY.run([own for line in lines.values() for own in line if own], jobs)
+    STUDY.run([cell for row in rows.values() for cell in row if cell], jobs)
     done = STUDY.finished()
     print(f"\n| {titles} |\n|{'---|' * (titles.count('|') + 1)}")
-    for name, line in lines.items():
-        found = [find(done, own) if own else None for own in line]
-        scores = [f"{late_validation(own):.3f}" if own else "" for own in found]
+    for name, row in rows.items():
+        results = [find(done, cell) if cell else None for cell in row]
+        scores = [f"{late_validation(cell):.3f}" if cell else "" for cell in results]
         print(f"| {name} | {' | '.join(scores)} |")
 
 

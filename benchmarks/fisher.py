@@ -19,7 +19,7 @@ from hpcfed import model
 from hpcfed.app.cli import quiet
 from hpcfed.cluster.topology import connect_slots, connect_world
 from hpcfed.data.batches import Tokens
-from hpcfed.engine.client import Client
+from hpcfed.engine.engine import Engine
 from hpcfed.engine.probe import fisher_traces
 from hpcfed.settings import deepspeed_config
 from hpcfed.settings.resolve import resolve
@@ -44,7 +44,7 @@ def timed(work: dict[str, Callable[[], object]]) -> dict[str, float]:
             do()
             if repeat:  # the first is warm-up
                 seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(own) for name, own in seconds.items()}
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def main() -> None:
@@ -53,18 +53,18 @@ def main() -> None:
     config = resolve("lora-fedavg", ["model.dropout=0", "cluster.threads=1"]).config
     topology = connect_slots(connect_world(), config.cluster)
     settings = deepspeed_config.load(config)
-    client = Client(
+    engine = Engine(
         model.prepare(config, ("a", "b"), 0, settings), config.local, settings, topology
     )
     plain = model.prepare(config, ("a", "b"), 0, {})
-    client.load(plain.initial)
+    engine.load(plain.initial)
     print("seconds for 48 samples; own pass / plain, with / without Fisher in training")
     for length in (12, 32, 64):
-        measure(length, client, plain)
-    client.close()
+        measure(length, engine, plain)
+    engine.close()
 
 
-def measure(length: int, client: Client, plain: model.Prepared) -> None:
+def measure(length: int, engine: Engine, plain: model.Prepared) -> None:
     """One line: seconds and ratios for rows of this many tokens."""
     tokens = some_tokens(length)
     batches = [np.arange(i, i + BATCH) for i in range(0, BATCH * BATCHES, BATCH)]
@@ -73,29 +73,29 @@ def measure(length: int, client: Client, plain: model.Prepared) -> None:
     def forward_backward(size: int) -> None:
         for start in range(0, BATCH * BATCHES, size):
             rows = np.arange(start, start + size)
-            logits = plain.adapted.network(**tokens.collate(rows, client.topology.device))
-            labels = torch.from_numpy(tokens.labels[rows]).to(client.topology.device)
+            logits = plain.adapted.network(**tokens.collate(rows, engine.topology.device))
+            labels = torch.from_numpy(tokens.labels[rows]).to(engine.topology.device)
             nn.functional.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
             if size == 1:  # what the loop is for
                 sum(p.grad.square().sum() for p in parameters if p.grad is not None)
             for parameter in parameters:
                 parameter.grad = None
 
-    found = timed(
+    seconds = timed(
         {
             "plain": lambda: forward_backward(BATCH),
-            "own pass": lambda: fisher_traces(client, batches, tokens),
-            "training": lambda: client.train(batches, tokens, 0),
-            "with Fisher": lambda: client.train(batches, tokens, 0, observe=True),
+            "own pass": lambda: fisher_traces(engine, batches, tokens),
+            "training": lambda: engine.train(batches, tokens, 0),
+            "with Fisher": lambda: engine.train(batches, tokens, 0, observe=True),
             "loop": lambda: forward_backward(1),
         }
     )
     print(
         f"{length:>3} tokens  "
-        + "  ".join(f"{name} {value:.3f}" for name, value in found.items())
-        + f"  |  own pass {found['own pass'] / found['plain']:.3f} x plain"
-        f"  training {found['with Fisher'] / found['training']:.3f} x"
-        f"  loop {found['loop'] / found['plain']:.2f} x plain",
+        + "  ".join(f"{name} {value:.3f}" for name, value in seconds.items())
+        + f"  |  own pass {seconds['own pass'] / seconds['plain']:.3f} x plain"
+        f"  training {seconds['with Fisher'] / seconds['training']:.3f} x"
+        f"  loop {seconds['loop'] / seconds['plain']:.2f} x plain",
         flush=True,
     )
 

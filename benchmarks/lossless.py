@@ -48,27 +48,27 @@ def main() -> None:
                 ask(federation, task, "eigengap", seed)
             for seed in (1, 2, 3):
                 ask(federation, task, "plateau", seed)
-            federation.setup.client.close()
+            federation.setup.engine.close()
 
 
 def ask(federation: Federation, task: str, rule: Literal["eigengap", "plateau"], seed: int) -> None:
     """One line: the number of layers that a probe seed comes to."""
     config = federation.setup.config
     began = time.monotonic()
-    found = select(
+    selection = select(
         replace(config, seed=seed, layers=replace(config.layers, rule=rule)),
-        federation.setup.client,
+        federation.setup.engine,
         federation.setup.rows,
         federation.setup.train_tokens,
         federation.setup.prepared.initial,
         federation.state.values,
     )
-    shares = [own["share"] for own in found.record["spectra"].values()]
-    gaps = [f"{share:.2f}" for share in shares if share is not None]
+    fractions = [spectrum["share"] for spectrum in selection.record["spectra"].values()]
+    gaps = [f"{fraction:.2f}" for fraction in fractions if fraction is not None]
     print(
-        f"{task:<5} {rule:<9} probe seed {seed}: {len(found.chosen)} layers, share "
-        f"{found.record['share']:.2f}; {len(gaps)} of {len(shares)} clients ({' '.join(gaps)}); "
-        f"{found.samples} sample passes, {time.monotonic() - began:.0f} s",
+        f"{task:<5} {rule:<9} probe seed {seed}: {len(selection.chosen)} layers, share "
+        f"{selection.record['share']:.2f}; {len(gaps)} of {len(fractions)} clients "
+        f"({' '.join(gaps)}); {selection.samples} sample passes, {time.monotonic() - began:.0f} s",
         flush=True,
     )
 

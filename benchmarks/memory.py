@@ -3,7 +3,7 @@
     python benchmarks/memory.py
 
 Makes the model (random weights), then starts two ranks of one client per ZeRO stage and dtype, each
-in fresh processes. `held` is the share of the backbone on a rank after loading; `load` and `step`
+in fresh processes. `held` is the part of the backbone on a rank after loading; `load` and `step`
 are the peak private memory above the imports, largest of the ranks, when the engine is ready and
 after two optimizer steps; `plan` is what `hpcfed plan` estimates for it; `seconds` is one step.
 """
@@ -27,7 +27,7 @@ from hpcfed.app.cli import quiet
 from hpcfed.cluster import launcher
 from hpcfed.cluster.topology import connect_slots, connect_world, keep_heap_small
 from hpcfed.data.batches import Tokens
-from hpcfed.engine.client import Client
+from hpcfed.engine.engine import Engine
 from hpcfed.settings import deepspeed_config
 from hpcfed.settings.config import Config
 from hpcfed.settings.resolve import resolve
@@ -75,8 +75,8 @@ def measure(folder: str, dtype: str, stage: str) -> None:
     peak = Peak()
     imports = peak.now()
     prepared = model.prepare(config, ("a", "b"), 0, settings)
-    client = Client(prepared, config.local, settings, topology)
-    frozen = [p for p in client.model.parameters() if not p.requires_grad]
+    engine = Engine(prepared, config.local, settings, topology)
+    frozen = [p for p in engine.model.parameters() if not p.requires_grad]
     held = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in frozen)
     loaded = peak.bytes
 
@@ -85,14 +85,14 @@ def measure(folder: str, dtype: str, stage: str) -> None:
         rng.integers(5, 30000, 16 * 32).astype(np.int32), None, np.arange(0, 513, 32),
         rng.integers(0, 2, 16), 0,
     )  # fmt: skip
-    values = torch.from_numpy(rng.normal(0, 0.01, client.layout.size).astype(np.float32))
-    client.load(values)
-    exact = torch.equal(client.read(), values)
-    client.train([np.arange(8)], tokens, 0)
+    values = torch.from_numpy(rng.normal(0, 0.01, engine.layout.size).astype(np.float32))
+    engine.load(values)
+    exact = torch.equal(engine.read(), values)
+    engine.train([np.arange(8)], tokens, 0)
     start = time.perf_counter()
-    client.train([np.arange(8, 16)], tokens, 0)
+    engine.train([np.arange(8, 16)], tokens, 0)
     seconds = time.perf_counter() - start
-    trained = client.read()
+    trained = engine.read()
     result = {
         "dtype": dtype,
         "stage": stage,
@@ -117,9 +117,9 @@ def planned(config: Config) -> float:
     changes what autograd keeps."""
     settings = deepspeed_config.load(config)
     outline = model.outline(config, ("a", "b"), 0)
-    kept = plan.activation_bytes(outline, plan.micro_batch(config), 32)
+    activations = plan.activation_bytes(outline, plan.micro_batch(config), 32)
     stage = deepspeed_config.zero_stage(settings)
-    return plan.memory(config, outline, stage, settings, kept).total / 1e9
+    return plan.memory(config, outline, stage, settings, activations).total / 1e9
 
 
 class Peak:
@@ -149,10 +149,10 @@ class Peak:
 def run_case(folder: Path, dtype: str, stage: str, ranks: int = 2) -> dict[str, Any]:
     """Measure one case in fresh processes."""
     program = [sys.executable, __file__, "--measure", str(folder), dtype, stage]
-    line, extra = launcher.command(launcher.find_mpiexec(), ranks, program)
+    command, extra = launcher.command(launcher.find_mpiexec(), ranks, program)
     root = str(Path(__file__).resolve().parent.parent)
     environment = {**os.environ, **extra, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    done = subprocess.run(line, env=environment, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -24,7 +24,7 @@ from hpcfed.app.cli import quiet
 from hpcfed.cluster.collectives import MaskedSum
 from hpcfed.cluster.topology import connect_world
 from hpcfed.data.batches import Ids
-from hpcfed.engine.client import Client
+from hpcfed.engine.engine import Engine
 from hpcfed.objectives.heads import Classifier
 from hpcfed.policies.sampling import sample
 from hpcfed.rounds import preflight, setup
@@ -63,7 +63,7 @@ def main() -> None:
     clock.wrap(setup, "connect_slots", "torch.distributed and DeepSpeed's import")
     clock.wrap(Classifier, "encode", "tokenize")
     clock.wrap(model, "prepare", "load the model")
-    clock.wrap(setup, "Client", "DeepSpeed engine")
+    clock.wrap(setup, "Engine", "DeepSpeed engine")
     with TemporaryDirectory() as folder:
         resolved = resolve(
             "lora-fedavg",
@@ -78,8 +78,8 @@ def main() -> None:
         startup = dict(clock.seconds)
         plain = Plain(federation)
         parts = Clock()
-        parts.wrap(Client, "load", "load values, fresh optimizer")
-        parts.wrap(Client, "read", "read values")
+        parts.wrap(Engine, "load", "load values, fresh optimizer")
+        parts.wrap(Engine, "read", "read values")
         parts.wrap(MaskedSum, "add", "add to the sum")
         parts.wrap(MaskedSum, "mean", "exchange")
         silent = Progress(speaks=False)
@@ -87,9 +87,9 @@ def main() -> None:
         plain.round(0)
         parts.seconds.clear()
         ours, reference = [], []
-        for number in range(1, ROUNDS + 1):
+        for round_number in range(1, ROUNDS + 1):
             ours.append(_seconds(federation.round, silent))
-            reference.append(_seconds(plain.round, number))
+            reference.append(_seconds(plain.round, round_number))
         report(ours, reference, parts, federation)
         print(f"\nstart-up to the first round: {federation.setup.init_seconds:.1f} s")
         startup["imports and the rest"] = federation.setup.init_seconds - sum(startup.values())
@@ -128,12 +128,12 @@ class Plain:
         self.network = prepared.adapted.network.to(self.setup.topology.device).train()
         self.parameters = prepared.adapted.parameters
 
-    def round(self, number: int) -> None:
+    def round(self, round_number: int) -> None:
         """Train every sampled client, one after the other."""
         config = self.setup.config
         spec = config.federation
-        for client in sample(config.seed, number, spec.clients, spec.per_round):
-            self.train(self.federation.local.epochs(client, number))
+        for client in sample(config.seed, round_number, spec.clients, spec.per_round):
+            self.train(self.federation.local.epochs(client, round_number))
 
     def train(self, batches: list[Ids]) -> None:
         """One optimizer step per batch."""

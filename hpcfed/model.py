@@ -156,13 +156,13 @@ def _adapt(
 def _refuse_holes(config: Config, model: Any, missing: list[str], blocks: dict[str, str]) -> None:
     """A checkpoint may lack what is drawn from the seed, but no layer and no language model."""
     name = config.model.name
-    inside = [own for own in missing if any(own.startswith(f"{b}.") for b in blocks)]
+    inside = [key for key in missing if any(key.startswith(f"{b}.") for b in blocks)]
     if inside:
         raise UserError(
             f"model.name: the checkpoint {name!r} holds no weights for "
             f"{len(inside)} parameters of its transformer blocks (first: {inside[0]})."
         )
-    outside = [own for own in missing if not own.startswith(f"{model.base_model_prefix}.")]
+    outside = [key for key in missing if not key.startswith(f"{model.base_model_prefix}.")]
     if config.model.head != "classifier" and outside:
         raise UserError(
             f"model.name: the checkpoint {name!r} holds no language model head (first missing: "

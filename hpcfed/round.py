@@ -23,10 +23,10 @@ class Outcome:
 
     values: torch.Tensor | None = None
     reason: str = ""  # why it failed
-    loss_sum: float = 0.0  # this rank's share of it
+    loss_sum: float = 0.0  # this rank's part of it
     samples: int = 0  # trained on
     steps: int = 0
     scored: int = 0  # sample passes spent on difficulties before training
-    density: float = 1.0  # share of its personal values that trained
+    density: float = 1.0  # fraction of its personal values that trained
     gradient: torch.Tensor | None = None  # (layout.size,) mean over its steps, for SCAFFOLD
     score_seconds: float = 0.0  # of the pass that took them

@@ -25,12 +25,12 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> Any:
 
 
 def zero(rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
-    """Nothing drawn."""
+    """Zeros; nothing is drawn."""
     return np.zeros(shape)
 
 
 @dataclass(frozen=True)
-class Found:
+class Trainable:
     """A trainable parameter: its block, its name where PEFT saves it, the module it belongs to,
     where its values start, and the axis of its neurons (None: it is never masked)."""
 
@@ -46,12 +46,12 @@ class Found:
 class Adapted:
     """A network with its trainable parameters.
 
-    network(positions=None, **inputs) gives logits. found: the parameters, in layout order. blocks:
-    the transformer's blocks. prefix: of the names under which PEFT saves the model's own weights.
+    network(positions=None, **inputs) gives logits. trainables: in layout order. blocks: the
+    transformer's blocks. prefix: of the names under which PEFT saves the model's own weights.
     """
 
     network: Network
-    found: tuple[Found, ...]
+    trainables: tuple[Trainable, ...]
     layout: AdapterLayout
     blocks: tuple[nn.Module, ...]
     peft_config: Any  # peft.PeftConfig
@@ -61,13 +61,13 @@ class Adapted:
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """In layout order."""
-        return tuple(own.parameter for own in self.found)
+        return tuple(t.parameter for t in self.trainables)
 
     def initial(self, seed: int) -> torch.Tensor:
         """(layout.size,) fp32: the values that training starts from."""
         vector = np.zeros(self.layout.size, dtype=np.float32)
-        for own, entry in zip(self.found, self.layout.entries, strict=True):
-            drawn = own.draw(generator(seed, "init", entry.name), entry.shape)
+        for trainable, entry in zip(self.trainables, self.layout.entries, strict=True):
+            drawn = trainable.draw(generator(seed, "init", entry.name), entry.shape)
             vector[entry.values] = drawn.ravel()
         return torch.from_numpy(vector)
 
@@ -90,17 +90,17 @@ class Adapted:
 def assemble(
     network: Network,
     model: nn.Module,
-    found: list[Found],
+    trainables: list[Trainable],
     blocks: dict[str, str],
     peft_config: Any,
     prefix: str,
     columns: bool = False,
 ) -> Adapted:
-    """Lay out the found parameters. blocks: module name of each transformer block in `model`."""
+    """Lay out the parameters. blocks: module name of each transformer block in `model`."""
     layout = AdapterLayout.build(
-        [(own.block, own.name, full_shape(own.parameter), own.neuron_axis) for own in found]
+        [(t.block, t.name, full_shape(t.parameter), t.neuron_axis) for t in trainables]
     )
-    by_name = {own.name: own for own in found}
+    by_name = {t.name: t for t in trainables}
     ordered = tuple(by_name[entry.name] for entry in layout.entries)
     modules = tuple(model.get_submodule(name) for name in blocks)
     return Adapted(network, ordered, layout, modules, peft_config, prefix, columns)
@@ -145,17 +145,17 @@ def final_linear(model: nn.Module, labels: int) -> str:
     return heads[-1]
 
 
-def train_head(model: nn.Module, head: str | None, prefix: str, std: float) -> list[Found]:
+def train_head(model: nn.Module, head: str | None, prefix: str, std: float) -> list[Trainable]:
     """Make the final linear layer of this name, if any, trainable: weight N(0, std), bias 0."""
     if head is None:
         return []
     owner = model.get_submodule(head)
-    found = []
+    trainables = []
     for name, parameter in owner.named_parameters():
         parameter.requires_grad_(True)
         draw = partial(normal, std=std) if len(full_shape(parameter)) > 1 else zero
-        found.append(Found(HEAD, f"{prefix}{head}.{name}", parameter, owner, draw))
-    return found
+        trainables.append(Trainable(HEAD, f"{prefix}{head}.{name}", parameter, owner, draw))
+    return trainables
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

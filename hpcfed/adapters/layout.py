@@ -94,17 +94,17 @@ class AdapterLayout:
     def expand(self, neurons: torch.Tensor) -> torch.Tensor:
         """(size,) bool of values from (neurons,) bool; what has no neurons is True."""
         values = torch.ones(self.size, dtype=torch.bool)
-        for entry, own in zip(self.entries, self.neurons, strict=True):
+        for entry, span in zip(self.entries, self.neurons, strict=True):
             if entry.neuron_axis is not None:
                 shape = [1] * len(entry.shape)
                 shape[entry.neuron_axis] = entry.neurons
-                values[entry.values] = neurons[own].reshape(shape).expand(entry.shape).flatten()
+                values[entry.values] = neurons[span].reshape(shape).expand(entry.shape).flatten()
         return values
 
     def span(self, block: str) -> slice:
         """The block's slice of the flat vector."""
-        own = [entry for entry in self.entries if entry.block == block]
-        return slice(own[0].offset, own[-1].offset + own[-1].size)
+        entries = [entry for entry in self.entries if entry.block == block]
+        return slice(entries[0].offset, entries[-1].offset + entries[-1].size)
 
     def spans(self, blocks: Collection[str]) -> Iterator[slice]:
         """Slices of the named blocks, in layout order."""

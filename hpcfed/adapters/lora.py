@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from hpcfed.adapters.base import Adapted, Found, assemble, block_of, train_head, zero
+from hpcfed.adapters.base import Adapted, Trainable, assemble, block_of, train_head, zero
 from hpcfed.adapters.network import Network
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Adapter
@@ -51,7 +51,7 @@ def adapt(
     )
     # PEFT would keep LoRA in fp32 beside a bf16 head; ZeRO-3 insists on one trainable dtype.
     wrapped: nn.Module = peft.get_peft_model(model, lora_config, autocast_adapter_dtype=False)
-    found = []
+    trainables = []
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad:
             block = block_of(name.removeprefix(PREFIX), blocks)
@@ -60,11 +60,11 @@ def adapt(
             # A neuron is an output row of B (d_out, r); of A (r, d_in), an input column.
             draw, axis = (_uniform, 1) if ".lora_A." in name else (zero, 0)
             saved = name.replace(".default.", ".")
-            found.append(Found(block, saved, parameter, owner, draw, axis))
-    found += train_head(model, head, PREFIX, head_std)
+            trainables.append(Trainable(block, saved, parameter, owner, draw, axis))
+    trainables += train_head(model, head, PREFIX, head_std)
     lora_config.modules_to_save = [head] if head else []
     network = Network(wrapped, model, None)
-    return assemble(network, model, found, blocks, lora_config, PREFIX)
+    return assemble(network, model, trainables, blocks, lora_config, PREFIX)
 
 
 def _uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> Any:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from hpcfed.adapters.base import Adapted, Found, assemble, normal, train_head
+from hpcfed.adapters.base import Adapted, Trainable, assemble, normal, train_head
 from hpcfed.adapters.layout import INPUT
 from hpcfed.adapters.network import Network
 from hpcfed.errors import UserError
@@ -65,10 +65,10 @@ class Prefix(nn.Module):
         """The inputs with the prefix as past keys and values, and a mask that lets it be seen."""
         pairs = []
         for copies in self.copies:
-            own = self.dropout(copies(anchor))
-            own = own.view(len(own), own.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-            pairs.append((own[0], own[1]))
-        mask = _lengthened(inputs["attention_mask"], own.shape[3], 1)
+            kv = self.dropout(copies(anchor))
+            kv = kv.view(len(kv), kv.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+            pairs.append((kv[0], kv[1]))
+        mask = _lengthened(inputs["attention_mask"], kv.shape[3], 1)
         return {**inputs, "attention_mask": mask, "past_key_values": FixedCache(pairs)}
 
 
@@ -121,8 +121,8 @@ class FixedCache(DynamicCache):  # type: ignore[misc]
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's prefix and the text's keys and values, joined."""
-        own = self.layers[layer]
-        return torch.cat([own.keys, keys], dim=-2), torch.cat([own.values, values], dim=-2)
+        prefix = self.layers[layer]
+        return torch.cat([prefix.keys, keys], dim=-2), torch.cat([prefix.values, values], dim=-2)
 
 
 def key_value_heads(config: Any) -> int:
@@ -162,7 +162,7 @@ def adapt(
                 "and values; use adapter.kind=lora or prompt."
             )
         prompts = Prefix(config, adapter, dtype)
-        copies = {str(index): own for index, own in enumerate(prompts.copies)}
+        copies = {str(index): module for index, module in enumerate(prompts.copies)}
         heads, width = key_value_heads(config), key_value_heads(config) * head_width(config)
         kind = peft.PrefixTuningConfig
     else:
@@ -171,9 +171,9 @@ def adapt(
         heads, width = int(config.num_attention_heads), prompts.copies.weight.shape[1]
         kind = peft.PromptTuningConfig
     draw = partial(normal, std=INITIAL_STD)
-    found = [
-        Found(block, f"{block}.weight", own.weight, own, draw, neuron_axis=0)
-        for block, own in copies.items()
+    trainables = [
+        Trainable(block, f"{block}.weight", module.weight, module, draw, neuron_axis=0)
+        for block, module in copies.items()
     ]
     peft_config = kind(
         num_virtual_tokens=adapter.virtual_tokens,
@@ -185,9 +185,9 @@ def adapt(
     )
     # PEFT takes the classifier as a whole, whatever of it is trained.
     peft_config.modules_to_save = [head.partition(".")[0]] if head else []
-    found += train_head(model, head, PREFIX, head_std)
+    trainables += train_head(model, head, PREFIX, head_std)
     network = Network(model, model, prompts)
-    return assemble(network, model, found, blocks, peft_config, PREFIX, columns=True)
+    return assemble(network, model, trainables, blocks, peft_config, PREFIX, columns=True)
 
 
 def _task_type(model: Any, head: str | None) -> str:

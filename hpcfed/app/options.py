@@ -19,11 +19,11 @@ def listing(words: list[str]) -> Iterator[str]:
 
     Raises UserError if a word is in no name.
     """
-    found = dict(_options(Config, ""))
+    options = dict(_options(Config, ""))
     for word in words:
-        if not any(word in name for name in found):
+        if not any(word in name for name in options):
             raise UserError(f"No option's name contains {word!r}; `hpcfed options` lists them all.")
-    for name, (default, takes, meaning) in found.items():
+    for name, (default, takes, meaning) in options.items():
         if words and not any(word in name for word in words):
             continue
         yield f"{name}={default}"
@@ -35,14 +35,14 @@ def listing(words: list[str]) -> Iterator[str]:
 def _options(section: Any, prefix: str) -> Iterator[tuple[str, tuple[str, str, str]]]:
     """Dotted name -> default, what it takes, what it means."""
     hints = typing.get_type_hints(section)
-    for own in dataclasses.fields(section):
-        name = f"{prefix}{own.name}"
-        if dataclasses.is_dataclass(hints[own.name]):
-            yield from _options(hints[own.name], f"{name}.")
+    for field in dataclasses.fields(section):
+        name = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _options(hints[field.name], f"{name}.")
         else:
-            bounds = span(own.metadata["bounds"])
-            takes = _takes(hints[own.name]) + (f", {bounds}" if bounds else "")
-            yield name, (as_text(own.default), takes, own.metadata["help"])
+            bounds = span(field.metadata["bounds"])
+            takes = _takes(hints[field.name]) + (f", {bounds}" if bounds else "")
+            yield name, (as_text(field.default), takes, field.metadata["help"])
 
 
 def _takes(hint: Any) -> str:

@@ -74,11 +74,11 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
     head = heads.build(config, task, tokenizer)
     tokens = head.encode(task.train, tokenizer, config.task.max_length)
     adapted = model.outline(config, task.labels, tokens.pad_id)
-    kept = activation_bytes(adapted, micro_batch(config), config.task.max_length)
+    activations = activation_bytes(adapted, micro_batch(config), config.task.max_length)
     if config.model.gradient_checkpointing:  # backward makes one block after the other again
         off = dataclasses.replace(config.model, gradient_checkpointing=False)
         whole = model.outline(dataclasses.replace(config, model=off), task.labels, tokens.pad_id)
-        kept += activation_bytes(whole, micro_batch(config), config.task.max_length) / len(
+        activations += activation_bytes(whole, micro_batch(config), config.task.max_length) / len(
             adapted.layout.layers
         )
     slots = ranks // per_client
@@ -91,7 +91,7 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
         f"slot{'s'[: slots > 1]} x {per_client}"
     )
     yield ""
-    yield from _memory_lines(config, settings, adapted, kept, gigabytes)
+    yield from _memory_lines(config, settings, adapted, activations, gigabytes)
     yield ""
     yield from _traffic_lines(config, adapted, slots)
     yield ""
@@ -99,7 +99,7 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
 
 
 def _memory_lines(
-    config: Config, settings: dict[str, Any], adapted: Adapted, kept: float, gigabytes: float
+    config: Config, settings: dict[str, Any], adapted: Adapted, activations: float, gigabytes: float
 ) -> Iterator[str]:
     micro, length = micro_batch(config), config.task.max_length
     yield f"memory of a rank in GB, {micro} texts of {length} tokens in a forward:"
@@ -110,19 +110,19 @@ def _memory_lines(
     configured = deepspeed_config.zero_stage(settings)
     fits = []
     for stage in range(len(STAGES)):
-        own = memory(config, adapted, stage, settings, kept)
+        need = memory(config, adapted, stage, settings, activations)
         cells = "".join(
             f"{part / GB:>{width}.2f}"
-            for part, width in zip(dataclasses.astuple(own), (10, 10, 9, 11, 13), strict=True)
+            for part, width in zip(dataclasses.astuple(need), (10, 10, 9, 11, 13), strict=True)
         )
         verdict = "does not fit"
         if config.model.dtype == "bf16" and stage == 0:
             verdict = "not with bf16"
-        elif own.total * MARGIN <= gigabytes * GB:
+        elif need.total * MARGIN <= gigabytes * GB:
             fits.append(stage)
             verdict = "fits"
         mark = f"  <- {config.deepspeed}" if stage == configured else ""
-        yield f"  {STAGES[stage]:<6}{cells}{own.total / GB:>8.2f}  {verdict}{mark}"
+        yield f"  {STAGES[stage]:<6}{cells}{need.total / GB:>8.2f}  {verdict}{mark}"
     yield f"  (a GPU of {gigabytes:g} GB; CUDA's own 0.5 to 1 GB is not in it)"
     if any(f"offload_{what}" in settings["zero_optimization"] for what in ("param", "optimizer")):
         yield f"  {config.deepspeed} keeps on the host what it offloads; the table does not"
@@ -179,11 +179,11 @@ def activation_bytes(adapted: Adapted, rows: int, length: int) -> float:
             name: torch.empty(value.shape, dtype=value.dtype, requires_grad=value.requires_grad)
             for name, value in itertools.chain(network.named_parameters(), network.named_buffers())
         }
-        own = {value.untyped_storage()._cdata for value in held.values()}
+        weights = {value.untyped_storage()._cdata for value in held.values()}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in own:
+            if storage._cdata not in weights:
                 sizes[storage._cdata] = storage.nbytes()
             return tensor
 
@@ -230,15 +230,15 @@ def _lane_lines(
     config: Config, rows: list[ClientRows], tokens: Tokens, slots: int
 ) -> Iterator[str]:
     """Which slot runs which clients, by tokens of their rows."""
-    for number in range(min(ROUNDS_SHOWN, config.federation.rounds)):
+    for round_number in range(min(ROUNDS_SHOWN, config.federation.rounds)):
         sampled = sampling.sample(
-            config.seed, number, config.federation.clients, config.federation.per_round
+            config.seed, round_number, config.federation.clients, config.federation.per_round
         )
         costs = {k: int(tokens.lengths[rows[k].train].sum()) for k in sampled}
         lanes = sampling.spread(costs, slots)
         loads = [sum(costs[k] for k in lane) for lane in lanes]
         busy = sum(loads) / (max(loads) * slots) if max(loads) else 0.0
-        yield f"round {number + 1}: slots are busy {busy:.0%} of the time"
+        yield f"round {round_number + 1}: slots are busy {busy:.0%} of the time"
         for slot, (lane, load) in enumerate(zip(lanes, loads, strict=True)):
             names = ", ".join(f"{k} ({len(rows[k].train)} rows)" for k in lane) or "nobody"
             yield f"  slot {slot}: {names}: {load:,} tokens an epoch"

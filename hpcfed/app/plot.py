@@ -52,8 +52,8 @@ def read(folder: Path) -> Run:
             "`output` names."
         ) from None
     # A line without an end is being written, or was when the run was killed.
-    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    points = tuple(_points(lines))
+    records = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    points = tuple(_points(records))
     if not points:
         raise UserError(
             f"{folder} has no validation yet: wait for its first, or set data.validation and "
@@ -65,49 +65,49 @@ def read(folder: Path) -> Run:
     return Run(settings, points)
 
 
-def _points(lines: list[dict[str, Any]]) -> Iterator[Point]:
+def _points(records: list[dict[str, Any]]) -> Iterator[Point]:
     samples, up = 0, 0.0
-    for line in lines:
-        samples += line["samples"]
-        up += line["bytes"]["up"] / 1e6
-        if "validation" in line:
-            score = line["validation"]["personal"]["score"]
-            yield Point(line["round"], samples, up, score)
+    for record in records:
+        samples += record["samples"]
+        up += record["bytes"]["up"] / 1e6
+        if "validation" in record:
+            score = record["validation"]["personal"]["score"]
+            yield Point(record["round"], samples, up, score)
 
 
 def curves(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Legend -> the runs of that curve, in the order given."""
     groups: list[list[Run]] = []
     for run in runs:
-        for own in groups:
-            if own[0].settings == run.settings:
-                own.append(run)
+        for group in groups:
+            if group[0].settings == run.settings:
+                group.append(run)
                 break
         else:
             groups.append([run])
-    first = [own[0].settings for own in groups]
+    first = [group[0].settings for group in groups]
     keys = dict.fromkeys(key for settings in first for key in settings)
     differ = [key for key in keys if len({settings.get(key) for settings in first}) > 1]
     if "method" in differ:  # a method's own values go without saying, where they tell nothing more
         methods = [settings["method"] for settings in first]
         if len(set(methods)) == len(methods):
             differ = ["method"]
-    found = {}
-    for own, settings in zip(groups, first, strict=True):
+    by_legend = {}
+    for group, settings in zip(groups, first, strict=True):
         parts = [
             settings[key] if key in ("method", "task.name") else f"{key}={settings.get(key)}"
             for key in differ
         ] or [settings.get("method", "")]
-        seeds = f" ({len(own)} runs)" if len(own) > 1 else ""
-        found[", ".join(parts) + seeds] = own
-    return found
+        seeds = f" ({len(group)} runs)" if len(group) > 1 else ""
+        by_legend[", ".join(parts) + seeds] = group
+    return by_legend
 
 
 def _by_round(runs: Sequence[Run]) -> list[list[Point]]:
     """For each round that all runs were validated in, the point of each."""
     known = [{p.round: p for p in run.points} for run in runs]
     rounds = sorted(set(known[0]).intersection(*known[1:]))
-    return [[own[number] for own in known] for number in rounds]
+    return [[points[round_number] for points in known] for round_number in rounds]
 
 
 def draw(folders: Sequence[Path], output: Path) -> None:
@@ -123,14 +123,14 @@ def draw(folders: Sequence[Path], output: Path) -> None:
         raise UserError("Plots need matplotlib: `pip install matplotlib`.") from None
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     panels = figure.subplots(1, len(AXES), sharey=True)
-    for number, (legend, own) in enumerate(curves(runs).items()):
-        columns = _by_round(own)
+    for number, (legend, group) in enumerate(curves(runs).items()):
+        columns = _by_round(group)
         for panel, (_, key) in zip(panels, AXES, strict=True):
             x = [mean(getattr(p, key) for p in column) for column in columns]
             y = [mean(p.score for p in column) for column in columns]
             color = f"C{number % 10}"
             panel.plot(x, y, marker="o", markersize=3, label=legend, color=color)
-            if len(own) > 1:
+            if len(group) > 1:
                 low, high = ([pick(p.score for p in c) for c in columns] for pick in (min, max))
                 panel.fill_between(x, low, high, alpha=0.15, linewidth=0, color=color)
     tasks = {run.settings["task.name"] for run in runs}

@@ -130,7 +130,7 @@ class Sweep:
 
     def submit(self) -> list[str]:
         """Submit what has failed or was never submitted; returns the names."""
-        wanted = [own.name for own in self.status() if own.state in ("new", "failed")]
+        wanted = [run.name for run in self.status() if run.state in ("new", "failed")]
         if not wanted:
             return []
         executor = self._make_executor()
@@ -153,18 +153,18 @@ class Sweep:
     def wait(self) -> list[Status]:
         """Until no run is pending or running; what has become of each."""
         while True:
-            found = self.status()
-            if all(own.state not in ("pending", "running") for own in found):
-                return found
+            runs = self.status()
+            if all(run.state not in ("pending", "running") for run in runs):
+                return runs
             time.sleep(POLL_SECONDS)
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each run: what is varied, its state and, once it is complete, its result."""
         rows = []
-        for own in self.status():
-            row = {"run": own.name, **self.varied[own.name], "state": own.state}
-            if own.state == "complete":
-                result = json.loads((self.folder / own.name / SUMMARY).read_text())
+        for run in self.status():
+            row = {"run": run.name, **self.varied[run.name], "state": run.state}
+            if run.state == "complete":
+                result = json.loads((self.folder / run.name / SUMMARY).read_text())
                 row |= {
                     "personal": result["accuracy"]["personal"],
                     "global": result["accuracy"]["global"],
@@ -181,10 +181,10 @@ class Sweep:
         rows = self.rows()
         names = list(dict.fromkeys(name for row in rows for name in row))
         cells = [names, *([_shown(row.get(name)) for name in names] for row in rows)]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
         lines = [
-            "| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) + " |"
-            for line in cells
+            "| " + " | ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) + " |"
+            for row in cells
         ]
         return "\n".join(
             [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
@@ -201,10 +201,10 @@ class Sweep:
         if job is None:  # by an array of one's own, if it has begun
             return Status(name, "begun" if manifest.is_file() else "new", "", rounds)
         state = _job_state(self.folder / LOGS, job, self._tasks())
-        own = Status(name, state, job["job"], rounds)
+        status = Status(name, state, job["job"], rounds)
         if state == "failed":
-            own.log = _last_words(self.folder / LOGS, job["job"])
-        return own
+            status.log = _last_words(self.folder / LOGS, job["job"])
+        return status
 
     def _known(self) -> dict[str, dict[str, str]]:
         """Run -> its latest job."""
@@ -265,7 +265,7 @@ def _checked(description: Mapping[str, Any], name: str) -> dict[str, Any]:
     for key, values in spec["grid"].items():
         if not isinstance(values, list) or not values:
             raise UserError(f"{name}: grid.{key} must be a list of values, not {values!r}.")
-    if not all(isinstance(own, dict) for own in spec["list"]):
+    if not all(isinstance(item, dict) for item in spec["list"]):
         raise UserError(f"{name}: each item of list must be keys and values.")
     for key in spec["cluster"]:
         if key not in _CLUSTER and not key.startswith(("slurm_", "gpus_per_node", "mem_gb")):
@@ -319,13 +319,13 @@ def _job_state(logs: Path, job: Mapping[str, str], tasks: int) -> str:
 
 def _last_words(logs: Path, job: str) -> list[str]:
     """The last lines that a job's tasks wrote before submitit reports its end."""
-    found: list[str] = []
+    output: list[str] = []
     for file in sorted(logs.glob(f"{job}*_log.err")):
         lines = [w for w in file.read_text(errors="replace").splitlines() if w.strip()]
         end = next((i for i, w in enumerate(lines) if w.startswith("submitit ERROR")), len(lines))
-        found += [w for w in lines[:end] if not w.startswith("submitit ")]
-    said = [w for w in found if w.startswith("hpcfed: ")]
-    return said[-1:] or found[-LOG_LINES:]
+        output += [w for w in lines[:end] if not w.startswith("submitit ")]
+    said = [w for w in output if w.startswith("hpcfed: ")]
+    return said[-1:] or output[-LOG_LINES:]
 
 
 def _shown(value: Any) -> str:

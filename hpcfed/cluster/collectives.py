@@ -36,7 +36,7 @@ class Mean:
 
 
 class MaskedSum:
-    """One slot's share of a round: weighted sums of packed values, and a few statistics.
+    """One slot's part of a round: weighted sums of packed values, and a few statistics.
 
     size: packed values. With `per_value_weights` clients may have different masks: then weights
     travel beside the values, else only the total weight does. stats: float64 numbers that are
@@ -68,14 +68,14 @@ class MaskedSum:
         if mask is not None and not self.per_value_weights:
             raise ValueError("masks that differ by client need per_value_weights")
         array = values.detach().cpu().numpy()
-        own = array if mask is None else np.where(mask, array, np.float32(0))
-        if not np.isfinite(own).all():
+        masked = array if mask is None else np.where(mask, array, np.float32(0))
+        if not np.isfinite(masked).all():
             return False
         scratch = np.empty(min(CHUNK, self.size))
         for start in range(0, self.size, CHUNK):
             piece = slice(start, min(start + CHUNK, self.size))
             product = scratch[: piece.stop - start]
-            np.multiply(own[piece], weight, out=product, dtype=np.float64)
+            np.multiply(masked[piece], weight, out=product, dtype=np.float64)
             self.sums[piece] += product
         self.weights += weight if mask is None else weight * mask
         return True
@@ -93,7 +93,7 @@ class MaskedSum:
         if topology.slots == 1:
             _divide(self.sums, self.weights, before, mean)
             return Mean(torch.from_numpy(mean), self.stats.astype(np.float64), 0)
-        # All ranks of a slot hold the same sums; each exchanges its share of them.
+        # All ranks of a slot hold the same sums; each exchanges its part of them.
         ranks, rank = topology.ranks_per_client, topology.rank_in_slot
         edges = _edges(self.size, ranks)
         sent = self._exchange(slice(edges[rank], edges[rank + 1]), mean, before, topology)
@@ -105,12 +105,12 @@ class MaskedSum:
 
     def _exchange(
         self,
-        share: slice,
+        part: slice,
         mean: npt.NDArray[np.float32],
         before: npt.NDArray[np.float32],
         topology: Topology,
     ) -> int:
-        """Add up this rank's share over the slots, piece by piece, and fill `mean` there.
+        """Add up this rank's part over the slots, piece by piece, and fill `mean` there.
 
         An Allreduce in its two halves. Each slot receives its chunk of a piece from all slots, adds
         them up in slot order and divides; then all gather the chunks, as fp32. That is a quarter
@@ -125,19 +125,19 @@ class MaskedSum:
             sent += small.nbytes * slots
         step = CHUNK * slots
         scratch = _scratch(step, self._buffer.dtype.str)
-        for start in range(share.start, share.stop, step):
-            piece = slice(start, min(start + step, share.stop))
+        for start in range(part.start, part.stop, step):
+            piece = slice(start, min(start + step, part.stop))
             edges = _edges(piece.stop - piece.start, slots)
             counts = [right - left for left, right in itertools.pairwise(edges)]
-            own = counts[topology.slot_index]
+            length = counts[topology.slot_index]
             left = start + edges[topology.slot_index]
-            sums = _scatter_add(comm, self.sums[piece], counts, own, scratch[0])
+            sums = _scatter_add(comm, self.sums[piece], counts, length, scratch[0])
             sent += self.sums[piece].nbytes * slots + mean[piece].nbytes
             weights = self.weights
             if self.per_value_weights:
-                weights = _scatter_add(comm, self.weights[piece], counts, own, scratch[1])
+                weights = _scatter_add(comm, self.weights[piece], counts, length, scratch[1])
                 sent += self.weights[piece].nbytes * slots
-            _divide(sums, weights, before[left : left + own], mean[left : left + own])
+            _divide(sums, weights, before[left : left + length], mean[left : left + length])
             comm.Allgatherv(mpi.IN_PLACE, [mean[piece], counts])
         return sent
 
@@ -163,14 +163,14 @@ def _scratch(size: int, dtype: str) -> npt.NDArray[Any]:
 
 
 def _scatter_add(
-    comm: Any, piece: npt.NDArray[Any], counts: list[int], own: int, scratch: npt.NDArray[Any]
+    comm: Any, piece: npt.NDArray[Any], counts: list[int], length: int, scratch: npt.NDArray[Any]
 ) -> npt.NDArray[Any]:
-    """This slot's chunk (own,) of `piece`, added up over all slots."""
+    """This slot's chunk (length,) of `piece`, added up over all slots."""
     slots = len(counts)
-    comm.Alltoallv([piece, counts], [scratch[: own * slots], [own] * slots])
-    total = scratch[:own]
+    comm.Alltoallv([piece, counts], [scratch[: length * slots], [length] * slots])
+    total = scratch[:length]
     for slot in range(1, slots):
-        total += scratch[slot * own : (slot + 1) * own]
+        total += scratch[slot * length : (slot + 1) * length]
     return total
 
 

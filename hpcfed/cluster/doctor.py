@@ -33,13 +33,13 @@ class Finding:
     """A check's outcome. mend: what to do; empty if all is well."""
 
     what: str
-    found: str
+    answer: str
     mend: str = ""
 
     def line(self) -> str:
         """For people."""
         mark = "MEND" if self.mend else "ok  "
-        return f"{mark}  {self.what:<14} {self.found}" + (f"; {self.mend}" if self.mend else "")
+        return f"{mark}  {self.what:<14} {self.answer}" + (f"; {self.mend}" if self.mend else "")
 
 
 def examine(world: World, folder: Path) -> Iterator[Finding]:
@@ -62,9 +62,9 @@ def _everywhere(world: World, ask: Callable[[], str]) -> dict[str, list[str]]:
     except Exception as error:
         answer = f"{type(error).__name__}: {error}"
     hosts: dict[str, list[str]] = {}
-    for host, own in world.comm.allgather((socket.gethostname(), answer)):
-        if host not in hosts.setdefault(own, []):
-            hosts[own].append(host)
+    for host, given in world.comm.allgather((socket.gethostname(), answer)):
+        if host not in hosts.setdefault(given, []):
+            hosts[given].append(host)
     return hosts
 
 
@@ -79,8 +79,8 @@ def _versions(world: World) -> Finding:
         import importlib.metadata as metadata
 
         names = ("hpcfed", "torch", "deepspeed", "transformers", "peft", "mpi4py")
-        found = ", ".join(f"{name} {metadata.version(name)}" for name in names)
-        return f"Python {sys.version.split()[0]}, {found}"
+        versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+        return f"Python {sys.version.split()[0]}, {versions}"
 
     answers = _everywhere(world, ask)
     differ = "hosts differ: install the same versions on all" if len(answers) > 1 else ""
@@ -105,10 +105,10 @@ def _mpi(world: World) -> Finding:
 
 def _launchers(world: World) -> Finding:
     def ask() -> str:
-        found = [name for name in ("srun", "mpirun", "deepspeed", "pdsh") if shutil.which(name)]
+        names = [name for name in ("srun", "mpirun", "deepspeed", "pdsh") if shutil.which(name)]
         with contextlib.suppress(UserError):
-            found.append(launcher.find_mpiexec())
-        return ", ".join(found)
+            names.append(launcher.find_mpiexec())
+        return ", ".join(names)
 
     answers = _everywhere(world, ask)
     none = "" in answers
@@ -175,7 +175,7 @@ def _shared_folder(world: World, folder: Path) -> Finding:
         return Finding("run folder", f"{folder}: {problem}", "give a folder that can be written")
     seen = Path(path).is_file() and Path(path).read_bytes() == b"seen"
     blind = sorted(
-        {host for host, own in world.comm.allgather((socket.gethostname(), seen)) if not own}
+        {host for host, sees in world.comm.allgather((socket.gethostname(), seen)) if not sees}
     )
     world.comm.Barrier()
     if world.rank == 0:

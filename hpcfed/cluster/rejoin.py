@@ -118,19 +118,19 @@ def _hosts(store: Any, size: int, seconds: float) -> dict[str, int]:
                 "above for what it may have said."
             ) from None
     known = [json.loads(store.get(key)) for key in keys]
-    for own in known:
-        if own["problem"]:
+    for about in known:
+        if about["problem"]:
             raise UserError(
-                f"No MPI on {own['host']} ({own['problem']}); install or load the same MPI on all "
-                "hosts."
+                f"No MPI on {about['host']} ({about['problem']}); install or load the same MPI on "
+                "all hosts."
             )
-    return dict(Counter(own["host"] for own in known))
+    return dict(Counter(about["host"] for about in known))
 
 
 def _start(store: Any, size: int, hosts: dict[str, int], arguments: list[str]) -> int:
     program = [sys.executable, "-m", "hpcfed", *arguments]
-    line, extra = launcher.command(launcher.find_mpiexec(), size, program, hosts)
-    mpiexec = subprocess.Popen(line, env={**os.environ, **extra})
+    command, extra = launcher.command(launcher.find_mpiexec(), size, program, hosts)
+    mpiexec = subprocess.Popen(command, env={**os.environ, **extra})
     with mpiexec, launcher.forwarding(mpiexec):
         passed = False
         while mpiexec.poll() is None:

@@ -19,7 +19,7 @@ INTERRUPTED = 75
 AFTER_TERM = 25.0
 
 # What follows the training of a round may take this much longer than the slowest so far; while
-# nothing is known of it, this share of the time is left for it.
+# nothing is known of it, this fraction of the time is left for it.
 MARGIN, UNKNOWN = 1.5, 0.5
 
 

@@ -105,12 +105,12 @@ def form_batches(rows: Ids, lengths: Ids, size: int, rng: np.random.Generator) -
 def split_batch(batch: Ids, ranks: int, micro_batch: int | None) -> list[list[Ids]]:
     """Cut a batch into micro-steps; steps[s][r] are the rows of rank r in micro-step s.
 
-    Every rank has the same number of micro-steps (ZeRO's collectives need it); a rank's share may
-    be empty. Rows are dealt evenly: shares of one micro-step differ by one row at most.
+    Every rank has the same number of micro-steps (ZeRO's collectives need it); a rank's part may
+    be empty. Rows are dealt evenly: parts of one micro-step differ by one row at most.
     """
     per_step = len(batch) if micro_batch is None else micro_batch * ranks
     steps = -(-len(batch) // per_step)
     return [
-        [np.asarray(share, dtype=np.int64) for share in np.array_split(part, ranks)]
-        for part in np.array_split(batch, steps)
+        [np.asarray(rows, dtype=np.int64) for rows in np.array_split(step, ranks)]
+        for step in np.array_split(batch, steps)
     ]

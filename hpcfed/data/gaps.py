@@ -49,7 +49,7 @@ def _row(a: str, b: str, wording: Wording, tokenizer: Any, gap: str, room: int) 
         over = len(ids) - room
         if over <= 0:
             return ids
-        sizes = [len(tokenizer(own, add_special_tokens=False)["input_ids"]) for own in (a, b)]
+        sizes = [len(tokenizer(side, add_special_tokens=False)["input_ids"]) for side in (a, b)]
         if not any(sizes):
             raise UserError(
                 f"task.max_length is too short for the template: without any text it takes "

@@ -43,9 +43,9 @@ def partition(task: TaskData, config: Config) -> list[ClientRows]:
     if config.data.partition.kind == "natural":
         train, test = _natural(task, clients, rng)
     else:
-        shares, priors = _shape(task, config, rng)
-        train = _draw(task.train, shares, priors, rng, at_least=1)
-        test = _draw(task.test, shares, priors, rng, at_least=0)
+        fractions, priors = _shape(task, config, rng)
+        train = _draw(task.train, fractions, priors, rng, at_least=1)
+        test = _draw(task.test, fractions, priors, rng, at_least=0)
     result = []
     for client in range(clients):
         rows = train[client][
@@ -59,14 +59,14 @@ def partition(task: TaskData, config: Config) -> list[ClientRows]:
 
 
 def _shape(task: TaskData, config: Config, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Share of the rows (K,) and class prior (K, classes) of each client."""
+    """Fraction of the rows (K,) and class prior (K, classes) of each client."""
     spec, clients = config.data.partition, config.federation.clients
     classes = len(task.labels)
     frequencies = np.bincount(task.train.labels, minlength=classes) / len(task.train)
-    shares = np.full(clients, 1 / clients)
+    fractions = np.full(clients, 1 / clients)
     priors = np.tile(frequencies, (clients, 1))
     if spec.kind in ("dirichlet", "quantity"):
-        shares = rng.dirichlet(np.full(clients, spec.size_concentration))
+        fractions = rng.dirichlet(np.full(clients, spec.size_concentration))
     if spec.kind == "dirichlet":
         priors = rng.dirichlet(np.full(classes, spec.alpha), size=clients)
     if spec.kind == "pathological":
@@ -84,15 +84,15 @@ def _shape(task: TaskData, config: Config, rng: np.random.Generator) -> tuple[Fl
             for label in hand:
                 deck.remove(label)
             priors[client, hand] = 1 / spec.classes_per_client
-    return shares, priors
+    return fractions, priors
 
 
 def _draw(
-    split: Split, shares: Floats, priors: Floats, rng: np.random.Generator, at_least: int
+    split: Split, fractions: Floats, priors: Floats, rng: np.random.Generator, at_least: int
 ) -> list[Ids]:
     """Deal the rows out: clients take turns in random order, each turn draws a class by the
     client's prior (restricted to classes with rows left), then the next row of that class."""
-    sizes = _sizes(len(split), shares, at_least)
+    sizes = _sizes(len(split), fractions, at_least)
     piles = [
         rng.permutation(np.flatnonzero(split.labels == label)).tolist()
         for label in range(priors.shape[1])
@@ -112,10 +112,10 @@ def _draw(
     return [np.array(rows, dtype=np.int64) for rows in dealt]
 
 
-def _sizes(total: int, shares: Floats, at_least: int) -> Ids:
-    """Whole numbers that add up to `total`, proportional to shares (largest remainder)."""
-    spare = total - at_least * len(shares)
-    exact = shares / shares.sum() * spare
+def _sizes(total: int, fractions: Floats, at_least: int) -> Ids:
+    """Whole numbers that add up to `total`, proportional to fractions (largest remainder)."""
+    spare = total - at_least * len(fractions)
+    exact = fractions / fractions.sum() * spare
     sizes = np.floor(exact).astype(np.int64)
     remainder = np.argsort(-(exact - sizes), kind="stable")[: spare - int(sizes.sum())]
     sizes[remainder] += 1

@@ -118,7 +118,7 @@ def single_tokens(wording: Wording, tokenizer: Any) -> tuple[int, ...]:
             "model.head=cloze needs a masked language model; this model's tokenizer has no mask "
             "token. Use model.head=label_words for a decoder."
         )
-    found = []
+    tokens = []
     for word in wording.words:
         ids = tokenizer(wording.space + word, add_special_tokens=False)["input_ids"]
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
@@ -127,8 +127,8 @@ def single_tokens(wording: Wording, tokenizer: Any) -> tuple[int, ...]:
                 f"task.verbalizer: {word!r} is not one token of this model ({pieces}); choose "
                 "another word, or model.head=classifier."
             )
-        found.append(int(ids[0]))
-    return _all_different(found, wording)
+        tokens.append(int(ids[0]))
+    return _all_different(tokens, wording)
 
 
 def continuations(wording: Wording, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
@@ -137,7 +137,7 @@ def continuations(wording: Wording, tokenizer: Any) -> tuple[tuple[int, ...], ..
     Raises UserError for a word of which nothing is left, or that another label has.
     """
     before = tokenizer("x", add_special_tokens=False)["input_ids"]
-    found = []
+    tokens = []
     for word in wording.words:
         whole = tokenizer(f"x{wording.space}{word}", add_special_tokens=False)["input_ids"]
         if whole[: len(before)] != before or len(whole) == len(before):
@@ -145,15 +145,15 @@ def continuations(wording: Wording, tokenizer: Any) -> tuple[tuple[int, ...], ..
                 f"task.verbalizer: {word!r} melts into the text before it; let a space stand "
                 f"before {GAP} in task.template."
             )
-        found.append(tuple(int(i) for i in whole[len(before) :]))
-    return _all_different(found, wording)
+        tokens.append(tuple(int(i) for i in whole[len(before) :]))
+    return _all_different(tokens, wording)
 
 
-def _all_different(found: list[_Encoded], wording: Wording) -> tuple[_Encoded, ...]:
+def _all_different(encoded: list[_Encoded], wording: Wording) -> tuple[_Encoded, ...]:
     """The labels' encoded words. Raises UserError if the model cannot tell two labels apart."""
-    if len(set(found)) < len(found):
+    if len(set(encoded)) < len(encoded):
         raise UserError(
             "task.verbalizer: two labels' words are the same tokens of this model "
             f"({', '.join(wording.words)}); choose other words."
         )
-    return tuple(found)
+    return tuple(encoded)

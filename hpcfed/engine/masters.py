@@ -1,4 +1,4 @@
-"""What happens around each optimizer step, in the fp32 masters that the engine steps on.
+"""What happens around each optimizer step, in the fp32 masters that DeepSpeed steps on.
 
 Frozen values: a masked value is absent. Its gradient is zero before accumulation and before the
 norm for clipping (a hook on the parameter, before DeepSpeed sees the gradient), so its moments stay
@@ -20,10 +20,10 @@ from torch import nn
 
 
 class Masters:
-    """Hooks on the parameters and the torch optimizer of one engine."""
+    """Hooks on the parameters and the torch optimizer of one DeepSpeed engine."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], engine: Any, stage: int) -> None:
-        self._engine = engine
+    def __init__(self, parameters: Sequence[nn.Parameter], deepspeed: Any, stage: int) -> None:
+        self._deepspeed = deepspeed
         self._stage = stage
         self._absent: list[torch.Tensor] = []  # a parameter's frozen values, in its full shape
         # All below by id of the master.
@@ -34,14 +34,14 @@ class Masters:
         self._pull = 0.0
         for index, parameter in enumerate(parameters):
             parameter.register_hook(self._gradient_hook(index))  # type: ignore[no-untyped-call]
-        self._base = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        self._base = getattr(deepspeed.optimizer, "optimizer", deepspeed.optimizer)
         self._base.register_step_pre_hook(self._before)
         self._base.register_step_post_hook(self._after)
 
     def tensors(self) -> list[torch.Tensor]:
         """The fp32 tensors that the torch optimizer steps on: flat partitions from stage 1 on."""
         if self._stage == 3:  # the torch optimizer is lent one at a time
-            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+            return list(self._deepspeed.optimizer.fp32_partitioned_groups_flat)
         return [p for group in self._base.param_groups for p in group["params"]]
 
     def copies(self) -> list[torch.Tensor]:
@@ -92,12 +92,12 @@ class Masters:
 
     def moments(self) -> dict[str, list[torch.Tensor]]:
         """What the optimizer remembers: for Adam exp_avg and exp_avg_sq, for SGD its momentum."""
-        found: dict[str, list[torch.Tensor]] = {}
+        by_name: dict[str, list[torch.Tensor]] = {}
         for master in self.tensors():
             for name, value in self._base.state[master].items():
                 if torch.is_tensor(value) and value.shape == master.shape:
-                    found.setdefault(name, []).append(value.detach())
-        return found
+                    by_name.setdefault(name, []).append(value.detach())
+        return by_name
 
     def _gradient_hook(self, index: int) -> Any:
         def hook(gradient: torch.Tensor) -> torch.Tensor | None:
@@ -113,16 +113,16 @@ class Masters:
                 self._correct(master)
 
     def _correct(self, master: torch.Tensor) -> None:
-        gradient, own = master.grad, id(master)
+        gradient, key = master.grad, id(master)
         assert gradient is not None
         if self._added:
-            so_far = self._gradients.get(own)
-            self._gradients[own] = gradient.clone() if so_far is None else so_far + gradient
-            gradient = gradient + self._added[own]
+            so_far = self._gradients.get(key)
+            self._gradients[key] = gradient.clone() if so_far is None else so_far + gradient
+            gradient = gradient + self._added[key]
         if self._pull:
-            gradient = gradient + self._pull * (master.detach() - self._start[own])
-        if own in self._frozen:
-            gradient = gradient.masked_fill(self._frozen[own][0], 0)
+            gradient = gradient + self._pull * (master.detach() - self._start[key])
+        if key in self._frozen:
+            gradient = gradient.masked_fill(self._frozen[key][0], 0)
         master.grad = gradient
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 STEPS = 50
-_SAME_SHARE = 0.05  # shares from half and from all steps that differ by less agree
+_SAME_FRACTION = 0.05  # fractions from half and from all steps that differ by less agree
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Spectrum:
     weights: torch.Tensor
 
     def mass_below(self, t: float) -> float:
-        """Share of the eigenvalues below t, smoothed by a Gaussian of variance 1e-5 max(1, range)
-        as the published FedPepTAO code does, but integrated exactly, without bins."""
+        """Fraction of the eigenvalues below t, smoothed by a Gaussian of variance 1e-5 max(1,
+        range) as the published FedPepTAO code does, but integrated exactly, without bins."""
         spread = float(self.nodes[-1] - self.nodes[0])
         sigma = math.sqrt(1e-5 * max(1.0, spread))
         return float(self.weights @ torch.special.ndtr((t - self.nodes) / sigma))
@@ -72,7 +72,7 @@ def quadrature(diagonal: torch.Tensor, off: torch.Tensor, steps: int) -> Spectru
     return Spectrum(nodes, vectors[0].square())
 
 
-def eigengap_share(spectrum: Spectrum, lipschitz: float) -> float | None:
+def eigengap_fraction(spectrum: Spectrum, lipschitz: float) -> float | None:
     """Mass above the first gap in |lambda| that exceeds 4 Lip and 5 mean Ritz spacings, or None.
 
     FibecFed's rule is the first gap > 4 Lip; the second condition is ours.
@@ -88,20 +88,20 @@ def eigengap_share(spectrum: Spectrum, lipschitz: float) -> float | None:
 
 
 def eigengap(diagonal: torch.Tensor, off: torch.Tensor, lipschitz: float) -> float | None:
-    """Kept share by the eigengap rule, if half of the steps and all of them agree on it."""
+    """Kept fraction by the eigengap rule, if half of the steps and all of them agree on it."""
     steps = len(diagonal)
     if steps < 4:
         return None
     half, full = (
-        eigengap_share(quadrature(diagonal, off, m), lipschitz) for m in (steps // 2, steps)
+        eigengap_fraction(quadrature(diagonal, off, m), lipschitz) for m in (steps // 2, steps)
     )
-    if half is None or full is None or abs(half - full) > _SAME_SHARE:
+    if half is None or full is None or abs(half - full) > _SAME_FRACTION:
         return None
     return full
 
 
 def plateau(spectrum: Spectrum) -> float | None:
-    """Kept share by the plateau rule of the published FedPepTAO code, or None.
+    """Kept fraction by the plateau rule of the published FedPepTAO code, or None.
 
     ratio(t) = 1 - mass below t. Walk t from 0 by 0.1; if ratio(t) < ratio(0) / 2 start again with
     half the step; stop when 4 values in a row differ by less than 0.005 each.

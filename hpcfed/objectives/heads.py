@@ -165,8 +165,8 @@ class LabelWords:
         inputs = flatten(joined, labels, tokens.pad_id).collate(np.arange(len(rows)), device)
         longest = max(map(len, words))
         targets = np.full((len(rows), longest), -1, dtype=np.int64)
-        for own, word in zip(targets, words, strict=True):
-            own[: len(word)] = word
+        for target, word in zip(targets, words, strict=True):
+            target[: len(word)] = word
         # The token at p is predicted at p - 1; where a word is shorter, any place will do.
         first = tokens.lengths[rows, None] - 1
         positions = np.minimum(first + np.arange(longest), inputs["input_ids"].shape[1] - 1)
@@ -183,10 +183,10 @@ def build(config: Config, task: TaskData, tokenizer: Any) -> Head:
     kind = config.model.head
     if kind == "classifier":
         return Classifier()
-    own = wordings.wording(config, task)
+    wording = wordings.wording(config, task)
     if kind == "cloze":
-        return Cloze(own, wordings.single_tokens(own, tokenizer))
-    words = wordings.continuations(own, tokenizer)
+        return Cloze(wording, wordings.single_tokens(wording, tokenizer))
+    words = wordings.continuations(wording, tokenizer)
     if max(map(len, words)) >= config.task.max_length:
         raise UserError("task.max_length leaves no room for a text before the label's word.")
-    return LabelWords(own, words)
+    return LabelWords(wording, words)

@@ -1,6 +1,6 @@
 """Curriculum: which of a client's batches a round trains on, the easiest first.
 
-FibecFed (EMNLP 2024) orders by Fisher information and widens the share of the data in use; the
+FibecFed (EMNLP 2024) orders by Fisher information and widens the portion of the data in use; the
 shapes of the pace are our reading.
 """
 
@@ -18,14 +18,14 @@ UNKNOWN = np.inf
 NEEDS = {"fisher": "fisher", "reversed": "fisher", "loss": "loss"}
 
 
-def share(pace: str, start: float, full_at: float, number: int, rounds: int) -> float:
-    """f(t): the share of its batches that a client trains on in round t = number (from 0).
+def portion(pace: str, start: float, full_at: float, round_number: int, rounds: int) -> float:
+    """f(t), t = round_number (from 0): the portion of its batches that a client trains on.
 
-    start: the share in round 0. full_at: the share of the rounds after which all are in use.
+    start: the portion in round 0. full_at: the fraction of the rounds after which all are in use.
     linear f = b + (1-b) x, sqrt f = sqrt(b^2 + (1-b^2) x), exp f = b^(1-x), with x = t / (full_at
     * rounds); all f = 1.
     """
-    x = number / (full_at * rounds)
+    x = round_number / (full_at * rounds)
     if pace == "all" or x >= 1:
         return 1.0
     if pace == "linear":

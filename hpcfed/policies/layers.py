@@ -10,9 +10,9 @@ import numpy.typing as npt
 SCORED = ("sensitivity", "eigenvalue")
 
 
-def count(share: float, layers: int) -> int:
-    """clip(round(share * L), 1, L), halves rounded up."""
-    return min(layers, max(1, math.floor(share * layers + 0.5)))
+def count(fraction: float, layers: int) -> int:
+    """clip(round(fraction * L), 1, L), halves rounded up."""
+    return min(layers, max(1, math.floor(fraction * layers + 0.5)))
 
 
 def choose(

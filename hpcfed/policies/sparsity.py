@@ -25,12 +25,12 @@ def trainable(
     if scores is None or keep == 1 or not personal:
         return None
     neurons = torch.ones(len(scores), dtype=torch.bool)
-    for entry, own in zip(layout.entries, layout.neurons, strict=True):
-        if entry.block not in personal or not bool(scores[own].any()):
+    for entry, span in zip(layout.entries, layout.neurons, strict=True):
+        if entry.block not in personal or not bool(scores[span].any()):
             continue
         count = max(1, math.floor(keep * entry.neurons + 0.5))
-        best = torch.sort(scores[own], descending=True, stable=True).indices[:count]
+        best = torch.sort(scores[span], descending=True, stable=True).indices[:count]
         chosen = torch.zeros(entry.neurons, dtype=torch.bool)
         chosen[best] = True
-        neurons[own] = chosen
+        neurons[span] = chosen
     return layout.expand(neurons)

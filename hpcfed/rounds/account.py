@@ -48,7 +48,7 @@ class Account:
         traffic: Traffic,
         seconds: dict[str, float],
     ) -> dict[str, Any]:
-        """The round's record; and its share of the totals. reasons: why clients failed."""
+        """The round's record; and its part of the totals. reasons: why clients failed."""
         failed = tally.failed
         updates = len(now.clients) - len(failed)
         values, head = self._layout.count(now.shared), self._layout.count([HEAD])

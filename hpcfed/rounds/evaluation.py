@@ -16,7 +16,7 @@ from hpcfed.cluster.topology import Topology
 from hpcfed.data import metrics
 from hpcfed.data.batches import Ids, Tokens
 from hpcfed.data.sources import TaskData
-from hpcfed.engine.client import Client
+from hpcfed.engine.engine import Engine
 from hpcfed.policies.sampling import spread
 
 
@@ -33,7 +33,7 @@ class Evaluation:
 class Evaluator:
     """Evaluates models that are given as vectors of trainable values."""
 
-    client: Client
+    engine: Engine
     task: TaskData
     topology: Topology
     batch_size: int
@@ -71,8 +71,8 @@ class Evaluator:
         results: np.ndarray[Any, np.dtype[np.float64]],
     ) -> None:
         if batches:
-            self.client.load(vector)
-            results += self.client.predict(batches, tokens)
+            self.engine.load(vector)
+            results += self.engine.predict(batches, tokens)
 
     def _score(
         self, rows: Ids, tokens: Tokens, results: np.ndarray[Any, np.dtype[np.float64]]

@@ -14,7 +14,7 @@ import torch
 
 from hpcfed.adapters.layout import HEAD
 from hpcfed.cluster.collectives import MaskedSum, Mean, sum_in_slot
-from hpcfed.engine.client import StopError
+from hpcfed.engine.engine import StopError
 from hpcfed.policies import sampling
 from hpcfed.round import Outcome, Round
 from hpcfed.rounds.account import Account, Traffic
@@ -46,7 +46,7 @@ class Federation:
         self.local = LocalRounds(setup, self.client_states)
         self.account = Account(self.layout, self.state)
         self.results = Results(setup, self.client_states[PERSONAL], self.account)
-        rows = sum(len(own.train) for own in setup.rows)
+        rows = sum(len(r.train) for r in setup.rows)
         # Comes into play, with the clients' control variates, when the method begins.
         self.server = server.Optimizer(
             setup.config, self.layout, self.state.server, len(setup.rows), rows
@@ -79,7 +79,7 @@ class Federation:
         else:
             progress.interrupted(state.rounds)
         self.setup.directory.close()
-        self.setup.client.close()
+        self.setup.engine.close()
         return summary
 
     def begin_method(self, progress: Progress) -> None:
@@ -87,7 +87,7 @@ class Federation:
         config, state, setup = self._config, self.state, self.setup
         clock = time.monotonic()
         selection = select(
-            config, setup.client, setup.rows, setup.train_tokens, setup.prepared.initial,
+            config, setup.engine, setup.rows, setup.train_tokens, setup.prepared.initial,
             state.values,
         )  # fmt: skip
         state.shared = tuple(b for b in self.layout.blocks if b in (*selection.chosen, HEAD))
@@ -121,11 +121,11 @@ class Federation:
 
     def next_round(self) -> Round:
         """The round that comes next."""
-        spec, number = self._config.federation, self.state.rounds
-        sampled = sampling.sample(self._config.seed, number, spec.clients, spec.per_round)
+        spec, round_number = self._config.federation, self.state.rounds
+        sampled = sampling.sample(self._config.seed, round_number, spec.clients, spec.per_round)
         shared = self.state.shared
-        warm = number < self._config.curriculum.warmup
-        return Round(number, warm, tuple(sampled), shared, self.layout.others(shared))
+        warm = round_number < self._config.curriculum.warmup
+        return Round(round_number, warm, tuple(sampled), shared, self.layout.others(shared))
 
     def _train(self, now: Round, lane: list[int], progress: Progress) -> tuple[MaskedSum, Tally]:
         """This slot's clients, one after the other; their sums and numbers."""
@@ -139,8 +139,8 @@ class Federation:
         )
         clock, scoring = time.monotonic(), 0.0
         for k in lane:
-            outcome = self._client(k, now, sums)
-            if self.setup.client.interrupted:
+            outcome = self._run_client(k, now, sums)
+            if self.setup.engine.interrupted:
                 break
             tally.note(k, outcome)
             scoring += outcome.score_seconds
@@ -149,12 +149,12 @@ class Federation:
         tally.seconds[topology.slot_index] = scoring, spent - scoring
         return sums, tally
 
-    def _client(self, k: int, now: Round, sums: MaskedSum) -> Outcome:
+    def _run_client(self, k: int, now: Round, sums: MaskedSum) -> Outcome:
         """A client's round in this slot; adds what it sends to the sums."""
-        values, kept = self.state.values, None
+        values, variate = self.state.values, None
         if self._controls(now) and (file := self.client_states[CONTROL].load(k)) is not None:
-            kept = file["control"]
-        correction = None if now.warm else self.server.correction(now.shared, kept)
+            variate = file["control"]
+        correction = None if now.warm else self.server.correction(now.shared, variate)
         outcome = self.local.run(k, now, self.results.vector(k), correction)
         if outcome.values is None:
             return outcome
@@ -162,7 +162,7 @@ class Federation:
         if now.warm:
             packed, control = self.layout.pack(outcome.values, now.shared), None
         else:
-            packed, control = self.server.message(now.shared, values, outcome, kept, rows)
+            packed, control = self.server.message(now.shared, values, outcome, variate, rows)
         if not sums.add(packed, rows):
             return replace(
                 outcome, values=None, loss_sum=0.0, reason="what it would send is not finite"
@@ -179,13 +179,13 @@ class Federation:
         """The clients' mean and everybody's numbers, the same on all ranks; and the seconds it
         took, without waiting for the slot that took longest."""
         clock = time.monotonic()
-        stop, client = self.setup.stop, self.setup.client
+        stop, engine = self.setup.stop, self.setup.engine
         # Losses were summed per rank, and signals may not have reached every rank. And from here on
         # every rank of the slot may read the files that its first rank has written, and, after the
         # exchange, every rank of every slot.
         summed = sum_in_slot(np.append(tally.losses, stop.asked), self._topology)
         tally.losses[:] = summed[:-1]
-        tally.signal(summed[-1], client.interrupted)
+        tally.signal(summed[-1], engine.interrupted)
         busy = tally.seconds.sum()
         sums.stats[:] = tally.numbers
         before = self.layout.pack(self.state.values, now.shared)

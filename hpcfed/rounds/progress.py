@@ -73,15 +73,15 @@ class Progress:
                 dynamic_ncols=True,
             )
 
-    def chose(self, number: int, record: dict[str, Any]) -> None:
-        """The shared layers are chosen, before round `number` (from 0)."""
+    def chose(self, round_number: int, record: dict[str, Any]) -> None:
+        """The shared layers are chosen, before round `round_number` (from 0)."""
         if not self._speaks or record["score"] == "all":
             return
         scores = record.get("scores")
         why = "  ".join(f"{k}: {v:.3f}" for k, v in scores.items()) if scores else ""
         self._say(
-            f"shared from round {number + 1} on: layers {' '.join(record['shared_layers'])} and "
-            f"the head, by {record['score']}" + (f" ({why})" if why else "")
+            f"shared from round {round_number + 1} on: layers {' '.join(record['shared_layers'])} "
+            f"and the head, by {record['score']}" + (f" ({why})" if why else "")
         )
 
     def client(self, client: int) -> None:
@@ -91,29 +91,29 @@ class Progress:
             self._bar.set_postfix_str(f"client {client}, {self._validation}{so_far}", refresh=False)
             self._bar.update(1)
 
-    def round(self, line: dict[str, Any]) -> None:
+    def round(self, record: dict[str, Any]) -> None:
         """One round is done."""
         if not self._speaks:
             return
-        self._up += line["bytes"]["up"]
-        done = line["round"]
+        self._up += record["bytes"]["up"]
+        done = record["round"]
         each = (time.monotonic() - self._began) / (done - self._first)
         left = each * (self._rounds - done)
-        loss = "  n/a " if line["train_loss"] is None else f"{line['train_loss']:.4f}"
+        loss = "  n/a " if record["train_loss"] is None else f"{record['train_loss']:.4f}"
         text = f"round {done:>3}/{self._rounds}  loss {loss}"
-        if "share" in line:
-            text += f"  data {line['share']:4.0%}"
-        if "validation" in line:
-            text += f"  validation {line['validation']['personal']['score']:.4f}"
-            self._validation = f"validation {line['validation']['personal']['score']:.4f}, "
+        if "share" in record:
+            text += f"  data {record['share']:4.0%}"
+        if "validation" in record:
+            text += f"  validation {record['validation']['personal']['score']:.4f}"
+            self._validation = f"validation {record['validation']['personal']['score']:.4f}, "
         else:
             text += " " * 19
-        took = sum(line["seconds"].values())
+        took = sum(record["seconds"].values())
         text += f"  up {self._up / 1e6:8.2f} MB  {took:6.1f} s  {_clock(left)} left"
-        for client, reason in line["failed"].items():
+        for client, reason in record["failed"].items():
             text += f"\n  client {client} failed and was left out: {reason}"
         if self._bar is not None:
-            self._bar.update(done * len(line["clients"]) - self._bar.n)
+            self._bar.update(done * len(record["clients"]) - self._bar.n)
         self._say(text)
 
     def interrupted(self, rounds: int) -> None:

@@ -23,7 +23,7 @@ class Results:
         self._setup, self._state = setup, setup.state
         self._personal, self._account = personal, account
         self._evaluator = Evaluator(
-            setup.client, setup.task, setup.topology, setup.config.evaluation.batch_size
+            setup.engine, setup.task, setup.topology, setup.config.evaluation.batch_size
         )
 
     def vector(
@@ -37,10 +37,10 @@ class Results:
         vector = (self._state.values if values is None else values).clone()
         if client is None:
             return vector
-        kept = self._personal.load(client, files)
-        if kept is not None:
+        tensors = self._personal.load(client, files)
+        if tensors is not None:
             layout = self._setup.prepared.adapted.layout
-            layout.unpack(kept["values"], layout.others(self._state.shared), vector)
+            layout.unpack(tensors["values"], layout.others(self._state.shared), vector)
         return vector
 
     def validate(self, record: dict[str, Any]) -> None:
@@ -51,13 +51,13 @@ class Results:
         if not last and state.rounds % config.evaluation.every:
             return
         clock = time.monotonic()
-        rows = [own.validation for own in self._setup.rows]
+        rows = [r.validation for r in self._setup.rows]
         if sum(map(len, rows)):
-            found = self._evaluate(
+            results = self._evaluate(
                 rows, self._setup.train_tokens, state.values, self._personal.files.current
             )
-            record["validation"] = {name: result.scores for name, result in found.items()}
-            score = found["personal"].scores["score"]
+            record["validation"] = {name: result.scores for name, result in results.items()}
+            score = results["personal"].scores["score"]
             if state.best is None or score > state.best.score:
                 self._personal.pin()
                 state.best = Best(state.rounds - 1, score, state.values)
@@ -79,7 +79,7 @@ class Results:
         }
 
     def _test(self, values: torch.Tensor, files: Mapping[int, int]) -> dict[str, Evaluation]:
-        rows = [own.test for own in self._setup.rows]
+        rows = [r.test for r in self._setup.rows]
         return self._evaluate(rows, self._setup.test_tokens, values, files)
 
     def finish(self, seconds_so_far: Callable[[], float]) -> dict[str, Any]:
@@ -92,11 +92,11 @@ class Results:
         best = None
         if state.best is not None:
             same = state.best.round + 1 == config.federation.rounds
-            found = results if same else self._test(state.best.values, files.pinned)
+            at_best = results if same else self._test(state.best.values, files.pinned)
             best = {
                 "round": state.best.round + 1,
                 "validation": state.best.score,
-                **{name: result.scores for name, result in found.items()},
+                **{name: result.scores for name, result in at_best.items()},
             }
         self._account.evaluated(time.monotonic() - clock)
         labels = setup.test_tokens.labels

@@ -10,7 +10,7 @@ import torch
 from hpcfed.cluster.collectives import sum_over_ranks
 from hpcfed.data.batches import Floats, Ids, Tokens, form_batches
 from hpcfed.data.partition import ClientRows
-from hpcfed.engine.client import Client, ClientError
+from hpcfed.engine.engine import ClientError, Engine
 from hpcfed.engine.probe import eigenvalue_scores, gradient, hessian_product, sensitivity
 from hpcfed.importance.spectrum import STEPS, eigengap, lanczos, plateau, quadrature
 from hpcfed.policies import layers
@@ -22,7 +22,7 @@ from hpcfed.settings.config import Config
 # those of a training batch: of a batch of one, every layer makes its samples equally alike.
 COMPARED = 8
 
-# Share of the layers where the rule for their number finds nothing.
+# Fraction of the layers where the rule for their number finds nothing.
 FIXED = 0.5
 
 
@@ -37,10 +37,10 @@ class Selection:
 
 @dataclass
 class Estimate:
-    """What a client's spectrum says: the share of the layers to keep (None: its rule found none),
-    the Lipschitz constant, Ritz values and weights (STEPS,), zeros where there are fewer."""
+    """What a client's spectrum says: the fraction of the layers to keep (None: its rule found
+    none), the Lipschitz constant, Ritz values and weights (STEPS,), zeros where there are fewer."""
 
-    share: float | None
+    fraction: float | None
     lipschitz: float
     nodes: torch.Tensor
     weights: torch.Tensor
@@ -50,23 +50,23 @@ class Estimate:
 
     def pack(self) -> Floats:
         """(SIZE,) numbers, to travel."""
-        share = -1.0 if self.share is None else self.share
+        fraction = -1.0 if self.fraction is None else self.fraction
         return np.array(
-            [share, self.lipschitz, self.passes, *self.nodes.tolist(), *self.weights.tolist()]
+            [fraction, self.lipschitz, self.passes, *self.nodes.tolist(), *self.weights.tolist()]
         )
 
     @staticmethod
-    def unpack(found: Floats) -> "Estimate":
+    def unpack(packed: Floats) -> "Estimate":
         """What `pack` packed."""
-        nodes, weights = torch.from_numpy(found[3:]).reshape(2, STEPS)
-        share = None if found[0] < 0 else float(found[0])
-        return Estimate(share, float(found[1]), nodes, weights, int(found[2]))
+        nodes, weights = torch.from_numpy(packed[3:]).reshape(2, STEPS)
+        fraction = None if packed[0] < 0 else float(packed[0])
+        return Estimate(fraction, float(packed[1]), nodes, weights, int(packed[2]))
 
     def record(self) -> dict[str, Any]:
         """For selection.json."""
         real = self.weights > 0
         return {
-            "share": self.share,
+            "share": self.fraction,
             "lipschitz": self.lipschitz,
             "nodes": self.nodes[real].tolist(),
             "weights": self.weights[real].tolist(),
@@ -75,7 +75,7 @@ class Estimate:
 
 def select(
     config: Config,
-    client: Client,
+    engine: Engine,
     rows: list[ClientRows],
     tokens: Tokens,
     initial: torch.Tensor,
@@ -89,7 +89,7 @@ def select(
     of the choice in 2 of 3 seeds, and with it 9 and 14 points of accuracy.)
     """
     spec = config.layers
-    names = client.layout.layers
+    names = engine.layout.layers
     rng = generator(config.seed, "layers")
     scores, samples = None, 0
     record: dict[str, Any] = {}
@@ -101,57 +101,57 @@ def select(
             "eigenvalue": (eigenvalue_scores, 1, COMPARED),
         }[spec.score]
         batches = {k: first_batch(config, rows, tokens, k, size) for k in probed}
-        found = over_clients(
-            config, client, rows, initial, probed, len(names),
-            lambda k: ask(client, batches[k], tokens),
+        by_client = over_clients(
+            config, engine, rows, initial, probed, len(names),
+            lambda k: ask(engine, batches[k], tokens),
         )  # fmt: skip
-        weights = np.array([len(rows[k].train) for k in found], dtype=np.float64)
-        scores = np.average(np.array(list(found.values())), axis=0, weights=weights)
+        weights = np.array([len(rows[k].train) for k in by_client], dtype=np.float64)
+        scores = np.average(np.array(list(by_client.values())), axis=0, weights=weights)
         samples = passes * sum(map(len, batches.values()))
         record = {
             "scores": dict(zip(names, scores.tolist(), strict=True)),
-            "clients": {str(k): own.tolist() for k, own in found.items()},
+            "clients": {str(k): values.tolist() for k, values in by_client.items()},
         }
-    share, spent, how = _share(config, client, rows, tokens, vector)
-    chosen = layers.choose(spec.score, layers.count(share, len(names)), names, rng, scores)
+    fraction, spent, how = _fraction(config, engine, rows, tokens, vector)
+    chosen = layers.choose(spec.score, layers.count(fraction, len(names)), names, rng, scores)
     record = {"score": spec.score, "shared_layers": chosen, **record, **how}
     return Selection(chosen, samples + spent, record)
 
 
-def _share(
-    config: Config, client: Client, rows: list[ClientRows], tokens: Tokens, vector: torch.Tensor
+def _fraction(
+    config: Config, engine: Engine, rows: list[ClientRows], tokens: Tokens, vector: torch.Tensor
 ) -> tuple[float, int, dict[str, Any]]:
-    """Share of the layers that is shared, the sample passes it cost, and the record."""
+    """Fraction of the layers that is shared, the sample passes it cost, and the record."""
     spec = config.layers
     if spec.score == "all":
         return 1.0, 0, {}
     if spec.keep != "lossless":
         return spec.keep, 0, {"share": spec.keep}
     packed = over_clients(
-        config, client, rows, vector, probe_clients(config, rows), Estimate.SIZE,
-        lambda k: _lossless(config, client, rows, tokens, vector, k).pack(),
+        config, engine, rows, vector, probe_clients(config, rows), Estimate.SIZE,
+        lambda k: _lossless(config, engine, rows, tokens, vector, k).pack(),
     )  # fmt: skip
-    found = {k: Estimate.unpack(own) for k, own in packed.items()}
-    spent = sum(own.passes for own in found.values())
-    shares = {k: own.share for k, own in found.items() if own.share is not None}
+    estimates = {k: Estimate.unpack(numbers) for k, numbers in packed.items()}
+    spent = sum(e.passes for e in estimates.values())
+    fractions = {k: e.fraction for k, e in estimates.items() if e.fraction is not None}
     how: dict[str, Any] = {
         "rule": spec.rule,
-        "spectra": {str(k): own.record() for k, own in found.items()},
+        "spectra": {str(k): e.record() for k, e in estimates.items()},
     }
-    if 2 * len(shares) < len(found):
+    if 2 * len(fractions) < len(estimates):
         how["fallback"] = (
-            f"the {spec.rule} rule found a share on {len(shares)} of {len(found)} clients, less "
-            f"than half: fixed share {FIXED}"
+            f"the {spec.rule} rule found a share on {len(fractions)} of {len(estimates)} clients, "
+            f"less than half: fixed share {FIXED}"
         )
         return FIXED, spent, {"share": FIXED, **how}
-    weights = [len(rows[k].train) for k in shares]
-    share = float(np.average(list(shares.values()), weights=weights))
-    return share, spent, {"share": share, **how}
+    weights = [len(rows[k].train) for k in fractions]
+    fraction = float(np.average(list(fractions.values()), weights=weights))
+    return fraction, spent, {"share": fraction, **how}
 
 
 def _lossless(
     config: Config,
-    client: Client,
+    engine: Engine,
     rows: list[ClientRows],
     tokens: Tokens,
     vector: torch.Tensor,
@@ -160,36 +160,36 @@ def _lossless(
     """A client's estimate by the configured rule."""
     batch = first_batch(config, rows, tokens, k, config.local.batch_size)
     start = generator(config.seed, "lanczos", k).integers(0, 2, len(vector)) * 2.0 - 1.0
-    found = Estimate(None, 0.0, *torch.zeros(2, STEPS, dtype=torch.float64))
+    estimate = Estimate(None, 0.0, *torch.zeros(2, STEPS, dtype=torch.float64))
 
     def product(direction: torch.Tensor) -> torch.Tensor:
-        found.passes += 2 * len(batch)
-        return hessian_product(client, vector, direction, batch, tokens)
+        estimate.passes += 2 * len(batch)
+        return hessian_product(engine, vector, direction, batch, tokens)
 
     diagonal, off = lanczos(product, torch.from_numpy(start))
     spectrum = quadrature(diagonal, off, STEPS)
-    found.nodes[: len(diagonal)] = spectrum.nodes
-    found.weights[: len(diagonal)] = spectrum.weights
+    estimate.nodes[: len(diagonal)] = spectrum.nodes
+    estimate.weights[: len(diagonal)] = spectrum.weights
     if config.layers.rule == "plateau":
-        found.share = plateau(spectrum)
-        return found
+        estimate.fraction = plateau(spectrum)
+        return estimate
     # Lip of B(D) = H D - grad F(P + D), probed where a local update of this client leads.
-    client.load(vector)
-    seed = derive(config.seed, "probe", k, client.topology.rank_in_slot)
-    own = generator(config.seed, "probe batches", k)
-    epoch = form_batches(rows[k].train, tokens.lengths, config.local.batch_size, own)
-    found.passes += client.train(epoch, tokens, seed).samples
-    update = client.read().double() - vector.double()
+    engine.load(vector)
+    seed = derive(config.seed, "probe", k, engine.topology.rank_in_slot)
+    rng = generator(config.seed, "probe batches", k)
+    epoch = form_batches(rows[k].train, tokens.lengths, config.local.batch_size, rng)
+    estimate.passes += engine.train(epoch, tokens, seed).samples
+    update = engine.read().double() - vector.double()
     moved = []
     for at in (vector, (vector.double() + update).float()):
-        client.load(at)
-        moved.append(gradient(client, batch, tokens))
-        found.passes += len(batch)
+        engine.load(at)
+        moved.append(gradient(engine, batch, tokens))
+        estimate.passes += len(batch)
     rest = product(update) - (moved[1] - moved[0])
     if float(update.norm()) > 0:
-        found.lipschitz = float(rest.norm() / update.norm())
-        found.share = eigengap(diagonal, off, found.lipschitz)
-    return found
+        estimate.lipschitz = float(rest.norm() / update.norm())
+        estimate.fraction = eigengap(diagonal, off, estimate.lipschitz)
+    return estimate
 
 
 def probe_clients(config: Config, rows: list[ClientRows]) -> list[int]:
@@ -204,13 +204,13 @@ def first_batch(
 ) -> Ids:
     """`size` of a client's rows, or all it has, drawn at random."""
     rng = generator(config.seed, "probe", client)
-    own: Ids = rng.permutation(rows[client].train)[:size]
-    return own[np.argsort(tokens.lengths[own], kind="stable")]
+    batch: Ids = rng.permutation(rows[client].train)[:size]
+    return batch[np.argsort(tokens.lengths[batch], kind="stable")]
 
 
 def over_clients(
     config: Config,
-    client: Client,
+    engine: Engine,
     rows: list[ClientRows],
     vector: torch.Tensor,
     clients: list[int],
@@ -220,22 +220,22 @@ def over_clients(
     """Ask clients, spread over the slots, for (size,) numbers each, at `vector`; the same on all
     ranks. Clients that fail are left out. Raises RuntimeError if all do, StopError on all ranks
     if the job has to stop."""
-    topology = client.topology
+    topology = engine.topology
     answers = np.zeros((len(clients), size + 1))
     lanes = spread({k: len(rows[k].train) for k in clients}, topology.slots)
     for k in lanes[topology.slot_index]:
-        client.load(vector)
+        engine.load(vector)
         try:
-            found = ask(k)
+            answer = ask(k)
         except ClientError:
-            if client.interrupted:
+            if engine.interrupted:
                 break
             continue
-        if topology.leads_slot and np.isfinite(found).all():
-            answers[clients.index(k)] = [1, *found]
+        if topology.leads_slot and np.isfinite(answer).all():
+            answers[clients.index(k)] = [1, *answer]
     answers = sum_over_ranks(answers, topology)
-    client.leave_if_interrupted()
-    able = {k: own[1:] for k, own in zip(clients, answers, strict=True) if own[0]}
+    engine.leave_if_interrupted()
+    able = {k: answer[1:] for k, answer in zip(clients, answers, strict=True) if answer[0]}
     if not able:
         raise RuntimeError(
             "the layers could not be chosen: every client that was probed failed, or gave values "

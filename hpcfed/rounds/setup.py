@@ -21,7 +21,7 @@ from hpcfed.data import partition
 from hpcfed.data.batches import Tokens
 from hpcfed.data.partition import ClientRows
 from hpcfed.data.sources import TaskData
-from hpcfed.engine.client import Client
+from hpcfed.engine.engine import Engine
 from hpcfed.model import Prepared
 from hpcfed.objectives import heads
 from hpcfed.rounds.preflight import Checked
@@ -48,7 +48,7 @@ class Setup:
     train_tokens: Tokens
     test_tokens: Tokens
     prepared: Prepared
-    client: Client
+    engine: Engine
     topology: Topology
     stop: Stop
     directory: RunDirectory
@@ -128,7 +128,7 @@ def _set_up(
         )
     with world.agreement("loading the model"):
         prepared = model.prepare(config, task.labels, train_tokens.pad_id, settings, head)
-    client = Client(prepared, config.local, settings, topology, stop)
+    engine = Engine(prepared, config.local, settings, topology, stop)
     init_seconds = time.monotonic() - started
     state = world.comm.bcast(state, root=0) if checked.begun else _first_state(config, prepared)
     assert state is not None
@@ -145,7 +145,7 @@ def _set_up(
             directory.create(checked.resolved, facts, here, table, state, job())
     world.comm.Barrier()
     return Setup(
-        config, task, checked.rows, train_tokens, test_tokens, prepared, client, topology, stop,
+        config, task, checked.rows, train_tokens, test_tokens, prepared, engine, topology, stop,
         directory, state, started, init_seconds, earlier_seconds,
     )  # fmt: skip
 

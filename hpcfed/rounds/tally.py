@@ -31,7 +31,7 @@ class Tally:
         self.reasons: dict[int, str] = {}
 
     def note(self, client: int, outcome: Outcome) -> None:
-        """What a client of this slot did. Losses are this rank's share of it."""
+        """What a client of this slot did. Losses are this rank's part of it."""
         failed = outcome.values is None
         if failed:
             self.reasons[client] = outcome.reason
@@ -82,7 +82,7 @@ class Tally:
 
     def _which(self, failed: bool) -> list[int]:
         column = self.column("failed")
-        return [k for k, own in zip(self.clients, column, strict=True) if bool(own) == failed]
+        return [k for k, value in zip(self.clients, column, strict=True) if bool(value) == failed]
 
     def total(self, name: str, failed_too: bool = False) -> float:
         """Sum of a column over the clients that did not fail."""

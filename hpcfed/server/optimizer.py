@@ -102,14 +102,16 @@ class Optimizer:
         self._layout.unpack(packed, shared, vector)
         return vector
 
-    def correction(self, shared: Collection[str], kept: torch.Tensor | None) -> torch.Tensor | None:
+    def correction(
+        self, shared: Collection[str], variate: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """(size,) c - c_i, which a client adds to its gradients; zero where nothing is shared.
-        kept: its control variate (size,), None before its first round."""
+        variate: its control variate (size,), None before its first round."""
         if not self.scaffold:
             return None
         control = self._get("control", shared)
-        if kept is not None:
-            control = control - self._layout.pack(kept, shared)
+        if variate is not None:
+            control = control - self._layout.pack(variate, shared)
         return self._spread(control, shared)
 
     def message(
@@ -117,20 +119,20 @@ class Optimizer:
         shared: Collection[str],
         w: torch.Tensor,
         outcome: Outcome,
-        kept: torch.Tensor | None,
+        variate: torch.Tensor | None,
         rows: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What a client sends, its values and what else is summed, end to end (vectors * n,);
         and its control variate after the round (size,), if it has one.
 
-        w (size,): what the server handed out. kept: as in `correction`.
+        w (size,): what the server handed out. variate: as in `correction`.
         """
         assert outcome.values is not None
         w_i = self._layout.pack(outcome.values, shared)
         if not self.keeps:
             return w_i, None
         w = self._layout.pack(w, shared)
-        before = torch.zeros_like(w) if kept is None else self._layout.pack(kept, shared)
+        before = torch.zeros_like(w) if variate is None else self._layout.pack(variate, shared)
         # The exchange weighs all by n_i, so what is weighed otherwise is divided by it here.
         if self.scaffold:
             assert outcome.gradient is not None
@@ -143,7 +145,7 @@ class Optimizer:
             c, steps = self._get("control", shared), outcome.steps
             after = before - c + (w - w_i) / (steps * self._local_lr)
             sent = [w_i, (after - before) * (steps / rows), after]
-        return torch.cat(sent), self._spread(after, shared, kept)
+        return torch.cat(sent), self._spread(after, shared, variate)
 
     def step(
         self, shared: Collection[str], w: torch.Tensor, means: torch.Tensor, sampled: Sampled
@@ -182,8 +184,8 @@ class Optimizer:
             return torch.zeros_like(w)
         if not self._differences:
             old = extras[0]
-            portion = sampled.rows / self._rows
-            self._set("control", shared, c + portion * (w - wbar - old))
+            fraction = sampled.rows / self._rows
+            self._set("control", shared, c + fraction * (w - wbar - old))
             return c - old
         moved, after = extras[0] * (sampled.rows / sampled.steps), extras[1]
         c = c + (sampled.clients / self._clients) * moved

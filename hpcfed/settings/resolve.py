@@ -51,12 +51,12 @@ TYPES = {
 def presets() -> dict[str, str]:
     """Preset name -> its one-line description."""
     folder = resources.files("hpcfed.settings") / "presets"
-    found = {}
+    descriptions = {}
     for entry in sorted(folder.iterdir(), key=lambda e: e.name.removesuffix(".yaml")):
         if entry.name.endswith(".yaml"):
             content = yaml.safe_load(entry.read_text())
-            found[entry.name.removesuffix(".yaml")] = content.get("description", "")
-    return found
+            descriptions[entry.name.removesuffix(".yaml")] = content.get("description", "")
+    return descriptions
 
 
 def resolve(source: str, overrides: Sequence[str] = ()) -> Resolved:
@@ -71,9 +71,9 @@ def resolve(source: str, overrides: Sequence[str] = ()) -> Resolved:
     method = next((tree["method"] for tree in reversed(parsed) if "method" in tree), None)
 
     if source in presets():
-        own = _read_preset(source)
-        if method is not None and "method" in own:  # another method in a preset's setting
-            layers.insert(0, ({**own, "method": method}, f"preset {source}"))
+        preset = _read_preset(source)
+        if method is not None and "method" in preset:  # another method in a preset's setting
+            layers.insert(0, ({**preset, "method": method}, f"preset {source}"))
         method = method or source
     else:
         path = Path(source)
@@ -198,7 +198,7 @@ def _build(cls: Any, tree: dict[str, Any], prefix: str, origin: dict[str, str]) 
                 )
             built[name] = _build(hints[name], sub, f"{dotted}.", origin)
         elif name in tree:
-            inside = (own for key, own in origin.items() if key.startswith(f"{dotted}."))
+            inside = (setter for key, setter in origin.items() if key.startswith(f"{dotted}."))
             label = f"{dotted} ({origin.get(dotted) or next(inside, DEFAULT)})"
             built[name] = _check(tree[name], hints[name], spec.metadata.get("bounds", {}), label)
         else:

@@ -64,7 +64,7 @@ def decode(tensors: dict[str, torch.Tensor], content: dict[str, Any]) -> RunStat
 def _files(maps: dict[str, dict[str, int]]) -> ClientFiles:
     """JSON's keys are texts."""
     current, pinned = (
-        {int(client): number for client, number in maps[name].items()}
+        {int(client): round_number for client, round_number in maps[name].items()}
         for name in ("current", "pinned")
     )
     return ClientFiles(current, pinned)

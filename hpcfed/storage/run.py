@@ -120,9 +120,9 @@ class RunDirectory:
         versions |= {"python": platform.python_version(), "platform": platform.platform()}
         write_json(file, {**facts, "lives": [*lives, {**here, "versions": versions}]})
 
-    def record(self, line: dict[str, Any]) -> None:
+    def record(self, record: dict[str, Any]) -> None:
         """Append one round to metrics.jsonl; it counts when the round is committed."""
-        append_line(self.path / METRICS, line)
+        append_line(self.path / METRICS, record)
 
     def commit(self, state: RunState) -> None:
         """Make the state after a round the one that a resumed run goes on from."""
@@ -162,10 +162,10 @@ class RunDirectory:
     def _referred(self, state: RunState) -> set[Path]:
         """The clients' files that a commit refers to."""
         return {
-            self._state(kind, client, number)
+            self._state(kind, client, round_number)
             for kind, files in state.clients.items()
             for versions in (files.current, files.pinned)
-            for client, number in versions.items()
+            for client, round_number in versions.items()
         }
 
     def _clean(self, state: RunState, tensors: Path, metrics_bytes: int) -> None:
@@ -178,9 +178,9 @@ class RunDirectory:
             for file in folder.iterdir():
                 if file.name == HISTORY:
                     lines = file.read_text().splitlines()
-                    kept = [w for w in lines if _round(w) <= state.rounds]
-                    if kept != lines:
-                        write_bytes(file, "".join(f"{w}\n" for w in kept).encode())
+                    committed = [w for w in lines if _round(w) <= state.rounds]
+                    if committed != lines:
+                        write_bytes(file, "".join(f"{w}\n" for w in committed).encode())
                 elif file not in used:
                     file.unlink()
         for file in self.path.rglob("*.tmp"):
@@ -191,7 +191,7 @@ class RunDirectory:
     ) -> None:
         """What a client keeps after a round."""
         target = self._state(kind, client, round_number)
-        self._make_client(client)
+        self._make_client_folder(client)
         write_tensors(target, tensors)
 
     def load_state(self, kind: str, client: int, round_number: int) -> dict[str, torch.Tensor]:
@@ -204,19 +204,19 @@ class RunDirectory:
 
     def _state(self, kind: str, client: int, round_number: int) -> Path:
         name = f"{kind}-{round_number:05d}.safetensors"
-        return self._client(client) / name
+        return self._client_folder(client) / name
 
-    def _client(self, client: int) -> Path:
+    def _client_folder(self, client: int) -> Path:
         return self.path / CLIENTS / f"{client:06d}"
 
-    def _make_client(self, client: int) -> None:
+    def _make_client_folder(self, client: int) -> None:
         make_folder(self.path / CLIENTS)
-        make_folder(self._client(client))
+        make_folder(self._client_folder(client))
 
-    def note(self, client: int, line: dict[str, Any]) -> None:
+    def note(self, client: int, record: dict[str, Any]) -> None:
         """Append a round to a client's own history; by one rank of the slot that ran it."""
-        self._make_client(client)
-        append_line(self._client(client) / HISTORY, line)
+        self._make_client_folder(client)
+        append_line(self._client_folder(client) / HISTORY, record)
 
     def save_selection(self, record: dict[str, Any]) -> None:
         """How the shared layers were chosen."""

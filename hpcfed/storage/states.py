@@ -30,22 +30,22 @@ class ClientStates:
         self, client: int, at: Mapping[int, int] | None = None
     ) -> dict[str, torch.Tensor] | None:
         """A client's tensors, by default its current ones; None if it has none."""
-        number = (self.files.current if at is None else at).get(client)
-        if number is None:
+        round_number = (self.files.current if at is None else at).get(client)
+        if round_number is None:
             return None
-        return self._directory.load_state(self.kind, client, number)
+        return self._directory.load_state(self.kind, client, round_number)
 
-    def save(self, client: int, number: int, tensors: dict[str, torch.Tensor]) -> None:
+    def save(self, client: int, round_number: int, tensors: dict[str, torch.Tensor]) -> None:
         """By one rank of the slot that ran the client; not current until `accept`."""
-        self._directory.save_state(self.kind, client, number, tensors)
+        self._directory.save_state(self.kind, client, round_number, tensors)
 
-    def accept(self, number: int, clients: Collection[int]) -> None:
+    def accept(self, round_number: int, clients: Collection[int]) -> None:
         """From now on these clients' state is this round's."""
         current, pinned = self.files.current, self.files.pinned
         for client in clients:
             old = current.get(client)
-            current[client] = number
-            if old is not None and old != number and pinned.get(client) != old:
+            current[client] = round_number
+            if old is not None and old != round_number and pinned.get(client) != old:
                 self._stale.append((client, old))
 
     def pin(self) -> None:
@@ -56,6 +56,6 @@ class ClientStates:
 
     def sweep(self) -> None:
         """Delete what is neither current nor pinned."""
-        for client, number in self._stale if self._writes else ():
-            self._directory.drop_state(self.kind, client, number)
+        for client, round_number in self._stale if self._writes else ():
+            self._directory.drop_state(self.kind, client, round_number)
         self._stale = []

@@ -17,13 +17,13 @@ import hpcfed.rounds.federation
 import hpcfed.storage.run
 from hpcfed.app import cli
 from hpcfed.cluster.collectives import MaskedSum
-from hpcfed.engine.client import Client
+from hpcfed.engine.engine import Engine
 from hpcfed.storage.run import RunDirectory
 from hpcfed.storage.states import ClientStates
 
 # What a run does, besides writing files, that a later life may find half done.
 EVENTS: dict[str, tuple[Any, str]] = {
-    "forward": (Client, "forward"),
+    "forward": (Engine, "forward"),
     "select": (hpcfed.rounds.federation, "select"),
     "exchange": (MaskedSum, "mean"),
     "commit": (RunDirectory, "commit"),

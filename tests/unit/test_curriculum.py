@@ -15,7 +15,7 @@ from hpcfed.policies import curriculum, layers, sparsity
 @pytest.mark.parametrize("pace", ["linear", "sqrt", "exp"])
 def test_pace_starts_grows_and_is_full_in_time(pace):
     start, full_at, rounds = 0.3, 0.6, 20
-    f = [curriculum.share(pace, start, full_at, t, rounds) for t in range(rounds)]
+    f = [curriculum.portion(pace, start, full_at, t, rounds) for t in range(rounds)]
     assert f[0] == pytest.approx(start)
     assert all(a < b for a, b in itertools.pairwise(f[:13]))
     assert f[11] < 1 and f[12:] == [1.0] * 8
@@ -29,9 +29,9 @@ def test_pace_starts_grows_and_is_full_in_time(pace):
 
 
 def test_pace_all_and_a_start_of_one_use_everything():
-    assert curriculum.share("all", 0.1, 0.6, 0, 10) == 1
+    assert curriculum.portion("all", 0.1, 0.6, 0, 10) == 1
     for pace in ("linear", "sqrt", "exp"):
-        assert curriculum.share(pace, 1.0, 0.6, 0, 10) == 1
+        assert curriculum.portion(pace, 1.0, 0.6, 0, 10) == 1
 
 
 def test_in_use_rounds_up():

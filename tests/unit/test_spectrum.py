@@ -10,7 +10,7 @@ from hpcfed.importance.spectrum import (
     STEPS,
     Spectrum,
     eigengap,
-    eigengap_share,
+    eigengap_fraction,
     lanczos,
     plateau,
     quadrature,
@@ -118,7 +118,7 @@ def test_eigengap_says_so_where_it_finds_none():
     alpha, beta = lanczos(lambda v: matrix @ v, start, 4)
     assert eigengap(alpha, beta, 0.0) is None
     one = Spectrum(torch.tensor([2.0]), torch.tensor([1.0]))
-    assert eigengap_share(one, 0.0) is None
+    assert eigengap_fraction(one, 0.0) is None
 
 
 def test_plateau_stops_where_the_density_is_flat():

@@ -57,7 +57,7 @@ def check(topology: Topology, out: Path) -> None:
         kept[clients] = sum(len(list(run.glob(f"clients/*/{k}-*"))) for k in ("control", "moments"))
         vector = federation.layout.size * 4
         federation.setup.directory.close()
-        federation.setup.client.close()
+        federation.setup.engine.close()
         del federation
     newcomers = kept[MANY] - kept[FEW]
     assert newcomers > 40, kept

@@ -11,7 +11,7 @@ from hpcfed import model
 from hpcfed.cluster.topology import Topology
 from hpcfed.data.batches import Tokens
 from hpcfed.data.wordings import Wording
-from hpcfed.engine.client import Client
+from hpcfed.engine.engine import Engine
 from hpcfed.objectives.heads import Classifier, Cloze, Head, LabelWords
 from hpcfed.settings import deepspeed_config
 from hpcfed.settings.config import Config, Local
@@ -39,11 +39,11 @@ def check(topology: Topology, folder: Path, adapter: str, dtype: str, deepspeed:
     check_corrections(config, topology)
 
 
-def build(config: Config, local: Local, topology: Topology) -> Client:
-    """A client with these local settings."""
+def build(config: Config, local: Local, topology: Topology) -> Engine:
+    """An engine with these local settings."""
     settings = deepspeed_config.load(replace(config, local=local))
     prepared = model.prepare(config, LABELS, 0, settings, HEADS[config.model.head])
-    return Client(prepared, local, settings, topology)
+    return Engine(prepared, local, settings, topology)
 
 
 def some_tokens(rows: int = 20, longest: int = 9) -> Tokens:
@@ -59,29 +59,29 @@ def some_tokens(rows: int = 20, longest: int = 9) -> Tokens:
 def check_values(config: Config, topology: Topology) -> None:
     """Written values read back exactly, before and after real steps with lr 0, and are the ones
     that the forward pass uses."""
-    client = build(config, replace(config.local, lr=0.0, optimizer="adamw"), topology)
+    engine = build(config, replace(config.local, lr=0.0, optimizer="adamw"), topology)
     tokens = some_tokens()
     batches = [np.arange(0, 8), np.arange(8, 16), np.arange(16, 17)]
     for seed in (1, 2):
         torch.manual_seed(seed)
-        vector = torch.randn(client.layout.size) * 0.1
-        client.load(vector)
-        assert torch.equal(client.read(), vector), "read after write"
-        check_working_copy(client, vector, config)
-        client.train(batches, tokens, 0)
-        assert torch.equal(client.read(), vector), "a step with lr 0 changed the values"
-        check_working_copy(client, vector, config)
-    client.close()
+        vector = torch.randn(engine.layout.size) * 0.1
+        engine.load(vector)
+        assert torch.equal(engine.read(), vector), "read after write"
+        check_working_copy(engine, vector, config)
+        engine.train(batches, tokens, 0)
+        assert torch.equal(engine.read(), vector), "a step with lr 0 changed the values"
+        check_working_copy(engine, vector, config)
+    engine.close()
 
 
-def check_working_copy(client: Client, vector: torch.Tensor, config: Config) -> None:
+def check_working_copy(engine: Engine, vector: torch.Tensor, config: Config) -> None:
     """The parameters that forward uses equal the written values in the working type."""
     dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
-    parameters = [p for p in client.model.parameters() if p.requires_grad]
+    parameters = [p for p in engine.model.parameters() if p.requires_grad]
     with deepspeed.zero.GatheredParameters(parameters):
         total = sum(p.numel() for p in parameters)
         found = torch.cat([p.detach().flatten().float() for p in parameters]).sort().values
-    assert total == client.layout.size
+    assert total == engine.layout.size
     assert torch.equal(found, vector.to(dtype).float().sort().values), "the working copy is old"
 
 
@@ -89,64 +89,64 @@ def check_leaks(config: Config, topology: Topology) -> None:
     """A client's result is the same bits whoever was trained in the engine before it, also if that
     one had frozen values; and those keep their bits."""
     local = replace(config.local, lr=1e-2, optimizer="adamw", weight_decay=0.1)
-    client = build(config, local, topology)
+    engine = build(config, local, topology)
     tokens = some_tokens()
     first, second = [np.arange(0, 8), np.arange(8, 13)], [np.arange(10, 18)] * 3
     torch.manual_seed(3)
-    one, two = torch.randn(2, client.layout.size) * 0.1
-    client.load(one)
-    client.train(first, tokens, 0)
-    wanted = client.read()
+    one, two = torch.randn(2, engine.layout.size) * 0.1
+    engine.load(one)
+    engine.train(first, tokens, 0)
+    wanted = engine.read()
     assert not torch.equal(wanted, one), "training moved nothing"
-    trainable = torch.rand(client.layout.size) < 0.5
-    client.load(two, trainable)
-    client.train(second, tokens, 1)
-    found = client.read()
+    trainable = torch.rand(engine.layout.size) < 0.5
+    engine.load(two, trainable)
+    engine.train(second, tokens, 1)
+    found = engine.read()
     assert torch.equal(found[~trainable], two[~trainable]), "a frozen value moved"
     assert (found != two)[trainable].float().mean() > 0.9
-    client.predict([np.arange(20)], tokens)
-    client.load(one)
-    client.train(first, tokens, 0)
-    assert torch.equal(client.read(), wanted), "an earlier client left a trace"
-    check_moments(client, two)
-    client.close()
+    engine.predict([np.arange(20)], tokens)
+    engine.load(one)
+    engine.train(first, tokens, 0)
+    assert torch.equal(engine.read(), wanted), "an earlier client left a trace"
+    check_moments(engine, two)
+    engine.close()
 
 
 def check_corrections(config: Config, topology: Topology) -> None:
     """A control variate c moves the written values by -lr c more, whatever the working type; and
     SGD's momentum is kept like Adam's moments."""
     local = replace(config.local, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=0.01)
-    client = build(config, local, topology)
+    engine = build(config, local, topology)
     tokens, batch = some_tokens(), [np.arange(0, 8)]
     torch.manual_seed(4)
-    vector, control = torch.randn(2, client.layout.size) * 0.1
+    vector, control = torch.randn(2, engine.layout.size) * 0.1
     found = []
     for own in (None, control):
-        client.load(vector, control=own)
-        client.train(batch, tokens, 0)  # the first step, in which momentum adds nothing
-        found.append(client.read())
+        engine.load(vector, control=own)
+        engine.train(batch, tokens, 0)  # the first step, in which momentum adds nothing
+        found.append(engine.read())
     assert torch.allclose(found[1] - found[0], -0.1 * control, atol=1e-6)
-    check_moments(client, vector)
-    client.close()
+    check_moments(engine, vector)
+    engine.close()
 
 
-def check_moments(client: Client, vector: torch.Tensor) -> None:
+def check_moments(engine: Engine, vector: torch.Tensor) -> None:
     """A round cut in two, its moments kept in between while another client trains, ends with the
     bits of the whole; without its moments it does not."""
     tokens = some_tokens()
     batches = [np.arange(0, 8), np.arange(8, 16), np.arange(16, 17)]
-    client.load(vector)
-    client.train([*batches, *batches], tokens, 0)
-    wanted = client.read()
-    client.load(vector)
-    client.train(batches, tokens, 0)
-    half = client.read()
-    moments = client.moments(len(batches))
-    client.load(vector * 2)
-    client.train(batches, tokens, 0)
-    client.load(half, moments=moments)
-    client.train(batches, tokens, 0)
-    assert torch.equal(client.read(), wanted), "moments were lost"
-    client.load(half)
-    client.train(batches, tokens, 0)
-    assert not torch.equal(client.read(), wanted)
+    engine.load(vector)
+    engine.train([*batches, *batches], tokens, 0)
+    wanted = engine.read()
+    engine.load(vector)
+    engine.train(batches, tokens, 0)
+    half = engine.read()
+    moments = engine.moments(len(batches))
+    engine.load(vector * 2)
+    engine.train(batches, tokens, 0)
+    engine.load(half, moments=moments)
+    engine.train(batches, tokens, 0)
+    assert torch.equal(engine.read(), wanted), "moments were lost"
+    engine.load(half)
+    engine.train(batches, tokens, 0)
+    assert not torch.equal(engine.read(), wanted)

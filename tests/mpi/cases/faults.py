@@ -42,7 +42,7 @@ def spoil(federation: Federation) -> None:
     """Client 0: its last row has a label that does not exist, which one rank meets, in some
     micro-step. Client 2: the loss is not a number, from its second optimizer step on."""
     federation.setup.train_tokens.labels[federation.setup.rows[0].train[-1]] = 99
-    forward = federation.setup.client.forward
+    forward = federation.setup.engine.forward
     seen: list[np.ndarray] = []
 
     def spoiled(rows, batch, tokens):
@@ -50,12 +50,12 @@ def spoil(federation: Federation) -> None:
             if not any(batch is other for other in seen):
                 seen.append(batch)
             if len(seen) > 1 or len(federation.setup.rows[2].train) <= 8:
-                head = [p for n, p in federation.setup.client.model.named_parameters()
+                head = [p for n, p in federation.setup.engine.model.named_parameters()
                         if p.requires_grad and "classifier" in n]  # fmt: skip
                 head[0].data.fill_(float("nan"))
         return forward(rows, batch, tokens)
 
-    federation.setup.client.forward = spoiled  # type: ignore[method-assign, assignment]
+    federation.setup.engine.forward = spoiled  # type: ignore[method-assign, assignment]
 
 
 def record(federation: Federation) -> Updates:

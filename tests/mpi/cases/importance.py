@@ -57,9 +57,9 @@ def check(
         check_corrections(config, plain, vector, topology)
         # AdamW's and SGD's are kept in cases/engine.py.
         local = replace(config.local, optimizer="adam", lr=1e-2, weight_decay=0.01)
-        client = build(config, local, topology)
-        check_moments(client, vector)
-        client.close()
+        engine = build(config, local, topology)
+        check_moments(engine, vector)
+        engine.close()
     if "zero3" in deepspeed:
         check_silence(config, vector, topology)
 
@@ -80,16 +80,16 @@ def check_fisher(config: Config, plain: Plain, vector: torch.Tensor, topology: T
     )
     wanted = gradients.double().square().sum(1).numpy()
 
-    client = build(config, replace(config.local, lr=0.0, optimizer="sgd"), topology)
-    client.load(vector)
-    close(fisher_traces(client, BATCHES, tokens), wanted, "Fisher, own pass")
+    engine = build(config, replace(config.local, lr=0.0, optimizer="sgd"), topology)
+    engine.load(vector)
+    close(fisher_traces(engine, BATCHES, tokens), wanted, "Fisher, own pass")
     rows = np.array([2, 7, 4])
     direct = np.mean([plain.sensitivity(vector, int(row), tokens) for row in rows], axis=0)
-    close(sensitivity(client, rows, tokens), direct, "sensitivity")
+    close(sensitivity(engine, rows, tokens), direct, "sensitivity")
     direct = plain.alike(vector, rows, tokens)
-    close(eigenvalue_scores(client, rows, tokens), direct, "eigenvalue score")
+    close(eigenvalue_scores(engine, rows, tokens), direct, "eigenvalue score")
 
-    trained = client.train([*BATCHES[1:], *BATCHES], tokens, 0, observe=True)
+    trained = engine.train([*BATCHES[1:], *BATCHES], tokens, 0, observe=True)
     close(trained.fisher, wanted, "Fisher in training")
     everyone = np.arange(len(tokens))
     close(trained.losses, plain.losses(vector, everyone, tokens).detach().numpy(), "losses")
@@ -101,7 +101,7 @@ def check_fisher(config: Config, plain: Plain, vector: torch.Tensor, topology: T
         if e.neuron_axis is not None
     ]
     close(trained.neurons, torch.cat(neurons), "Fisher of neurons")
-    client.close()
+    engine.close()
 
 
 def check_silence(config: Config, vector: torch.Tensor, topology: Topology) -> None:
@@ -109,15 +109,15 @@ def check_silence(config: Config, vector: torch.Tensor, topology: Topology) -> N
     tokens = some_tokens(ROWS, 11)
     results = []
     for probes in (False, True):
-        client = build(config, replace(config.local, lr=0.1, optimizer="sgd"), topology)
-        client.load(vector)
-        client.train(BATCHES, tokens, 0)
+        engine = build(config, replace(config.local, lr=0.1, optimizer="sgd"), topology)
+        engine.load(vector)
+        engine.train(BATCHES, tokens, 0)
         if probes:
-            fisher_traces(client, BATCHES, tokens)
-            sensitivity(client, BATCHES[0], tokens)
-        client.train(BATCHES, tokens, 0)
-        results.append(client.read())
-        client.close()
+            fisher_traces(engine, BATCHES, tokens)
+            sensitivity(engine, BATCHES[0], tokens)
+        engine.train(BATCHES, tokens, 0)
+        results.append(engine.read())
+        engine.close()
     assert not torch.equal(results[0], vector)
     assert torch.equal(*results), "a probe changed what training does"
 
@@ -137,16 +137,16 @@ def check_curvature(config: Config, plain: Plain, vector: torch.Tensor, topology
     h = 1e-6
     there, back = (slope(vector.double() + sign * h * direction) for sign in (1, -1))
     wanted = (there - back) / (2 * h)
-    client = build(config, config.local, topology)
-    client.load(vector)
-    error = float((gradient(client, batch, tokens) - slope(vector.double())).norm())
+    engine = build(config, config.local, topology)
+    engine.load(vector)
+    error = float((gradient(engine, batch, tokens) - slope(vector.double())).norm())
     assert error <= 1e-5 * float(slope(vector.double()).norm()), f"gradient: {error:.1e} off"
-    found = hessian_product(client, vector, direction, batch, tokens)
+    found = hessian_product(engine, vector, direction, batch, tokens)
     error = float((found - wanted).norm() / wanted.norm())
-    exact = client.stage < 2 and not client.checkpointing
+    exact = engine.stage < 2 and not engine.checkpointing
     print(f"Hessian product, {'exact' if exact else 'differences'}: {error:.1e}", flush=True)
     assert error <= (1e-5 if exact else 1e-3), f"Hessian product: {error:.1e} off"
-    client.close()
+    engine.close()
 
 
 def check_frozen(config: Config, plain: Plain, vector: torch.Tensor, topology: Topology) -> None:
@@ -162,12 +162,12 @@ def check_frozen(config: Config, plain: Plain, vector: torch.Tensor, topology: T
     ]
     for name, lr, decay, clip, tolerance in kinds:
         local = replace(config.local, optimizer=name, lr=lr, weight_decay=decay, clip=clip)
-        client = build(config, local, topology)
-        client.load(vector)
-        client.train(BATCHES, tokens, 0)  # another client before
-        client.load(vector, trainable)
-        client.train(BATCHES, tokens, 0)
-        found = client.read()
+        engine = build(config, local, topology)
+        engine.load(vector)
+        engine.train(BATCHES, tokens, 0)  # another client before
+        engine.load(vector, trainable)
+        engine.train(BATCHES, tokens, 0)
+        found = engine.read()
         assert torch.equal(found[~trainable], vector[~trainable]), f"{name}: a frozen value moved"
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
         make = partial(kind, lr=lr, weight_decay=decay)
@@ -175,11 +175,11 @@ def check_frozen(config: Config, plain: Plain, vector: torch.Tensor, topology: T
         moved, reference = (found - vector)[trainable], (wanted - vector)[trainable]
         error = float((moved - reference).norm() / reference.norm())
         assert error <= tolerance, f"{name}: {error:.1e} from the plain loop"
-        client.load(vector)
-        client.train(BATCHES, tokens, 0)
-        free = client.read()
+        engine.load(vector)
+        engine.train(BATCHES, tokens, 0)
+        free = engine.read()
         assert float((free != vector).float()[~trainable].mean()) > 0.9, "still frozen"
-        client.close()
+        engine.close()
 
 
 def check_corrections(
@@ -195,12 +195,12 @@ def check_corrections(
     trainable = layout.expand(torch.from_numpy(chosen))
     control = torch.from_numpy(rng.normal(0, 0.05, layout.size)).float()
     local = replace(config.local, optimizer="sgd", lr=lr, clip=clip, proximal=mu)
-    client = build(config, local, topology)
+    engine = build(config, local, topology)
     for mask in (None, trainable):
-        client.load(vector, mask, control=control)
-        client.train(BATCHES, tokens, 0)
-        found = client.read()
-        mean = client.mean_gradient(len(BATCHES))
+        engine.load(vector, mask, control=control)
+        engine.train(BATCHES, tokens, 0)
+        found = engine.read()
+        mean = engine.mean_gradient(len(BATCHES))
         kept = torch.ones(layout.size) if mask is None else mask.float()
         wanted, gradients = vector.clone(), []
         for batch in BATCHES:
@@ -217,8 +217,8 @@ def check_corrections(
         assert error <= 1e-5, f"corrected steps: {error:.1e} from the plain loop"
         if mask is not None:
             assert torch.equal(found[~mask], vector[~mask])
-    client.load(vector)
-    client.train(BATCHES, tokens, 0)
-    without = client.read()
+    engine.load(vector)
+    engine.train(BATCHES, tokens, 0)
+    without = engine.read()
     assert not torch.allclose(without, found), "the control vector outlived its client"
-    client.close()
+    engine.close()

@@ -126,7 +126,7 @@ def life(
     except Struck:
         if federation is not None:
             federation.setup.directory.close()
-            federation.setup.client.close()
+            federation.setup.engine.close()
         return False
     finally:
         federation = None

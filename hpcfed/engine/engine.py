@@ -2,7 +2,7 @@
 
 Writing param.data into a ZeRO engine is undone by the next step, because the fp32 master copy
 wins; so `load` writes the master and the working copy, at every stage, and drops all optimizer
-state. This is the only file that touches the engine.
+state. This is the only file that touches DeepSpeed's engine.
 """
 
 import math
@@ -63,8 +63,8 @@ class Trained:
     rows: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
-class Client:
-    """The engine of one slot. Every method is collective over the ranks of the slot."""
+class Engine:
+    """Trains a slot's clients, one after the other. Every method is collective over its ranks."""
 
     def __init__(
         self,
@@ -86,24 +86,24 @@ class Client:
         # Whether a step was left because the job has to stop; the same on all ranks of the slot.
         self.interrupted = False
         self.head = prepared.head
-        # The module inside the engine; its values go through load and read.
+        # The module inside DeepSpeed's engine; its values go through load and read.
         self.model = adapted.network
         self.parameters = adapted.parameters
         self.watch = BlockWatch(adapted.blocks)
         # Modules with trained values -> the entries that are its weight and, if any, its bias.
         self.owners: dict[nn.Module, list[int]] = {}
-        for index, own in enumerate(adapted.found):
-            self.owners.setdefault(own.owner, []).append(index)
+        for index, trainable in enumerate(adapted.trainables):
+            self.owners.setdefault(trainable.owner, []).append(index)
         self.taps = PerSampleGradients(list(self.owners))
         self.precise = not settings.get("bf16", {}).get("enabled")
-        self._engine, *_ = deepspeed.initialize(
+        self._deepspeed, *_ = deepspeed.initialize(
             model=adapted.network,
             model_parameters=self.parameters,
             optimizer=make_optimizer(self.parameters, local),
             config=settings,
             dist_init_required=False,
         )
-        self._masters = Masters(self.parameters, self._engine, self.stage)
+        self._masters = Masters(self.parameters, self._deepspeed, self.stage)
 
     def load(
         self,
@@ -123,7 +123,7 @@ class Client:
         masters = self._masters
         masters.release()
         absent = None if trainable is None or bool(trainable.all()) else ~trainable
-        # Written like values, a vector takes the order of the engine's own partitions.
+        # Written like values, a vector takes the order of DeepSpeed's own partitions.
         parts = {
             name: self._in_master_order(value if absent is None else value.masked_fill(absent, 0))
             for name, value in (moments or {}).items()
@@ -155,8 +155,8 @@ class Client:
 
         By name (layout.size,) fp32. Spoils the values: read them before, load afterwards.
         """
-        found = self._masters.moments()
-        vectors = {name: self._in_layout_order(parts) for name, parts in found.items()}
+        moments = self._masters.moments()
+        vectors = {name: self._in_layout_order(parts) for name, parts in moments.items()}
         return {**vectors, STEPS: torch.tensor(steps)}
 
     def mean_gradient(self, steps: int) -> torch.Tensor:
@@ -191,9 +191,9 @@ class Client:
         rank, ranks = self.topology.rank_in_slot, self.topology.ranks_per_client
         for parameter, value in zip(self.parameters, values, strict=True):
             # Each rank holds ceil(n / ranks) values; the last one's partition may be padding.
-            share = -(-value.numel() // ranks)
-            padded = nn.functional.pad(value.flatten(), (0, share * ranks - value.numel()))
-            safe_set_local_fp32_param(parameter, padded.narrow(0, share * rank, share))
+            part = -(-value.numel() // ranks)
+            padded = nn.functional.pad(value.flatten(), (0, part * ranks - value.numel()))
+            safe_set_local_fp32_param(parameter, padded.narrow(0, part * rank, part))
         with deepspeed.zero.GatheredParameters(list(self.parameters), modifier_rank=0):
             for parameter, value in zip(self.parameters, values, strict=True):
                 parameter.data.copy_(value)
@@ -223,17 +223,17 @@ class Client:
         """
         topology = self.topology
         torch.manual_seed(dropout_seed)
-        self._engine.train()
+        self._deepspeed.train()
         result = Trained()
         seen = _Observer(self, len(tokens)) if observe else None
         for batch in batches:
-            micro_steps = self.shares(batch)
+            micro_steps = self.micro_batches(batch)
             # DeepSpeed averages over the ranks: ranks / len(batch) makes it the batch's mean.
             scale = topology.ranks_per_client / len(batch)
             if seen:
                 seen.forget(batch)
             for number, rows in enumerate(micro_steps):
-                self._engine.set_gradient_accumulation_boundary(number == len(micro_steps) - 1)
+                self._deepspeed.set_gradient_accumulation_boundary(number == len(micro_steps) - 1)
                 if seen:
                     seen.begin(len(rows), scale)
                 try:
@@ -242,21 +242,21 @@ class Client:
                     self.taps.listen(None)
                     self._discard(number > 0)
                     raise
-                self._engine.backward(losses.sum() * scale, scale_wrt_gas=False)
+                self._deepspeed.backward(losses.sum() * scale, scale_wrt_gas=False)
                 if seen and len(rows):
                     seen.end(rows, losses)
                 result.loss_sum += losses.sum().item()
-            self._engine.step()
+            self._deepspeed.step()
             result.samples += len(batch)
             result.steps += 1
         self.taps.listen(None)
         if seen:
             result.rows = np.unique(np.concatenate(list(batches)))
-            found = seen.whole(result.rows, result.samples)
-            result.losses, result.fisher, result.neurons = found
+            observed = seen.whole(result.rows, result.samples)
+            result.losses, result.fisher, result.neurons = observed
         return result
 
-    def shares(self, batch: Ids) -> list[Ids]:
+    def micro_batches(self, batch: Ids) -> list[Ids]:
         """This rank's rows of the batch, micro-step by micro-step."""
         topology = self.topology
         micro_steps = split_batch(batch, topology.ranks_per_client, self._local.micro_batch)
@@ -267,9 +267,9 @@ class Client:
 
         A rank without rows still takes part in the collectives, with a sample of `batch` at weight
         zero. Raises ClientError on all ranks of the slot if it fails on any of them.
-        probing: for gradients by autograd, which the engine refuses; its module does not.
+        probing: for gradients by autograd, which DeepSpeed refuses; its module does not.
         """
-        network = self.model if probing else self._engine
+        network = self.model if probing else self._deepspeed
         filled = rows if len(rows) else batch[:1]
         problem = ""
         losses = torch.zeros(1)
@@ -298,7 +298,7 @@ class Client:
 
     def probing(self) -> None:
         """Dropout off."""
-        self._engine.eval()
+        self._deepspeed.eval()
 
     def mask(self, rows: Ids, tokens: Tokens) -> torch.Tensor:
         """(len(rows), positions): 1 where the hidden states of these rows are no padding."""
@@ -319,11 +319,11 @@ class Client:
         Values and optimizer state are spoiled by it, and overwritten by the next load."""
         if not accumulated:
             return
-        self._engine.set_gradient_accumulation_boundary(True)
+        self._deepspeed.set_gradient_accumulation_boundary(True)
         ids = torch.ones((1, 4), dtype=torch.int64, device=self.topology.device)
-        zero = self._engine(input_ids=ids, attention_mask=ids).float().sum() * 0.0
-        self._engine.backward(zero, scale_wrt_gas=False)
-        self._engine.step()
+        zero = self._deepspeed(input_ids=ids, attention_mask=ids).float().sum() * 0.0
+        self._deepspeed.backward(zero, scale_wrt_gas=False)
+        self._deepspeed.step()
 
     @torch.no_grad()
     def predict(self, batches: Sequence[Ids], tokens: Tokens) -> npt.NDArray[np.float64]:
@@ -332,14 +332,14 @@ class Client:
         The ranks of the slot take the batches in turns; each returns its own rows only, so that
         the sum over ranks is the whole.
         """
-        self._engine.eval()
+        self._deepspeed.eval()
         ranks, rank = self.topology.ranks_per_client, self.topology.rank_in_slot
         result = np.zeros((2, len(tokens)))
         for start in range(0, len(batches), ranks):
             mine = start + rank
             # Forward is collective under ZeRO-3: a rank without a batch repeats another's.
             rows = batches[mine if mine < len(batches) else start]
-            classes, losses = self.head.predict(self._engine, tokens, rows, self.topology.device)
+            classes, losses = self.head.predict(self._deepspeed, tokens, rows, self.topology.device)
             if mine < len(batches):
                 result[0, rows] = classes.cpu().numpy() + 1
                 result[1, rows] = losses.cpu().numpy()
@@ -347,18 +347,18 @@ class Client:
 
     def close(self) -> None:
         """Free the engine, and undo what ZeRO-3 leaves behind in the process."""
-        self._engine.destroy()
+        self._deepspeed.destroy()
         nn.functional.linear = _LINEAR
 
 
 class _Observer:
     """What training passes tell about its samples, on one rank."""
 
-    def __init__(self, client: Client, rows: int) -> None:
-        self._client = client
-        layout = client.layout
-        axes = [layout.entries[own[0]].neuron_axis for own in client.owners.values()]
-        self._sums = FisherSums(axes, client.topology.device)
+    def __init__(self, engine: Engine, rows: int) -> None:
+        self._engine = engine
+        layout = engine.layout
+        axes = [layout.entries[indices[0]].neuron_axis for indices in engine.owners.values()]
+        self._sums = FisherSums(axes, engine.topology.device)
         self._losses, self._fisher = np.zeros(rows), np.zeros(rows)
 
     def forget(self, batch: Ids) -> None:
@@ -368,7 +368,7 @@ class _Observer:
     def begin(self, rows: int, scale: float) -> None:
         """Before the forward of this many rows, whose losses enter with this factor."""
         self._sums.batch(max(rows, 1), scale)
-        self._client.taps.listen(self._sums)
+        self._engine.taps.listen(self._sums)
 
     def end(self, rows: Ids, losses: torch.Tensor) -> None:
         """After the backward."""
@@ -377,18 +377,18 @@ class _Observer:
 
     def whole(self, rows: Ids, samples: int) -> tuple[Floats, Floats, torch.Tensor]:
         """Added up over the ranks of the slot: losses, Fisher traces, mean Fisher per neuron."""
-        layout = self._client.layout
+        layout = self._engine.layout
         neurons = torch.zeros(layout.neurons[-1].stop)
-        for total, own in zip(self._sums.neurons, self._client.owners.values(), strict=True):
+        for total, indices in zip(self._sums.neurons, self._engine.owners.values(), strict=True):
             if total is not None:
-                neurons[layout.neurons[own[0]]] = total.cpu() / samples
-        found = np.concatenate([self._losses[rows], self._fisher[rows], neurons.double().numpy()])
-        found = sum_in_slot(found, self._client.topology)
+                neurons[layout.neurons[indices[0]]] = total.cpu() / samples
+        whole = np.concatenate([self._losses[rows], self._fisher[rows], neurons.double().numpy()])
+        whole = sum_in_slot(whole, self._engine.topology)
         self._losses[rows], self._fisher[rows] = (
-            found[: len(rows)],
-            found[len(rows) : 2 * len(rows)],
+            whole[: len(rows)],
+            whole[len(rows) : 2 * len(rows)],
         )
-        return self._losses, self._fisher, torch.from_numpy(found[2 * len(rows) :]).float()
+        return self._losses, self._fisher, torch.from_numpy(whole[2 * len(rows) :]).float()
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], local: Local) -> torch.optim.Optimizer:
