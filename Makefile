@@ -36,7 +36,7 @@ test-all: lint
 
 test-cluster: setup
 	tests/cluster/install
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/cluster
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/cluster
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

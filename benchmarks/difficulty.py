@@ -17,11 +17,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from scipy.stats import spearmanr
 
+from hpcfed import registry
 from hpcfed.app.cli import quiet
 from hpcfed.cluster.topology import connect_world
 from hpcfed.data.batches import Floats, form_batches
 from hpcfed.engine.probe import fisher_traces
-from hpcfed.policies.curriculum import text_difficulty
 from hpcfed.rng import derive, generator
 from hpcfed.rounds import preflight
 from hpcfed.rounds.federation import Federation
@@ -58,7 +58,7 @@ def main() -> None:
         fixed = {kind: np.zeros(len(tokens)) for kind in ("length", "rarity", "random")}
         for rows in train:
             for kind in ("length", "rarity"):
-                fixed[kind][rows] = text_difficulty(kind, rows, tokens)
+                fixed[kind][rows] = registry.DIFFICULTIES[kind](rows, tokens)
             fixed["random"][rows] = generator(0, "order").random(len(rows))
         name = federation.setup.config.task.name
         print(f"{name}: rank correlation with the final loss, within clients (over all rows)")

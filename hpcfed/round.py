@@ -4,17 +4,29 @@ from dataclasses import dataclass
 
 import torch
 
+from hpcfed.adapters.layout import Part
+from hpcfed.policies.sharing import Split
+
 
 @dataclass(frozen=True)
 class Round:
-    """number: from 0. warm: all layers are shared, and nothing of the method acts yet. clients: the
-    sampled ones. shared, personal: names of blocks."""
+    """number: from 0. warm: all is shared, and nothing of the method acts yet. clients: the sampled
+    ones. split: which values are shared, personal, frozen."""
 
     number: int
     warm: bool
     clients: tuple[int, ...]
-    shared: tuple[str, ...]
-    personal: tuple[str, ...]
+    split: Split
+
+    @property
+    def shared(self) -> Part:
+        """What is trained, and travels."""
+        return self.split.shared
+
+    @property
+    def personal(self) -> Part:
+        """What is trained, and stays with its client."""
+        return self.split.personal
 
 
 @dataclass

@@ -11,9 +11,10 @@ import torch
 PHASES = ("select", "score", "train", "exchange", "evaluate")
 
 # What clients keep: values of layers that stay home, with the Fisher momentum; difficulties; the
-# optimizer's moments; control variates.
+# optimizer's moments; control variates; what update transforms remember.
 PERSONAL, CURRICULUM, MOMENTS, CONTROL = "personal", "curriculum", "moments", "control"
-KINDS = (PERSONAL, CURRICULUM, MOMENTS, CONTROL)
+UPDATES = "updates"
+KINDS = (PERSONAL, CURRICULUM, MOMENTS, CONTROL, UPDATES)
 
 
 @dataclass
@@ -71,12 +72,13 @@ class Seconds:
 class RunState:
     """The run after `rounds` rounds.
 
-    values (layout.size,) fp32: those of the shared blocks as the server made them last; elsewhere
-    those that a client begins with that has none of its own.
+    values (layout.size,) fp32: those of the shared part as the server made them last; elsewhere
+    those that a client begins with that has none of its own. chosen: the blocks whose layers are
+    shared, and the head.
     """
 
     values: torch.Tensor
-    shared: tuple[str, ...]  # names of blocks
+    chosen: tuple[str, ...]
     server: ServerState
     rounds: int = 0
     best: Best | None = None

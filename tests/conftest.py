@@ -41,8 +41,10 @@ def pytest_make_parametrize_id(val):
 
 def pytest_collection_modifyitems(config, items):
     """Tests of one world come one after the other, in one worker; so do those of one file that
-    need none."""
+    need none, or of files that name the same group."""
     for item in items:
+        if item.get_closest_marker("xdist_group"):
+            continue
         shape = item.callspec.params.get("shape") if hasattr(item, "callspec") else None
         name = f"world-{shape[0]}x{shape[1]}" if shape else item.path.stem
         item.add_marker(pytest.mark.xdist_group(name))

@@ -31,10 +31,11 @@ def zero(rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
 
 @dataclass(frozen=True)
 class Trainable:
-    """A trainable parameter: its block, its name where PEFT saves it, the module it belongs to,
-    where its values start, and the axis of its neurons (None: it is never masked)."""
+    """A trainable parameter: its block, its role there, its name where PEFT saves it, the module it
+    belongs to, where its values start, and the axis of its neurons (None: it is never masked)."""
 
     block: str
+    role: str
     name: str
     parameter: nn.Parameter
     owner: nn.Module
@@ -98,7 +99,7 @@ def assemble(
 ) -> Adapted:
     """Lay out the parameters. blocks: module name of each transformer block in `model`."""
     layout = AdapterLayout.build(
-        [(t.block, t.name, full_shape(t.parameter), t.neuron_axis) for t in trainables]
+        [(t.block, t.role, t.name, full_shape(t.parameter), t.neuron_axis) for t in trainables]
     )
     by_name = {t.name: t for t in trainables}
     ordered = tuple(by_name[entry.name] for entry in layout.entries)
@@ -154,7 +155,7 @@ def train_head(model: nn.Module, head: str | None, prefix: str, std: float) -> l
     for name, parameter in owner.named_parameters():
         parameter.requires_grad_(True)
         draw = partial(normal, std=std) if len(full_shape(parameter)) > 1 else zero
-        trainables.append(Trainable(HEAD, f"{prefix}{head}.{name}", parameter, owner, draw))
+        trainables.append(Trainable(HEAD, name, f"{prefix}{head}.{name}", parameter, owner, draw))
     return trainables
 
 

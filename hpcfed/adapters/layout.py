@@ -1,14 +1,14 @@
-"""`AdapterLayout` names every trainable value once.
+"""`AdapterLayout` names every trainable value once, and a `Part` is some of them.
 
-A trainable value belongs to a block: a transformer layer ("0", "1", ...), "input" or "head". All
-values lie in one flat fp32 vector, block after block, so a block is a slice, and packing the
-selected blocks is a concatenation of slices. Masks, Fisher, states, export and byte counts all
-speak layout; nothing else matches parameter names.
+A trainable value belongs to a block: a transformer layer ("0", "1", ...), "input" or "head"; and it
+has a role there ("A" or "B" of LoRA, "prompt", ...). All values lie in one flat fp32 vector, entry
+after entry. What is shared, personal or frozen in a round is a Part: it counts, packs, unpacks and
+masks. Nothing else matches parameter names.
 """
 
 import itertools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,10 +23,13 @@ INPUT = "input"  # what stands in front of the first layer
 class Entry:
     """One trainable parameter: values [offset, offset + size) of the flat vector.
 
-    neuron_axis: the axis along which its neurons lie, for local sparsity; None: never masked.
+    block: its layer, INPUT or HEAD. role: what it is there: "A" and "B" of LoRA, "prompt", "down"
+    and "up" of a bottleneck, "weight" and "bias" of the head. neuron_axis: the axis along which its
+    neurons lie, for local sparsity; None: never masked.
     """
 
     block: str
+    role: str
     name: str
     shape: tuple[int, ...]
     offset: int
@@ -54,14 +57,14 @@ class AdapterLayout:
 
     @staticmethod
     def build(
-        parameters: Collection[tuple[str, str, tuple[int, ...], int | None]],
+        parameters: Collection[tuple[str, str, str, tuple[int, ...], int | None]],
     ) -> "AdapterLayout":
-        """From (block, name, shape, neuron axis) in any order; names must be unique."""
+        """From (block, role, name, shape, neuron axis) in any order; names must be unique."""
         places = {HEAD: math.inf, INPUT: -1.0}
         ordered = sorted(parameters, key=lambda p: places.get(p[0]) or float(p[0]))
         entries, offset = [], 0
-        for block, name, shape, axis in ordered:
-            entries.append(Entry(block, name, shape, offset, axis))
+        for block, role, name, shape, axis in ordered:
+            entries.append(Entry(block, role, name, shape, offset, axis))
             offset += math.prod(shape)
         return AdapterLayout(tuple(entries))
 
@@ -81,9 +84,27 @@ class AdapterLayout:
         """Block names without the head."""
         return tuple(block for block in self.blocks if block != HEAD)
 
-    def others(self, blocks: Collection[str]) -> tuple[str, ...]:
-        """The blocks that are not among these, in order."""
-        return tuple(block for block in self.blocks if block not in blocks)
+    @cached_property
+    def whole(self) -> "Part":
+        """All of it."""
+        return Part(self, tuple(range(len(self.entries))))
+
+    def part(self, blocks: Collection[str]) -> "Part":
+        """What lies in these blocks."""
+        return self._where(lambda entry: entry.block in blocks)
+
+    def roles(self, *roles: str) -> "Part":
+        """What has one of these roles, in whatever block."""
+        return self._where(lambda entry: entry.role in roles)
+
+    def span(self, block: str) -> slice:
+        """The block's slice of the flat vector."""
+        (span,) = self.part((block,)).slices
+        return span
+
+    def _where(self, chosen: Callable[[Entry], bool]) -> "Part":
+        indices = [index for index, entry in enumerate(self.entries) if chosen(entry)]
+        return Part(self, tuple(indices))
 
     @cached_property
     def neurons(self) -> tuple[slice, ...]:
@@ -94,37 +115,81 @@ class AdapterLayout:
     def expand(self, neurons: torch.Tensor) -> torch.Tensor:
         """(size,) bool of values from (neurons,) bool; what has no neurons is True."""
         values = torch.ones(self.size, dtype=torch.bool)
-        for entry, span in zip(self.entries, self.neurons, strict=True):
+        for entry, own in zip(self.entries, self.neurons, strict=True):
             if entry.neuron_axis is not None:
                 shape = [1] * len(entry.shape)
                 shape[entry.neuron_axis] = entry.neurons
-                values[entry.values] = neurons[span].reshape(shape).expand(entry.shape).flatten()
+                values[entry.values] = neurons[own].reshape(shape).expand(entry.shape).flatten()
         return values
 
-    def span(self, block: str) -> slice:
-        """The block's slice of the flat vector."""
-        entries = [entry for entry in self.entries if entry.block == block]
-        return slice(entries[0].offset, entries[-1].offset + entries[-1].size)
 
-    def spans(self, blocks: Collection[str]) -> Iterator[slice]:
-        """Slices of the named blocks, in layout order."""
-        return (self.span(block) for block in self.blocks if block in blocks)
+@dataclass(frozen=True)
+class Part:
+    """Some entries of a layout, by their indices, in its order."""
 
-    def count(self, blocks: Collection[str]) -> int:
-        """Number of values in the named blocks."""
-        return sum(span.stop - span.start for span in self.spans(blocks))
+    layout: AdapterLayout
+    indices: tuple[int, ...]
 
-    def pack(self, vector: torch.Tensor, blocks: Collection[str]) -> torch.Tensor:
-        """The named blocks' values (count(blocks),) of a flat vector (size,)."""
-        parts = [vector[span] for span in self.spans(blocks)]
+    def __bool__(self) -> bool:
+        return bool(self.indices)
+
+    def __or__(self, other: "Part") -> "Part":
+        return Part(self.layout, tuple(sorted({*self.indices, *other.indices})))
+
+    def __and__(self, other: "Part") -> "Part":
+        return Part(self.layout, tuple(i for i in self.indices if i in set(other.indices)))
+
+    def __sub__(self, other: "Part") -> "Part":
+        return Part(self.layout, tuple(i for i in self.indices if i not in set(other.indices)))
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return tuple(self.layout.entries[index] for index in self.indices)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The blocks that it has something of, in order."""
+        return tuple(dict.fromkeys(entry.block for entry in self.entries))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The same without the head."""
+        return tuple(block for block in self.blocks if block != HEAD)
+
+    @cached_property
+    def size(self) -> int:
+        """Number of values."""
+        return sum(entry.size for entry in self.entries)
+
+    @cached_property
+    def slices(self) -> tuple[slice, ...]:
+        """Its slices of the flat vector, in order, neighbours joined."""
+        joined: list[slice] = []
+        for entry in self.entries:
+            if joined and joined[-1].stop == entry.offset:
+                joined[-1] = slice(joined[-1].start, entry.offset + entry.size)
+            else:
+                joined.append(entry.values)
+        return tuple(joined)
+
+    def pack(self, vector: torch.Tensor) -> torch.Tensor:
+        """Its values (size,) of a flat vector (layout.size,)."""
+        parts = [vector[piece] for piece in self.slices]
         return torch.cat(parts) if parts else vector[:0].clone()
 
-    def unpack(self, packed: torch.Tensor, blocks: Collection[str], into: torch.Tensor) -> None:
-        """Write packed values (count(blocks),) to their places in a flat vector (size,)."""
-        if len(packed) != self.count(blocks):
-            raise ValueError(f"{len(packed)} packed values for blocks of {self.count(blocks)}")
+    def unpack(self, packed: torch.Tensor, into: torch.Tensor) -> None:
+        """Write packed values (size,) to their places in a flat vector (layout.size,)."""
+        if len(packed) != self.size:
+            raise ValueError(f"{len(packed)} packed values for a part of {self.size}")
         start = 0
-        for span in self.spans(blocks):
-            length = span.stop - span.start
-            into[span] = packed[start : start + length]
+        for piece in self.slices:
+            length = piece.stop - piece.start
+            into[piece] = packed[start : start + length]
             start += length
+
+    def mask(self) -> torch.Tensor:
+        """(layout.size,) bool, True in this part."""
+        mask = torch.zeros(self.layout.size, dtype=torch.bool)
+        for piece in self.slices:
+            mask[piece] = True
+        return mask

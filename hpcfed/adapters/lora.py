@@ -58,9 +58,9 @@ def adapt(
             assert block is not None, f"trainable parameter {name} belongs to no block"
             owner = wrapped.get_submodule(name.rpartition(".")[0])
             # A neuron is an output row of B (d_out, r); of A (r, d_in), an input column.
-            draw, axis = (_uniform, 1) if ".lora_A." in name else (zero, 0)
+            role, draw, axis = ("A", _uniform, 1) if ".lora_A." in name else ("B", zero, 0)
             saved = name.replace(".default.", ".")
-            trainables.append(Trainable(block, saved, parameter, owner, draw, axis))
+            trainables.append(Trainable(block, role, saved, parameter, owner, draw, axis))
     trainables += train_head(model, head, PREFIX, head_std)
     lora_config.modules_to_save = [head] if head else []
     network = Network(wrapped, model, None)

@@ -172,7 +172,7 @@ def adapt(
         kind = peft.PromptTuningConfig
     draw = partial(normal, std=INITIAL_STD)
     trainables = [
-        Trainable(block, f"{block}.weight", module.weight, module, draw, neuron_axis=0)
+        Trainable(block, "prompt", f"{block}.weight", module.weight, module, draw, neuron_axis=0)
         for block, module in copies.items()
     ]
     peft_config = kind(

@@ -42,7 +42,13 @@ def _options(section: Any, prefix: str) -> Iterator[tuple[str, tuple[str, str, s
         else:
             bounds = span(field.metadata["bounds"])
             takes = _takes(hints[field.name]) + (f", {bounds}" if bounds else "")
-            yield name, (as_text(field.default), takes, field.metadata["help"])
+            meaning, names = field.metadata["help"], field.metadata["names"]
+            if names is not None:
+                takes = (
+                    f"{takes} of: {', '.join(names)}" if field.default == () else " | ".join(names)
+                )
+                meaning += ": " + "; ".join(f"{own}: {names.help(own)}" for own in names)
+            yield name, (as_text(field.default), takes, meaning)
 
 
 def _takes(hint: Any) -> str:

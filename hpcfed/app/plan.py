@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hpcfed import model
+from hpcfed import model, registry
 from hpcfed.adapters.base import Adapted
 from hpcfed.adapters.layout import HEAD
 from hpcfed.cluster.topology import check_hosts
@@ -24,9 +24,10 @@ from hpcfed.data.partition import ClientRows
 from hpcfed.errors import UserError
 from hpcfed.objectives import heads
 from hpcfed.policies import layers, sampling
+from hpcfed.policies.sharing import Sharing
 from hpcfed.rounds import preflight
 from hpcfed.rounds.account import FP32_BYTES
-from hpcfed.server import optimizer as server
+from hpcfed.server.variates import configured
 from hpcfed.settings import deepspeed_config
 from hpcfed.settings.config import Config
 from hpcfed.settings.resolve import Resolved
@@ -198,31 +199,41 @@ def activation_bytes(adapted: Adapted, rows: int, length: int) -> float:
 
 def _traffic_lines(config: Config, adapted: Adapted, slots: int) -> Iterator[str]:
     layout, spec = adapted.layout, config.layers
-    each = 1 + config.local.control
     everything = layout.size * FP32_BYTES
+    chosen = layout.blocks
     if spec.score == "all":
-        shared, how = everything, "all layers are shared"
+        how = "all layers are shared"
     elif spec.keep == "lossless":
-        shared, how = everything, "at most; layers.keep=lossless chooses after the warm-up"
+        how = "at most; layers.keep=lossless chooses after the warm-up"
     else:
         number = layers.count(spec.keep, len(layout.layers))
-        blocks = [*layout.layers[:number], HEAD]
-        shared = layout.count(blocks) * FP32_BYTES
+        chosen = (*layout.layers[:number], HEAD)
         how = f"{number} of {len(layout.layers)} layers and the head are shared"
+    rule = config.sharing.rule
+    if rule != "layers":
+        how += f", of them what sharing.rule={rule} lets travel"
     sampled = config.federation.per_round
+    variates = configured(config)
+    sharing = Sharing(registry.SHARING[rule], layout)
+    # What is shared may differ from one round to the next.
+    first = config.curriculum.warmup
+    turns = [sharing.split(first + turn, False, chosen) for turn in range(2)]
+    shared = list(dict.fromkeys(split.shared.size * FP32_BYTES for split in turns))
+    sent = " and ".join(f"{size * (1 + variates.travels) / 1e6:.2f}" for size in shared)
+    total = " and ".join(f"{sampled * size * (1 + variates.travels) / 1e6:.2f}" for size in shared)
+    turn = " in turns" if len(shared) > 1 else ""
+    yield f"a round: each client sends {sent} MB{turn} ({how}), all {sampled} of them {total} MB"
+    if first and max(shared) < everything:
+        yield f"the first {first} rounds: {everything / 1e6:.2f} MB a client"
     # From each slot sums of the values and of what the server's step needs; back, their means.
-    vectors = server.vectors(config)
     width = 8 if config.collective.wire == "float64" else 4
-    wire = 0 if slots == 1 else shared / FP32_BYTES * vectors * (width * slots + FP32_BYTES)
+    masks = any(registry.UPDATES[name].masks for name in config.updates.transforms)
+    each = width * slots * (2 if masks else 1) + FP32_BYTES
+    wires = [0 if slots == 1 else size / FP32_BYTES * (1 + variates.sums) * each for size in shared]
+    moved = " and ".join(f"{wire / 1e6:.2f}" for wire in wires)
     yield (
-        f"a round: each client sends {shared * each / 1e6:.2f} MB ({how}), all {sampled} of them "
-        f"{sampled * shared * each / 1e6:.2f} MB"
-    )
-    if config.curriculum.warmup and shared < everything:
-        yield f"the first {config.curriculum.warmup} rounds: {everything / 1e6:.2f} MB a client"
-    yield (
-        f"between the {slots} slots: {wire / 1e6:.2f} MB through MPI and a few statistics, however "
-        "many clients"
+        f"between the {slots} slots: {moved} MB through MPI and a few statistics, however many "
+        "clients"
     )
 
 

@@ -7,7 +7,6 @@ state. This is the only file that touches DeepSpeed's engine.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from hpcfed.cluster.stop import Stop
 from hpcfed.cluster.topology import Topology
 from hpcfed.data.batches import Floats, Ids, Tokens, split_batch
 from hpcfed.engine.masters import Masters
+from hpcfed.engine.trained import Trained
 from hpcfed.importance.fisher import FisherSums, PerSampleGradients
 from hpcfed.importance.sensitivity import BlockWatch
 from hpcfed.model import Prepared
@@ -43,24 +43,6 @@ class ClientError(Exception):
 
 class StopError(Exception):
     """The job has to stop: what is not committed is dropped. All ranks of the world raise it."""
-
-
-@dataclass
-class Trained:
-    """What local training did: loss summed over samples, samples and optimizer steps.
-
-    losses, fisher: (len(tokens),) each row's loss and Fisher trace when it was last trained on.
-    neurons: mean squared per-sample gradient per neuron, in the layout's order. rows: the rows that
-    were trained on, ascending.
-    """
-
-    loss_sum: float = 0.0
-    samples: int = 0
-    steps: int = 0
-    losses: Floats = field(default_factory=lambda: np.zeros(0))
-    fisher: Floats = field(default_factory=lambda: np.zeros(0))
-    neurons: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-    rows: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 class Engine:
@@ -225,7 +207,7 @@ class Engine:
         torch.manual_seed(dropout_seed)
         self._deepspeed.train()
         result = Trained()
-        seen = _Observer(self, len(tokens)) if observe else None
+        seen = _Observer(self, len(tokens)) if observe and len(batches) else None
         for batch in batches:
             micro_steps = self.micro_batches(batch)
             # DeepSpeed averages over the ranks: ranks / len(batch) makes it the batch's mean.

@@ -16,6 +16,7 @@ from hpcfed.engine.engine import Engine
 from hpcfed.importance.eigenvalues import cosines, eigenvalue_score
 from hpcfed.importance.fisher import Consumer, FisherSums
 from hpcfed.importance.sensitivity import relative_change, worst_case_noise
+from hpcfed.policies.layers import Measured
 
 # Of a central difference, relative to the norm of the values.
 STEP = 3e-3
@@ -176,3 +177,12 @@ def _backward(
     finally:
         engine.taps.listen(None)
     return gradient
+
+
+# Samples of a client that the eigenvalue score compares, as in the published code. They are not
+# those of a training batch: of a batch of one, every layer makes its samples equally alike.
+COMPARED = 8
+
+# A forward with noise on top of a forward and backward is counted as a second pass.
+SENSITIVITY = Measured(sensitivity, passes=2)
+EIGENVALUE = Measured(eigenvalue_scores, samples=COMPARED)

@@ -5,7 +5,8 @@ shapes of the pace are our reading.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,8 +15,22 @@ from hpcfed.data.batches import Floats, Ids, Tokens
 # Difficulty of a row that no pass has met yet.
 UNKNOWN = np.inf
 
-# Orders that need the model, by what they read from it; `reversed` is Fisher, the hardest first.
-NEEDS = {"fisher": "fisher", "reversed": "fisher", "loss": "loss"}
+
+@dataclass(frozen=True)
+class Measured:
+    """A difficulty that is read from the model in training passes, or a pass of its own: `fisher`
+    or `loss`; None: there is none, the order is random. hardest_first: reversed."""
+
+    reads: str | None
+    hardest_first: bool = False
+
+
+FISHER, LOSS, RANDOM = Measured("fisher"), Measured("loss"), Measured(None)
+REVERSED = Measured("fisher", hardest_first=True)
+
+# Any other difficulty is a function of the texts: (rows, tokens) -> (len(rows),), the larger the
+# harder. rows: the client's training rows, numbers into tokens.
+OfTexts = Callable[[Ids, Tokens], Floats]
 
 
 def portion(pace: str, start: float, full_at: float, round_number: int, rounds: int) -> float:
@@ -37,25 +52,27 @@ def portion(pace: str, start: float, full_at: float, round_number: int, rounds: 
     raise ValueError(f"unknown pace {pace!r}")
 
 
-def text_difficulty(kind: str, rows: Ids, tokens: Tokens) -> Floats:
-    """(len(rows),) difficulty that needs no model: `length` in tokens, `rarity` of the words."""
-    if kind == "length":
-        return tokens.lengths[rows].astype(np.float64)
-    if kind == "rarity":
-        # The mean of -log of each token's frequency, counted on these rows only: nothing leaves the
-        # client. Platanios et al. 2019 take the sum, which mostly orders by length.
-        texts = [tokens.row(row) for row in rows]
-        counts = np.bincount(np.concatenate(texts))
-        surprise = -np.log(np.maximum(counts, 1) / counts.sum())
-        return np.array([surprise[text].mean() for text in texts])
-    raise ValueError(f"{kind!r} is no difficulty of texts")
+def length(rows: Ids, tokens: Tokens) -> Floats:
+    """Tokens of each text."""
+    return tokens.lengths[rows].astype(np.float64)
 
 
-def batch_difficulty(kind: str, batches: Sequence[Ids], difficulty: Floats) -> Floats:
+def rarity(rows: Ids, tokens: Tokens) -> Floats:
+    """The mean of -log of each token's frequency, counted on these rows only: nothing leaves the
+    client. Platanios et al. 2019 take the sum, which mostly orders by length."""
+    texts = [tokens.row(row) for row in rows]
+    counts = np.bincount(np.concatenate(texts))
+    surprise = -np.log(np.maximum(counts, 1) / counts.sum())
+    return np.array([surprise[text].mean() for text in texts])
+
+
+def batch_difficulty(
+    batches: Sequence[Ids], difficulty: Floats, hardest_first: bool = False
+) -> Floats:
     """(len(batches),) summed over each batch's samples, to be sorted ascending; difficulty is
-    indexed by row. A batch with a row of UNKNOWN difficulty comes last, whatever the kind."""
+    indexed by row. A batch with a row of UNKNOWN difficulty comes last in any case."""
     sums = np.array([difficulty[batch].sum() for batch in batches])
-    return np.where(np.isinf(sums), UNKNOWN, -sums) if kind == "reversed" else sums
+    return np.where(np.isinf(sums), UNKNOWN, -sums) if hardest_first else sums
 
 
 def order(difficulty: Floats | None, count: int, rng: np.random.Generator) -> list[int]:

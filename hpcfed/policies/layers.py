@@ -1,13 +1,29 @@
 """Which layers are shared: their values travel, the others stay with their client."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-# Scores that are measured on clients.
-SCORED = ("sensitivity", "eigenvalue")
+from hpcfed.data.batches import Floats, Ids, Tokens
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A layer score that clients measure: ask(engine, rows, tokens) -> (layers,), the same on all
+    ranks of the slot; the layers with the highest are shared. rows: of one client, its first batch,
+    or `samples` of them. passes: sample passes that it takes, for the account."""
+
+    ask: Callable[[Any, Ids, Tokens], Floats]
+    passes: int = 1
+    samples: int | None = None
+
+
+# Scores that are not measured.
+ALL, FIRST, LAST, RANDOM = "all", "first", "last", "random"
 
 
 def count(fraction: float, layers: int) -> int:
@@ -24,19 +40,18 @@ def choose(
 ) -> list[str]:
     """The shared layers, in the model's order: `all` of them, else `number` of the L.
 
-    `sensitivity` and `eigenvalue` take those with the highest scores (L,), ties to the lower.
+    With scores (L,), those with the highest, ties to the lower.
     """
-    if score == "all":
+    if score == ALL:
         return list(layers)
-    if score == "first":
+    if score == FIRST:
         return list(layers[:number])
-    if score == "last":
+    if score == LAST:
         return list(layers[-number:])
-    if score == "random":
-        picks = np.sort(rng.permutation(len(layers))[:number])
-    elif score in SCORED:
-        assert scores is not None
+    if scores is not None:
         picks = np.sort(np.argsort(-scores, kind="stable")[:number])
+    elif score == RANDOM:
+        picks = np.sort(rng.permutation(len(layers))[:number])
     else:
         raise ValueError(f"unknown layer score {score!r}")
     return [layers[i] for i in picks]

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from hpcfed.adapters.layout import AdapterLayout
+from hpcfed.adapters.layout import AdapterLayout, Part
 
 
 def momentum(old: torch.Tensor | None, new: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -13,20 +13,21 @@ def momentum(old: torch.Tensor | None, new: torch.Tensor, gamma: float) -> torch
 
 
 def trainable(
-    layout: AdapterLayout, scores: torch.Tensor | None, keep: float, personal: tuple[str, ...]
+    layout: AdapterLayout, scores: torch.Tensor | None, keep: float, personal: Part
 ) -> torch.Tensor | None:
     """(layout.size,) bool: True trains. None: everything does.
 
-    In each matrix of the personal blocks the max(1, round(keep * n)) neurons with the highest
+    In each matrix of the personal part the max(1, round(keep * n)) neurons with the highest
     scores train, ties to the lower index; a matrix whose scores are all zero (A, while B is zero)
-    trains whole, and so does everything outside these blocks. scores: (neurons,), None before the
+    trains whole, and so does everything else. scores: (neurons,), None before the
     client's first participation.
     """
     if scores is None or keep == 1 or not personal:
         return None
     neurons = torch.ones(len(scores), dtype=torch.bool)
-    for entry, span in zip(layout.entries, layout.neurons, strict=True):
-        if entry.block not in personal or not bool(scores[span].any()):
+    for index in personal.indices:
+        entry, span = layout.entries[index], layout.neurons[index]
+        if not bool(scores[span].any()):
             continue
         count = max(1, math.floor(keep * entry.neurons + 0.5))
         best = torch.sort(scores[span], descending=True, stable=True).indices[:count]

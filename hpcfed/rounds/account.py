@@ -15,13 +15,14 @@ FP32_BYTES = 4
 class Traffic:
     """What a client sends and gets in a round, in values, and what all did on the wire, in bytes.
 
-    vectors: of the shared size, each way: SCAFFOLD's control variates travel with the values.
-    newcomers: clients that also get `personal`, what the warm-up made of layers that stay home.
+    sizes: values of the shared part that each sampled client has. vectors: of that size, each way:
+    SCAFFOLD's control variates travel with the values. newcomers: clients that also get the
+    personal part, as the warm-up has made it.
     """
 
+    sizes: dict[int, int]
     vectors: int
     newcomers: int
-    personal: int
     wire: int
 
 
@@ -51,9 +52,11 @@ class Account:
         """The round's record; and its part of the totals. reasons: why clients failed."""
         failed = tally.failed
         updates = len(now.clients) - len(failed)
-        values, head = self._layout.count(now.shared), self._layout.count([HEAD])
-        up = updates * values * traffic.vectors
-        down = len(now.clients) * values * traffic.vectors + traffic.newcomers * traffic.personal
+        split, shared_head = now.split, now.shared & self._layout.part([HEAD])
+        head = shared_head.size
+        up = sum(size for k, size in traffic.sizes.items() if k not in failed) * traffic.vectors
+        down = sum(traffic.sizes.values()) * traffic.vectors
+        down += len(now.clients) * split.fetched.size + traffic.newcomers * split.personal.size
         scored = int(tally.total("scored", failed_too=True)) + self._passes
         samples = int(tally.total("samples", failed_too=True)) + scored
         steps = int(tally.total("steps", failed_too=True))
@@ -80,7 +83,7 @@ class Account:
             "samples": samples,
             "scored": scored,
             "steps": steps,
-            "shared_layers": [block for block in now.shared if block != HEAD],
+            "shared_layers": list(now.shared.layers),
             "values": {"up": up, "down": down, "head": head},
             "bytes": {
                 "up": up * FP32_BYTES,

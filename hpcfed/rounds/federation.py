@@ -1,31 +1,32 @@
 """The round loop: the program's story.
 
 state of client k + shared values -> slot's engine -> batches -> local steps -> new values
-  -> packed, only the shared blocks, times n_k, added up over the slot's clients
+  -> packed, only the shared part, times n_k, added up over the slot's clients (exchange.py)
   -> one exchange between slots -> server step (the same on every rank) -> commit -> next round
 """
 
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from hpcfed import registry
 from hpcfed.adapters.layout import HEAD
-from hpcfed.cluster.collectives import MaskedSum, Mean, sum_in_slot
+from hpcfed.cluster.collectives import MaskedSum, sum_in_slot
 from hpcfed.engine.engine import StopError
 from hpcfed.policies import sampling
+from hpcfed.policies.sharing import Sharing
 from hpcfed.round import Outcome, Round
 from hpcfed.rounds.account import Account, Traffic
+from hpcfed.rounds.exchange import Exchange
 from hpcfed.rounds.local import LocalRounds
 from hpcfed.rounds.progress import Progress
 from hpcfed.rounds.results import Results
 from hpcfed.rounds.selection import select
 from hpcfed.rounds.setup import Setup
 from hpcfed.rounds.tally import Tally
-from hpcfed.server import optimizer as server
-from hpcfed.state import CONTROL, KINDS, PERSONAL
+from hpcfed.state import KINDS, PERSONAL
 from hpcfed.storage.states import ClientStates
 
 
@@ -43,13 +44,13 @@ class Federation:
             )
             for kind in KINDS
         }
+        rule = registry.SHARING[setup.config.sharing.rule]
+        self.sharing = Sharing(rule, self.layout)
         self.local = LocalRounds(setup, self.client_states)
+        self.exchange = Exchange(setup, self.client_states)
         self.account = Account(self.layout, self.state)
-        self.results = Results(setup, self.client_states[PERSONAL], self.account)
-        rows = sum(len(r.train) for r in setup.rows)
-        # Comes into play, with the clients' control variates, when the method begins.
-        self.server = server.Optimizer(
-            setup.config, self.layout, self.state.server, len(setup.rows), rows
+        self.results = Results(
+            setup, self.client_states[PERSONAL], self.account, self.sharing, self.exchange
         )
 
     def run(self, progress: Progress) -> dict[str, Any] | None:
@@ -90,7 +91,7 @@ class Federation:
             config, setup.engine, setup.rows, setup.train_tokens, setup.prepared.initial,
             state.values,
         )  # fmt: skip
-        state.shared = tuple(b for b in self.layout.blocks if b in (*selection.chosen, HEAD))
+        state.chosen = tuple(b for b in self.layout.blocks if b in (*selection.chosen, HEAD))
         self.account.before_the_round(selection.samples, select=time.monotonic() - clock)
         clock = time.monotonic()
         passes = self.local.score_everyone(state) if self.local.scores_everyone else 0
@@ -108,35 +109,29 @@ class Federation:
         lane = sampling.spread(costs, self._topology.slots)[self._topology.slot_index]
         seconds = {"select": time.monotonic() - clock}
         sums, tally = self._train(now, lane, progress)
-        mean, tally, seconds["exchange"] = self._exchange(now, sums, tally)
+        mean, tally, wire, seconds["exchange"] = self._exchange(now, sums, tally)
         if tally.left:
             return None, True
         seconds |= dict(zip(Tally.SECONDS, map(float, tally.longest), strict=True))
-        self._step(now, mean, tally)
-        record = self._record(now, tally, mean.wire_bytes, seconds)
+        self.exchange.step(now, mean, tally)
+        record = self._record(now, tally, wire, seconds)
         self.local.accept(now, tally.succeeded)
-        if self._controls(now):
-            self.client_states[CONTROL].accept(now.number, tally.succeeded)
+        self.exchange.accept(now, tally.succeeded)
         return record, tally.asked
 
     def next_round(self) -> Round:
         """The round that comes next."""
         spec, round_number = self._config.federation, self.state.rounds
         sampled = sampling.sample(self._config.seed, round_number, spec.clients, spec.per_round)
-        shared = self.state.shared
         warm = round_number < self._config.curriculum.warmup
-        return Round(round_number, warm, tuple(sampled), shared, self.layout.others(shared))
+        split = self.sharing.split(round_number, warm, self.state.chosen)
+        return Round(round_number, warm, tuple(sampled), split)
 
     def _train(self, now: Round, lane: list[int], progress: Progress) -> tuple[MaskedSum, Tally]:
         """This slot's clients, one after the other; their sums and numbers."""
         topology = self._topology
         tally = Tally(now.clients, topology.slots)
-        vectors = 1 if now.warm else server.vectors(self._config)
-        sums = MaskedSum(
-            self.layout.count(now.shared) * vectors,
-            len(tally.numbers),
-            wire=self._config.collective.wire,
-        )
+        sums = self.exchange.begin(now, len(tally.numbers))
         clock, scoring = time.monotonic(), 0.0
         for k in lane:
             outcome = self._run_client(k, now, sums)
@@ -151,33 +146,16 @@ class Federation:
 
     def _run_client(self, k: int, now: Round, sums: MaskedSum) -> Outcome:
         """A client's round in this slot; adds what it sends to the sums."""
-        values, variate = self.state.values, None
-        if self._controls(now) and (file := self.client_states[CONTROL].load(k)) is not None:
-            variate = file["control"]
-        correction = None if now.warm else self.server.correction(now.shared, variate)
-        outcome = self.local.run(k, now, self.results.vector(k), correction)
-        if outcome.values is None:
-            return outcome
-        rows = len(self.setup.rows[k].train)
-        if now.warm:
-            packed, control = self.layout.pack(outcome.values, now.shared), None
-        else:
-            packed, control = self.server.message(now.shared, values, outcome, variate, rows)
-        if not sums.add(packed, rows):
-            return replace(
-                outcome, values=None, loss_sum=0.0, reason="what it would send is not finite"
-            )
-        if control is not None and self._topology.leads_slot:
-            self.client_states[CONTROL].save(k, now.number, {"control": control})
-        return outcome
+        vector, has = self.results.vector(k, now), self.exchange.has(k, now)
+        correction = self.exchange.correction(k, now)
+        outcome = self.local.run(k, now, vector, correction, has)
+        return outcome if outcome.values is None else self.exchange.add(k, now, outcome, sums)
 
-    def _controls(self, now: Round) -> bool:
-        """Whether clients have control variates in this round."""
-        return self.server.keeps and not now.warm
-
-    def _exchange(self, now: Round, sums: MaskedSum, tally: Tally) -> tuple[Mean, Tally, float]:
-        """The clients' mean and everybody's numbers, the same on all ranks; and the seconds it
-        took, without waiting for the slot that took longest."""
+    def _exchange(
+        self, now: Round, sums: MaskedSum, tally: Tally
+    ) -> tuple[torch.Tensor, Tally, int, float]:
+        """The clients' mean and everybody's numbers, the same on all ranks; the bytes on the wire,
+        and the seconds it took, without waiting for the slot that took longest."""
         clock = time.monotonic()
         stop, engine = self.setup.stop, self.setup.engine
         # Losses were summed per rank, and signals may not have reached every rank. And from here on
@@ -188,26 +166,10 @@ class Federation:
         tally.signal(summed[-1], engine.interrupted)
         busy = tally.seconds.sum()
         sums.stats[:] = tally.numbers
-        before = self.layout.pack(self.state.values, now.shared)
-        mean = sums.mean(
-            torch.nn.functional.pad(before, (0, sums.size - len(before))), self._topology
-        )
-        tally = tally.summed(mean.stats)
+        mean, stats, wire = self.exchange.mean(now, sums)
+        tally = tally.summed(stats)
         waited = float(tally.longest.sum()) - busy
-        return mean, tally, max(0.0, time.monotonic() - clock - waited)
-
-    def _step(self, now: Round, mean: Mean, tally: Tally) -> None:
-        """The server's step: the next round's shared values."""
-        values = self.state.values
-        if now.warm:
-            after = mean.values
-        else:
-            rows = sum(len(self.setup.rows[k].train) for k in tally.succeeded)
-            sampled = server.Sampled(len(tally.succeeded), rows, int(tally.total("steps")))
-            after = self.server.step(now.shared, values, mean.values, sampled)
-        self.state.values = values.clone()
-        self.layout.unpack(after, now.shared, self.state.values)
-        self.state.rounds = now.number + 1
+        return mean, tally, wire, max(0.0, time.monotonic() - clock - waited)
 
     def _record(
         self, now: Round, tally: Tally, wire: int, seconds: dict[str, float]
@@ -217,12 +179,10 @@ class Federation:
         if tally.failed:
             gathered = self._topology.world.comm.allgather(reasons)
             reasons = {k: text for part in gathered for k, text in part.items()}
-        # SCAFFOLD's control variates travel both ways; those of the server do not travel at all.
-        vectors = 1 + (self.server.scaffold and not now.warm)
         known = self.state.clients[PERSONAL].current
         newcomers = [k for k in now.clients if k not in known] if config.curriculum.warmup else []
-        personal = self.layout.count(now.personal)
-        traffic = Traffic(vectors, len(newcomers), personal, wire)
+        sizes = {k: self.exchange.size(k, now) for k in now.clients}
+        traffic = Traffic(sizes, self.exchange.travelling(now), len(newcomers), wire)
         record = self.account.record(now, tally, reasons, traffic, seconds)
         if config.curriculum.pace != "all":
             record["share"] = self.local.portion(now.number)

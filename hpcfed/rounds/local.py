@@ -1,17 +1,20 @@
 """One client's part of a round, in its slot: score, order, mask, train."""
 
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from hpcfed import registry
 from hpcfed.cluster.collectives import sum_over_ranks
 from hpcfed.data.batches import Floats, Ids, form_batches
-from hpcfed.engine.engine import STEPS, ClientError, Trained
+from hpcfed.engine.engine import STEPS, ClientError
 from hpcfed.engine.probe import fisher_traces, row_losses
+from hpcfed.engine.trained import Trained
 from hpcfed.policies import curriculum, sampling, sparsity
 from hpcfed.rng import derive, generator
 from hpcfed.round import Outcome, Round
@@ -46,7 +49,11 @@ class LocalRounds:
         self._moments = states[MOMENTS]
         spec = setup.config.curriculum
         self._ordered = spec.pace != "all"
-        self._needs = curriculum.NEEDS.get(spec.difficulty) if self._ordered else None
+        difficulty = registry.DIFFICULTIES[spec.difficulty]
+        measured = isinstance(difficulty, curriculum.Measured)
+        self._needs = difficulty.reads if measured and self._ordered else None
+        self._of_texts: curriculum.OfTexts | None = None if measured else difficulty
+        self._hardest_first = measured and difficulty.hardest_first
 
     @property
     def scores_everyone(self) -> bool:
@@ -81,31 +88,38 @@ class LocalRounds:
             self._moments.accept(now.number, clients)
 
     def run(
-        self, client: int, now: Round, vector: torch.Tensor, control: torch.Tensor | None = None
+        self,
+        client: int,
+        now: Round,
+        vector: torch.Tensor,
+        control: torch.Tensor | None = None,
+        has: torch.Tensor | None = None,
     ) -> Outcome:
         """Train a client from `vector` (layout.size,). Collective over the slot.
 
-        control: (layout.size,), added to the gradient of every step. A failure that the slot's
-        ranks agree on is in the outcome; the client keeps what it had.
+        control: (layout.size,), added to the gradient of every step. has: (layout.size,) bool, the
+        values that this client has, None: all. A failure that the slot's ranks agree on is in the
+        outcome; the client keeps what it had.
         """
         config, engine, round_number = self._config, self._engine, now.number
         done = Outcome()
         state = self._personal.load(client) if not now.warm else None
         old = state["fisher"] if state and "fisher" in state else None
-        mask = sparsity.trainable(engine.layout, old, config.sparsity.keep, now.personal)
-        if mask is not None:
-            packed = engine.layout.pack(mask, now.personal)
+        trainable = sparsity.trainable(engine.layout, old, config.sparsity.keep, now.personal)
+        if trainable is not None:
+            packed = now.personal.pack(trainable)
             done.density = float(packed.double().mean())
+        first, *later = self._masks(now, trainable, has)
         tracks = not now.warm and config.sparsity.keep < 1 and bool(now.personal)
         try:
             moments = self._moments.load(client)
-            engine.load(vector, mask, moments, control)
+            engine.load(vector, first, moments, control)
             clock = time.monotonic()
             schedule = self._schedule(client, now)
             done.scored = schedule.scored
             if schedule.scored:
                 done.score_seconds = time.monotonic() - clock
-            trained = self._train(client, round_number, schedule, tracks)
+            trained = self._train(client, round_number, schedule, tracks, later)
             done.samples, done.steps = trained.samples, trained.steps
             values = engine.read()
             if not bool(torch.isfinite(values).all()):
@@ -123,7 +137,7 @@ class LocalRounds:
             if schedule.difficulty is not None:
                 self._save_difficulty(client, round_number, schedule.difficulty)
             if now.personal:
-                tensors = {"values": engine.layout.pack(values, now.personal)}
+                tensors = {"values": now.personal.pack(values)}
                 if tracks:
                     gamma = config.sparsity.momentum
                     tensors["fisher"] = sparsity.momentum(old, trained.neurons, gamma)
@@ -134,18 +148,41 @@ class LocalRounds:
                 self._note(client, round_number, schedule, done)
         return done
 
-    def _train(self, client: int, round_number: int, schedule: Schedule, tracks: bool) -> Trained:
-        """The local epochs; brings the schedule's difficulties up to date."""
+    def _masks(
+        self, now: Round, trainable: torch.Tensor | None, has: torch.Tensor | None
+    ) -> list[torch.Tensor | None]:
+        """What trains in each phase of the round, one after the other: (layout.size,) bool, None:
+        everything."""
+        split = now.split
+        limits = [own for own in (trainable, has) if own is not None]
+        if split.frozen:
+            limits.append(~split.frozen.mask())
+        phases = [[*limits, phase.mask()] for phase in split.phases if phase] or [limits]
+        return [torch.stack(each).all(0) if each else None for each in phases]
+
+    def _train(
+        self,
+        client: int,
+        round_number: int,
+        schedule: Schedule,
+        tracks: bool,
+        later: Sequence[torch.Tensor | None] = (),
+    ) -> Trained:
+        """The local epochs; brings the schedule's difficulties up to date. later: what trains in
+        the phases after the one that is loaded."""
         config, engine = self._config, self._engine
         spec, rank = config.curriculum, engine.topology.rank_in_slot
         known = schedule.difficulty
         learns = known is not None and (spec.refresh or spec.when == "training")
-        trained = engine.train(
-            self._epochs(client, round_number, schedule),
-            self._tokens,
-            derive(config.seed, "dropout", round_number, client, rank),
-            observe=tracks or learns,
-        )
+        batches = self._epochs(client, round_number, schedule)
+        seed = derive(config.seed, "dropout", round_number, client, rank)
+        cuts = [len(batches) * phase // (1 + len(later)) for phase in range(2 + len(later))]
+        first, *others = (batches[start:stop] for start, stop in itertools.pairwise(cuts))
+        trained = engine.train(first, self._tokens, seed, observe=tracks or learns)
+        for phase, (mask, part) in enumerate(zip(later, others, strict=True), 1):
+            engine.load(engine.read(), mask)
+            more = engine.train(part, self._tokens, seed + phase, observe=tracks or learns)
+            trained = trained.followed_by(more)
         if known is not None and learns:
             fresh = trained.fisher if self._needs == "fisher" else trained.losses
             rows = trained.rows if spec.refresh else trained.rows[np.isinf(known[trained.rows])]
@@ -213,9 +250,9 @@ class LocalRounds:
                 None, len(batches), generator(seed, "warmup", round_number, client)
             )
         elif self._needs is None:
-            if spec.difficulty != "random":
+            if self._of_texts is not None:
                 difficulty = np.zeros(len(self._tokens))
-                difficulty[rows] = curriculum.text_difficulty(spec.difficulty, rows, self._tokens)
+                difficulty[rows] = self._of_texts(rows, self._tokens)
             order = self._order(client, batches, difficulty)
             difficulty = None  # nothing to keep
         else:
@@ -237,8 +274,7 @@ class LocalRounds:
         rng = generator(self._config.seed, "order", client)
         if difficulty is None or np.isinf(difficulty[self._rows[client].train]).all():
             return curriculum.order(None, len(batches), rng)
-        kind = self._config.curriculum.difficulty
-        hard = curriculum.batch_difficulty(kind, batches, difficulty)
+        hard = curriculum.batch_difficulty(batches, difficulty, self._hardest_first)
         return curriculum.order(hard, len(batches), rng)
 
     def _score(self, client: int) -> Floats:

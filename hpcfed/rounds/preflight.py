@@ -12,10 +12,10 @@ from hpcfed.data.partition import ClientRows
 from hpcfed.data.sources import TaskData
 from hpcfed.data.wordings import wording
 from hpcfed.errors import UserError
-from hpcfed.settings import deepspeed_config
+from hpcfed.settings import deepspeed_config, plugins
 from hpcfed.settings.config import Config
 from hpcfed.settings.resolve import Resolved, changed
-from hpcfed.storage.paths import CONFIG, PARTITION, SUMMARY
+from hpcfed.storage.paths import CONFIG, LIVES, PARTITION, SUMMARY
 
 # What another life of a run may have otherwise: none of it changes a bit of the result but threads,
 # which a smaller node may not have.
@@ -115,6 +115,17 @@ def _check_unchanged(config: Config, output: Path) -> None:
             f"configuration it began with ({output / CONFIG}), or give another output=..."
         )
 
+    try:
+        began = json.loads((output / LIVES).read_text()).get("plugins", {})
+    except (OSError, ValueError):
+        began = {}
+    for path, digest in plugins.digests(config.plugins).items():
+        if began.get(path) != digest:
+            raise UserError(
+                f"The plug-in {path} has changed since the run in {output} began; put it back, or "
+                "give another output=..."
+            )
+
 
 def _check_rows(output: Path, table: dict[str, Any]) -> None:
     """Raises UserError unless a run that goes on has the data that it began with."""
@@ -154,6 +165,44 @@ def _check_choices(config: Config) -> None:
         raise UserError(
             "local.moments=keep: plain sgd has no moments to keep; set local.momentum, or reset."
         )
+    _check_sharing(config)
+
+
+_OF_LORA = ("ffa", "fedsa", "rolora")  # sharing rules that tell A from B
+
+
+def _check_sharing(config: Config) -> None:
+    """Raises UserError for sharing rules and transforms that cannot act."""
+    rule, local = config.sharing.rule, config.local
+    if rule in _OF_LORA and config.adapter.kind != "lora":
+        raise UserError(
+            f"sharing.rule={rule} tells LoRA's A from its B, which adapter.kind="
+            f"{config.adapter.kind} does not have; use adapter.kind=lora."
+        )
+    if rule == "fedalt" and config.layers.score == "all":
+        raise UserError(
+            "sharing.rule=fedalt trains personal layers and shared ones in turns, and with "
+            "layers.score=all none is personal; choose another layers.score."
+        )
+    if rule in ("fedalt", "rolora") and (local.moments == "keep" or local.control):
+        raise UserError(
+            f"sharing.rule={rule} trains another part each time, so local.moments=keep and "
+            "local.control cannot go with it."
+        )
+    transforms = config.updates.transforms
+    if transforms and (config.server.control or local.control):
+        raise UserError(
+            "updates.transforms changes what clients weigh or send, and control variates would no "
+            "longer hold: leave out server.control and local.control."
+        )
+    if "hetlora" in transforms and (
+        config.adapter.kind != "lora" or config.updates.least_rank > config.adapter.rank
+    ):
+        raise UserError(
+            "hetlora gives clients the first ranks of LoRA: it needs adapter.kind=lora, and "
+            f"updates.least_rank ({config.updates.least_rank}) not above adapter.rank "
+            f"({config.adapter.rank})."
+        )
 
 
 def check_ranks(ranks: int, ranks_per_client: int) -> None:
@@ -169,7 +218,9 @@ def output_folder(config: Config) -> Path:
     """The run directory."""
     try:
         return Path(
-            config.output.format(task=config.task.name, method=config.method, seed=config.seed)
+            config.output.format(
+                task=config.task.name, method=Path(config.method).stem, seed=config.seed
+            )
         )
     except (KeyError, IndexError, ValueError):
         raise UserError(

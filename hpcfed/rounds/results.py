@@ -9,8 +9,11 @@ import torch
 
 from hpcfed.adapters.layout import HEAD
 from hpcfed.data.batches import Ids, Tokens
+from hpcfed.policies.sharing import Sharing
+from hpcfed.round import Round
 from hpcfed.rounds.account import Account
 from hpcfed.rounds.evaluation import Evaluation, Evaluator
+from hpcfed.rounds.exchange import Exchange
 from hpcfed.rounds.setup import Setup
 from hpcfed.state import Best
 from hpcfed.storage.states import ClientStates
@@ -19,9 +22,17 @@ from hpcfed.storage.states import ClientStates
 class Results:
     """Evaluates the run's state. `personal`: the files of values that stay home."""
 
-    def __init__(self, setup: Setup, personal: ClientStates, account: Account) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        personal: ClientStates,
+        account: Account,
+        sharing: Sharing,
+        exchange: Exchange,
+    ) -> None:
         self._setup, self._state = setup, setup.state
         self._personal, self._account = personal, account
+        self._sharing, self._exchange = sharing, exchange
         self._evaluator = Evaluator(
             setup.engine, setup.task, setup.topology, setup.config.evaluation.batch_size
         )
@@ -29,19 +40,21 @@ class Results:
     def vector(
         self,
         client: int | None,
+        now: Round | None = None,
         values: torch.Tensor | None = None,
         files: Mapping[int, int] | None = None,
     ) -> torch.Tensor:
         """All trainable values (layout.size,) of a client: the shared ones, and its personal ones,
-        or those everyone starts from. By default now; else of these values and files."""
+        or those everyone starts from; zero where it has none. By default the current ones; else of
+        these values and files. now: the round it is for, None: after it."""
         vector = (self._state.values if values is None else values).clone()
         if client is None:
             return vector
         tensors = self._personal.load(client, files)
         if tensors is not None:
-            layout = self._setup.prepared.adapted.layout
-            layout.unpack(tensors["values"], layout.others(self._state.shared), vector)
-        return vector
+            self._sharing.personal(self._state.chosen).unpack(tensors["values"], vector)
+        has = self._exchange.has(client, now)
+        return vector if has is None else torch.where(has, vector, 0.0)
 
     def validate(self, record: dict[str, Any]) -> None:
         """Where it is time for it, validation metrics of the current values, into the round's
@@ -68,10 +81,12 @@ class Results:
     ) -> dict[str, Evaluation]:
         """Personal and global results on rows[k] of every client k; one pass if they coincide.
         files: client -> round of its personal values."""
+        # Where clients have different values each is evaluated by itself.
+        apart = dict.fromkeys(range(len(rows)), 0) if self._exchange.masks else files
         personal = self._evaluator.evaluate(
-            rows, tokens, files, lambda k: self.vector(k, values, files)
+            rows, tokens, apart, lambda k: self.vector(k, None, values, files)
         )
-        if not files:
+        if not apart:
             return {"personal": personal, "global": personal}
         return {
             "personal": personal,
@@ -117,7 +132,7 @@ class Results:
                 **state.seconds.phases,
                 "total": seconds_so_far(),
             },
-            "shared_layers": [block for block in state.shared if block != HEAD],
+            "shared_layers": [block for block in state.chosen if block != HEAD],
         }
         if setup.topology.is_root:
             self._save(results, summary)

@@ -7,20 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from hpcfed import registry
 from hpcfed.cluster.collectives import sum_over_ranks
 from hpcfed.data.batches import Floats, Ids, Tokens, form_batches
 from hpcfed.data.partition import ClientRows
 from hpcfed.engine.engine import ClientError, Engine
-from hpcfed.engine.probe import eigenvalue_scores, gradient, hessian_product, sensitivity
+from hpcfed.engine.probe import gradient, hessian_product
 from hpcfed.importance.spectrum import STEPS, eigengap, lanczos, plateau, quadrature
 from hpcfed.policies import layers
 from hpcfed.policies.sampling import spread
 from hpcfed.rng import derive, generator
 from hpcfed.settings.config import Config
-
-# Samples of a client that the eigenvalue score compares, as in the published code. They are not
-# those of a training batch: of a batch of one, every layer makes its samples equally alike.
-COMPARED = 8
 
 # Fraction of the layers where the rule for their number finds nothing.
 FIXED = 0.5
@@ -93,21 +90,18 @@ def select(
     rng = generator(config.seed, "layers")
     scores, samples = None, 0
     record: dict[str, Any] = {}
-    if spec.score in layers.SCORED:
+    score = registry.SCORES[spec.score]
+    if isinstance(score, layers.Measured):
         probed = probe_clients(config, rows)
-        ask, passes, size = {
-            # A forward with noise on top of a forward and backward: counted as a second pass.
-            "sensitivity": (sensitivity, 2, config.local.batch_size),
-            "eigenvalue": (eigenvalue_scores, 1, COMPARED),
-        }[spec.score]
+        size = score.samples or config.local.batch_size
         batches = {k: first_batch(config, rows, tokens, k, size) for k in probed}
         by_client = over_clients(
             config, engine, rows, initial, probed, len(names),
-            lambda k: ask(engine, batches[k], tokens),
+            lambda k: score.ask(engine, batches[k], tokens),
         )  # fmt: skip
         weights = np.array([len(rows[k].train) for k in by_client], dtype=np.float64)
         scores = np.average(np.array(list(by_client.values())), axis=0, weights=weights)
-        samples = passes * sum(map(len, batches.values()))
+        samples = score.passes * sum(map(len, batches.values()))
         record = {
             "scores": dict(zip(names, scores.tolist(), strict=True)),
             "clients": {str(k): values.tolist() for k, values in by_client.items()},

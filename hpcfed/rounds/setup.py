@@ -22,10 +22,12 @@ from hpcfed.data.batches import Tokens
 from hpcfed.data.partition import ClientRows
 from hpcfed.data.sources import TaskData
 from hpcfed.engine.engine import Engine
+from hpcfed.errors import UserError
 from hpcfed.model import Prepared
 from hpcfed.objectives import heads
 from hpcfed.rounds.preflight import Checked
 from hpcfed.rounds.progress import Opening
+from hpcfed.settings import plugins
 from hpcfed.settings.config import Config
 from hpcfed.settings.deepspeed_config import zero_stage
 from hpcfed.state import RunState, ServerState
@@ -135,7 +137,10 @@ def _set_up(
     earlier_seconds = state.seconds.total
     state.seconds.init += init_seconds
     stop.tail = state.seconds.tail
-    facts, here = _facts(task, prepared, settings), _here(topology, state.rounds)
+    facts, here = _facts(config, task, prepared, settings), _here(topology, state.rounds)
+    everyone = world.comm.allgather(facts.get("plugins"))
+    if any(own != everyone[0] for own in everyone):
+        raise UserError("The plug-ins differ from host to host; give all hosts the same files.")
     with world.agreement("writing the run directory"):
         if world.rank == 0 and checked.begun:
             directory.describe_life(facts, here)
@@ -156,14 +161,18 @@ def _first_state(config: Config, prepared: Prepared) -> RunState:
     return RunState(prepared.initial.clone(), layout.blocks, ServerState(config.server.lr))
 
 
-def _facts(task: TaskData, prepared: Prepared, settings: dict[str, Any]) -> dict[str, Any]:
+def _facts(
+    config: Config, task: TaskData, prepared: Prepared, settings: dict[str, Any]
+) -> dict[str, Any]:
     """What runs."""
     layout = prepared.adapted.layout
+    own = {"plugins": plugins.digests(config.plugins)} if config.plugins else {}
     return {
+        **own,
         "model": prepared.source,
         "labels": list(task.labels),
         "backbone_values": prepared.backbone_values,
-        "adapter_values": {block: layout.count([block]) for block in layout.blocks},
+        "adapter_values": {block: layout.part([block]).size for block in layout.blocks},
         "deepspeed": settings,
     }
 

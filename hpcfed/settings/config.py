@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hpcfed import registry
+from hpcfed.registry import Registry
+
 
 def option(
     default: Any,
@@ -18,10 +21,13 @@ def option(
     at_most: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    names: Registry | None = None,
 ) -> Any:
-    """A dataclass field with a help text and a range (inclusive: at_least/at_most; else open)."""
+    """A dataclass field with a help text and a range (inclusive: at_least/at_most; else open).
+    names: its value is the name of a part, ours or a plug-in's."""
     bounds = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
-    meta = {"help": help, "bounds": {k: v for k, v in bounds.items() if v is not None}}
+    known = {key: value for key, value in bounds.items() if value is not None}
+    meta = {"help": help, "bounds": known, "names": names}
     return field(default=default, metadata=meta)
 
 
@@ -151,11 +157,7 @@ class Local:
 
 @dataclass(frozen=True)
 class Curriculum:
-    difficulty: Literal["fisher", "loss", "length", "rarity", "random", "reversed"] = option(
-        "fisher",
-        "what makes a batch hard: the Fisher trace or the loss of its samples, their length in "
-        "tokens, the rarity of their words; random; reversed: Fisher, the hardest first",
-    )
+    difficulty: str = option("fisher", "what makes a batch hard", names=registry.DIFFICULTIES)
     pace: Literal["linear", "sqrt", "exp", "all"] = option(
         "all",
         "how the share of batches in use grows with the rounds; all: no curriculum",
@@ -184,11 +186,7 @@ class Curriculum:
 
 @dataclass(frozen=True)
 class Layers:
-    score: Literal["all", "sensitivity", "eigenvalue", "first", "last", "random"] = option(
-        "all",
-        "which layers are shared: all, those most sensitive to noise on the input (FibecFed), "
-        "those that make samples most alike (FedPepTAO), the first, the last, or a random choice",
-    )
+    score: str = option("all", "which layers are shared", names=registry.SCORES)
     keep: float | Literal["lossless"] = option(
         0.5,
         "share of the layers that is shared (not for `all`), the rest stays personal; lossless: "
@@ -201,6 +199,30 @@ class Layers:
     )
     probe_clients: int = option(
         10, "clients that are asked to score the layers and their number", at_least=1
+    )
+
+
+@dataclass(frozen=True)
+class Sharing:
+    rule: str = option(
+        "layers", "which values travel, stay, or are frozen in a round", names=registry.SHARING
+    )
+
+
+@dataclass(frozen=True)
+class Updates:
+    transforms: tuple[str, ...] = option(
+        (), "what changes clients' updates before they are added up", names=registry.UPDATES
+    )
+    least_rank: int = option(
+        2, "hetlora: a client's rank is drawn from this to adapter.rank", at_least=1
+    )
+    rank_decay: float = option(
+        0.0,
+        "hetlora: a client's last rank shrinks by this each round, and is given up once it no "
+        "longer grows; 0 = never",
+        at_least=0,
+        below=1,
     )
 
 
@@ -225,10 +247,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Server:
-    optimizer: Literal["mean", "momentum", "adam", "yogi"] = option(
-        "mean",
-        "what is made of the clients' n_k-weighted mean: mean: the mean itself (FedAvg); momentum: "
-        "of the pseudo-gradient (FedAvgM) or of its differences (FedPepTAO); adam, yogi (FedOpt)",
+    optimizer: str = option(
+        "mean", "what is made of the clients' n_k-weighted mean", names=registry.SERVERS
     )
     gradient: Literal["pseudo_gradient", "difference"] = option(
         "pseudo_gradient", "momentum: of how far the mean moved, or of how that has changed"
@@ -279,7 +299,9 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Config:
-    method: str = option("lora-fedavg", "a preset; everything else may override it")
+    method: str = option(
+        "lora-fedavg", "a preset, or a YAML file of your own; everything else may override it"
+    )
     seed: int = option(42, "every random draw derives from it", at_least=0)
     model: Model = field(default_factory=Model)
     adapter: Adapter = field(default_factory=Adapter)
@@ -289,12 +311,17 @@ class Config:
     local: Local = field(default_factory=Local)
     curriculum: Curriculum = field(default_factory=Curriculum)
     layers: Layers = field(default_factory=Layers)
+    sharing: Sharing = field(default_factory=Sharing)
+    updates: Updates = field(default_factory=Updates)
     sparsity: Sparsity = field(default_factory=Sparsity)
     evaluation: Evaluation = field(default_factory=Evaluation)
     server: Server = field(default_factory=Server)
     collective: Collective = field(default_factory=Collective)
     cluster: Cluster = field(default_factory=Cluster)
     deepspeed: str = option("ds_configs/zero0.json", "a plain DeepSpeed JSON file")
+    plugins: tuple[str, ...] = option(
+        (), "Python files of your own that register parts of a method, see docs/add-a-method.md"
+    )
     output: str = option(
         "runs/{task}-{method}-{seed}", "run directory; must not exist yet, unless with --resume"
     )

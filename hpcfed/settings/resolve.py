@@ -10,7 +10,7 @@ import difflib
 import operator
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from hpcfed.errors import UserError
+from hpcfed.settings import plugins
 from hpcfed.settings.config import Config
 
 DEFAULT = "default"
@@ -82,32 +83,67 @@ def resolve(source: str, overrides: Sequence[str] = ()) -> Resolved:
                 f"{source!r} is neither a YAML file nor a preset;{_nearest(source, presets())} "
                 f"presets: {', '.join(presets())}."
             )
-        tree = read_file(path)
-        method = method or tree.get("method", "lora-fedavg")
-        layers.insert(0, (tree, source))
+        tree = _read_beside(path)
+        if "base" in tree and method is None:  # it is a preset of the user's own
+            method = source
+        else:
+            tree.pop("base", None)
+            method = method or tree.get("method", "lora-fedavg")
+            layers.insert(0, (tree, source))
 
     for tree, name in [*_preset_chain(method), *layers]:
         _merge(values, tree, name, origin)
     values["method"] = _final_method(method)
-    origin.setdefault("method", f"preset {method}" if source in presets() else DEFAULT)
+    named = source in presets() or method == source
+    origin.setdefault("method", f"preset {method}" if named else DEFAULT)
+    files = values.get("plugins")
+    if isinstance(files, list) and all(isinstance(file, str) for file in files):
+        plugins.load(files)  # before the names that they register are looked up
     return Resolved(_build(Config, values, "", origin), origin)
 
 
-def _preset_chain(method: Any) -> list[tuple[dict[str, Any], str]]:
-    """The preset and the ones it builds on, the most basic first."""
+def _preset_chain(method: Any, above: tuple[str, ...] = ()) -> list[tuple[dict[str, Any], str]]:
+    """The preset and the ones it builds on, the most basic first. above: those that build on it."""
     known = presets()
-    if not isinstance(method, str) or method not in known:
+    if not isinstance(method, str) or not (method in known or _is_file(method)):
         raise UserError(
             f"Unknown preset {method!r} for method;{_nearest(str(method), known)} "
-            f"presets: {', '.join(known)}."
+            f"presets: {', '.join(known)}; or a YAML file of your own."
         )
+    if method in above:
+        raise UserError(f"The preset {method} builds on itself; see its `base`.")
     tree = _read_preset(method)
     # A setting (demo) names the `method` that it runs; a method may name another as its `base`.
     base = tree.pop("method", None) or tree.pop("base", None)
-    return [*(_preset_chain(base) if base else []), (tree, f"preset {method}")]
+    chain = _preset_chain(base, (*above, method)) if base else []
+    return [*chain, (tree, f"preset {method}")]
+
+
+def _is_file(name: str) -> bool:
+    """Whether it is a preset of the user's own."""
+    return name.endswith((".yaml", ".yml")) and Path(name).is_file()
+
+
+def _read_beside(path: Path) -> dict[str, Any]:
+    """A configuration file; the files that it names lie beside it, or where the process runs."""
+    tree = read_file(path)
+    tree.pop("description", None)
+
+    def located(name: Any) -> Any:
+        beside = path.parent / name if isinstance(name, str) else path
+        return str(beside) if isinstance(name, str) and beside.is_file() else name
+
+    for key in ("base", "method"):
+        if isinstance(tree.get(key), str) and tree[key] not in presets():
+            tree[key] = located(tree[key])
+    if isinstance(tree.get("plugins"), list):
+        tree["plugins"] = [located(name) for name in tree["plugins"]]
+    return tree
 
 
 def _read_preset(name: str) -> dict[str, Any]:
+    if _is_file(name):
+        return _read_beside(Path(name))
     text = (resources.files("hpcfed.settings") / "presets" / f"{name}.yaml").read_text()
     tree = _read_yaml(text, f"preset {name}")
     tree.pop("description", None)
@@ -200,7 +236,11 @@ def _build(cls: Any, tree: dict[str, Any], prefix: str, origin: dict[str, str]) 
         elif name in tree:
             inside = (setter for key, setter in origin.items() if key.startswith(f"{dotted}."))
             label = f"{dotted} ({origin.get(dotted) or next(inside, DEFAULT)})"
-            built[name] = _check(tree[name], hints[name], spec.metadata.get("bounds", {}), label)
+            none = spec.default == () and tree[name] == []
+            value = () if none else _check(tree[name], hints[name], spec.metadata["bounds"], label)
+            built[name] = value
+            if spec.metadata["names"] is not None:
+                _choose(built[name], spec.metadata["names"], label)
         else:
             built[name] = spec.default
             origin[dotted] = DEFAULT
@@ -219,12 +259,7 @@ def _check(value: Any, hint: Any, bounds: dict[str, float], label: str) -> Any:
         return value
     kind = next(k for k in kinds if k is not type(None))
     if typing.get_origin(kind) is typing.Literal:
-        choices = typing.get_args(kind)
-        if value not in choices:
-            raise UserError(
-                f"{label} is {value!r};{_nearest(str(value), choices)} "
-                f"choose one of: {', '.join(map(str, choices))}."
-            )
+        _choose(value, typing.get_args(kind), label)
         return value
     if typing.get_origin(kind) is Mapping:
         if not isinstance(value, dict) or not all(
@@ -241,6 +276,15 @@ def _check(value: Any, hint: Any, bounds: dict[str, float], label: str) -> Any:
             raise UserError(f"{label} must be a list of names, not {value!r}.")
         return tuple(items)
     return _check_scalar(value, kind, kinds, bounds, label)
+
+
+def _choose(value: Any, choices: Collection[Any], label: str) -> None:
+    for name in value if isinstance(value, tuple) else (value,):
+        if name not in choices:
+            raise UserError(
+                f"{label} is {name!r};{_nearest(str(name), choices)} "
+                f"choose one of: {', '.join(map(str, choices))}."
+            )
 
 
 def _check_scalar(

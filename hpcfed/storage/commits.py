@@ -27,7 +27,7 @@ def encode(state: RunState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     content = {
         "format": FORMAT,
         "rounds": state.rounds,
-        "shared_blocks": state.shared,
+        "shared_blocks": state.chosen,
         "server_lr": state.server.lr,
         "best": best,
         "clients": {kind: asdict(files) for kind, files in state.clients.items()},
@@ -51,7 +51,7 @@ def decode(tensors: dict[str, torch.Tensor], content: dict[str, Any]) -> RunStat
     best = content["best"]
     return RunState(
         values=tensors["values"],
-        shared=tuple(content["shared_blocks"]),
+        chosen=tuple(content["shared_blocks"]),
         server=ServerState(content["server_lr"], vectors),
         rounds=content["rounds"],
         best=None if best is None else Best(best["round"], best["score"], tensors["best"]),

@@ -26,8 +26,9 @@ METHODS = {
     ],
 }  # fmt: skip
 
-# Long enough to be disturbed a few times, and for Slurm to look at time limits, every 30 s.
-LONG = ["federation.rounds=240", "evaluation.every=80"]
+# Long enough to be disturbed a few times; and for Slurm to look at time limits, every 30 s.
+SOME = ["federation.rounds=60", "evaluation.every=20"]
+LONG = ["federation.rounds=220", "evaluation.every=110"]
 
 PATIENCE = 400.0  # seconds
 
@@ -54,13 +55,14 @@ def words(method: str, shared: Path, name: str, *extra: str) -> list[str]:
 RUNS: dict[str, tuple[str, list[str]]] = {
     "fibecfed": ("fibecfed", []),
     "fedpeptao": ("fedpeptao", []),
+    "fibecfed-some": ("fibecfed", SOME),
     "fibecfed-long": ("fibecfed", LONG),
 }
 
 
 class Undisturbed:
-    """The runs that others must equal, each on one rank: fibecfed, fedpeptao, and fibecfed-long.
-    They run beside the first tests."""
+    """The runs that others must equal, each on one rank: fibecfed, fedpeptao, fibecfed-some and
+    fibecfed-long. They run beside the first tests."""
 
     def __init__(self, shared: Path) -> None:
         self._shared = shared

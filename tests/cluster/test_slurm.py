@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.cluster.methods import LONG, METHODS, words
+from tests.cluster.methods import LONG, METHODS, SOME, words
 from tests.same import assert_same
 from tests.support import ROOT
 
@@ -122,7 +122,7 @@ def test_lost_nodes(lab, shared, undisturbed):
     out, log = shared / "lost", shared / "lost.out"
     job = lab.submit(
         "--nodes=1-2", f"--output={log}", "slurm/fibecfed.sh",
-        *words("fibecfed", shared, "lost", *LONG), **ONE,
+        *words("fibecfed", shared, "lost", *SOME), **ONE,
     )  # fmt: skip
     rounds_reach(lab, job, out, 2, log)
     assert lives(out)[0]["hosts"] == {"n1": 1, "n2": 1}
@@ -141,7 +141,7 @@ def test_lost_nodes(lab, shared, undisturbed):
     finally:
         for node in ("n1", "n2"):
             lab.restore(node)
-    assert_same(out, undisturbed["fibecfed-long"])
+    assert_same(out, undisturbed["fibecfed-some"])
 
 
 def lives_reach(lab, job, out, number, log, seconds=240):

@@ -6,11 +6,15 @@ import subprocess
 import sys
 import time
 
+import pytest
 import yaml
 
-from tests.cluster.methods import LONG, words
+from tests.cluster.methods import SOME, words
 from tests.same import assert_same
 from tests.support import ROOT
+
+# One worker runs these, the other test_slurm.py.
+pytestmark = pytest.mark.xdist_group("launchers")
 
 FROM_PYTHON = """
 import sys, yaml
@@ -100,7 +104,7 @@ def test_as_a_job_array_of_slurm_alone(lab, shared):
 def test_a_time_limit_under_submitit(lab, shared, undisturbed):
     """submitit's signal reaches a run: its job is requeued and goes on; the same bits as in a run
     that nothing disturbs."""
-    file = describe(shared, "limited", extra=LONG, grid={"seed": [352]})
+    file = describe(shared, "limited", extra=SOME, grid={"seed": [352]})
     lab.run(*sweep_line(file, "submit"))
     out = shared / "limited" / "seed=352"
     job = json.loads((shared / "limited" / "jobs.json").read_text())["seed=352"]["job"]
@@ -112,7 +116,7 @@ def test_a_time_limit_under_submitit(lab, shared, undisturbed):
     assert lab.ends(job) == "COMPLETED"
     lives = json.loads((out / "run.json").read_text())["lives"]
     assert len(lives) == 2 and lives[1]["rounds_done"] >= 3
-    assert_same(out, undisturbed["fibecfed-long"])
+    assert_same(out, undisturbed["fibecfed-some"])
 
 
 def test_without_slurm(shared):

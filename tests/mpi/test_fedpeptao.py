@@ -112,7 +112,7 @@ def compare(values, run, loop: Outcome, tolerance):
     for k, own in loop.personal.items() if home else ():
         (file,) = run.glob(f"clients/{k:06d}/personal-*.safetensors")
         personal = loop.initial.float().clone()
-        layout.unpack(load_file(file)["values"], home, personal)
+        layout.part(home).unpack(load_file(file)["values"], personal)
         for block in home:
             check(loop, personal.numpy(), own, layout.span(block), tolerance, f"client {k}")
     if loop.controls:
@@ -168,10 +168,11 @@ def check_controls(loop, run, least):
 
 def near(loop, found, wanted, blocks):
     """Equal where something is shared, and zero elsewhere."""
-    packed, own = loop.layout.pack(wanted, blocks), loop.layout.pack(found.double(), blocks)
+    part = loop.layout.part(blocks)
+    packed, own = part.pack(wanted), part.pack(found.double())
     assert float(packed.norm()) > 0
     assert float((own - packed).norm() / packed.norm()) <= 1e-4
-    loop.layout.unpack(torch.zeros(len(own)), blocks, found)
+    part.unpack(torch.zeros(len(own)), found)
     assert not found.any()
 
 
@@ -201,7 +202,7 @@ def test_what_travels(worlds, reference, data, tmp_path, shape, name, sums, fact
     loop = reference(name)
     _, _, run = federate(worlds, shape, tmp_path, overrides(data, name))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    shared = loop.layout.count((*loop.layers, "head"))
+    shared = loop.layout.part((*loop.layers, "head")).size
     assert lines[-1]["values"]["up"] == 3 * shared * factor
     warm = loop.config.curriculum.warmup
     assert [line["values"]["up"] for line in lines[:warm]] == [3 * loop.layout.size] * warm

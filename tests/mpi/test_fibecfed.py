@@ -96,10 +96,10 @@ def compare(found, run, layout, wanted):
         check(values, wanted.shared.numpy(), start, layout.span(block), f"shared {block}")
     for k, reference_values in wanted.personal.items():
         (file,) = run.glob(f"clients/{k:06d}/personal-*.safetensors")
-        stay = [block for block in layout.layers if block not in wanted.layers]
+        stay = layout.part(layout.layers) - layout.part(wanted.layers)
         personal = torch.from_numpy(values.copy())
-        layout.unpack(load_file(file)["values"], stay, personal)
-        for span in layout.spans(stay):
+        stay.unpack(load_file(file)["values"], personal)
+        for span in stay.slices:
             check(personal.numpy(), reference_values.numpy(), start, span, f"client {k}")
     assert sum(not mask.all() for mask in wanted.masks.values()) >= 3, "no mask was in force"
     assert any(used != sorted(used) for used in wanted.trained.values()), "no other order"
@@ -141,7 +141,7 @@ def test_a_real_model(worlds, reference, data, tmp_path, shape):
 
 def check_spending(run, layout, config, wanted):
     """What the run says that it has cost."""
-    whole, shared = layout.size, layout.count((*wanted.layers, "head"))
+    whole, shared = layout.size, layout.part((*wanted.layers, "head")).size
     seen: set[int] = set()
     for number, line in enumerate(metrics(run)):
         assert line["scored"] == wanted.scored[number]
@@ -158,7 +158,7 @@ def check_spending(run, layout, config, wanted):
         assert (line["values"]["up"], line["values"]["down"]) == (up, down)
         for k, density in line["mask_density"].items():
             mask = wanted.masks[number, int(k)]
-            home = layout.pack(mask, [b for b in layout.layers if b not in wanted.layers])
+            home = (layout.part(layout.layers) - layout.part(wanted.layers)).pack(mask)
             assert density == pytest.approx(float(home.double().mean()))
 
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from hpcfed import model
-from hpcfed.adapters.layout import HEAD, AdapterLayout
+from hpcfed.adapters.layout import HEAD, AdapterLayout, Part
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Adapter, Config, Model
 from hpcfed.storage.run import RunDirectory
@@ -22,10 +22,10 @@ LABELS = ("a", "b", "c")
 def small_layout():
     return AdapterLayout.build(
         [
-            ("10", "p", (2,), None),
-            ("head", "h", (3, 2), None),
-            ("2", "q", (2, 2), 0),
-            ("2", "r", (1,), None),
+            ("10", "A", "p", (2,), None),
+            ("head", "weight", "h", (3, 2), None),
+            ("2", "A", "q", (2, 2), 0),
+            ("2", "B", "r", (1,), None),
         ]
     )
 
@@ -39,21 +39,27 @@ def test_blocks_lie_in_the_order_of_layers():
     assert layout.span("2") == slice(0, 5)
 
 
-def test_pack_and_unpack_any_blocks():
+def test_pack_and_unpack_any_part():
     layout = small_layout()
     vector = torch.arange(13.0)
-    for size in range(4):
-        for blocks in itertools.combinations(layout.blocks, size):
-            packed = layout.pack(vector, blocks)
-            assert len(packed) == layout.count(blocks)
+    for size in range(5):
+        for indices in itertools.combinations(range(4), size):
+            part = Part(layout, indices)
+            inside = torch.cat([torch.zeros(0), *(vector[e.values] for e in part.entries)])
+            assert torch.equal(part.pack(vector), inside) and len(inside) == part.size
+            assert torch.equal(part.mask(), torch.isin(vector, inside))
+            assert part.blocks == tuple(b for b in layout.blocks if layout.part((b,)) & part)
             into = torch.full((13,), -1.0)
-            layout.unpack(packed, blocks, into)
-            for block in layout.blocks:
-                span = layout.span(block)
-                wanted = vector[span] if block in blocks else torch.full_like(vector[span], -1)
-                assert torch.equal(into[span], wanted)
+            part.unpack(inside, into)
+            assert torch.equal(into, torch.where(part.mask(), vector, -1.0))
+            rest = layout.whole - part
+            assert not rest & part and (rest | part) == layout.whole
+            joined = len(part.slices)
+            gaps = sum(b - a > 1 for a, b in itertools.pairwise(indices))
+            assert joined == (gaps + 1 if indices else 0), "neighbours are one slice"
     with pytest.raises(ValueError, match="packed values"):
-        layout.unpack(torch.zeros(3), ("2",), vector)
+        layout.part(("2",)).unpack(torch.zeros(3), vector)
+    assert layout.roles("A").indices == (0, 2) and layout.roles("B", "weight").indices == (1, 3)
 
 
 @pytest.fixture(scope="module", params=models.ARCHITECTURES)

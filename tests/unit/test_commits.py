@@ -14,7 +14,7 @@ def state():
     values = torch.arange(5.0)
     return RunState(
         values=values,
-        shared=("1", "head"),
+        chosen=("1", "head"),
         server=ServerState(0.25, {"momentum": values * 2, "control": values * 3}),
         rounds=7,
         best=Best(4, 0.5, values),
@@ -36,11 +36,11 @@ def test_everything_comes_back():
     assert found.server.vectors.keys() == given.server.vectors.keys()
     for name, vector in found.server.vectors.items():
         assert torch.equal(vector, given.server.vectors[name])
-    for name in ("shared", "rounds", "clients", "totals", "seconds"):
+    for name in ("chosen", "rounds", "clients", "totals", "seconds"):
         assert getattr(given, name) == getattr(found, name), name
     assert (found.server.lr, found.best.round, found.best.score) == (0.25, 4, 0.5)
     assert set(vars(given)) == {
-        "values", "best", "server", "shared", "rounds", "clients", "totals", "seconds",
+        "values", "best", "server", "chosen", "rounds", "clients", "totals", "seconds",
     }, "a part of the state that this test does not know"  # fmt: skip
 
 

@@ -52,9 +52,9 @@ def tokens_of(texts):
 def test_orders_that_need_no_model():
     tokens = tokens_of([[5, 5, 5, 5], [5, 9], [8], [7, 7, 7]])
     rows = np.array([0, 1, 3])
-    assert curriculum.text_difficulty("length", rows, tokens).tolist() == [4, 2, 3]
+    assert curriculum.length(rows, tokens).tolist() == [4, 2, 3]
     # Of 9 tokens in these rows 5 are "5", one "9", three "7"; row 2 is another client's.
-    rarity = curriculum.text_difficulty("rarity", rows, tokens)
+    rarity = curriculum.rarity(rows, tokens)
     assert rarity == pytest.approx(
         [-math.log(5 / 9), -(math.log(5 / 9) + math.log(1 / 9)) / 2, -math.log(3 / 9)]
     )
@@ -63,15 +63,15 @@ def test_orders_that_need_no_model():
 def test_batches_are_ordered_by_the_sum_over_their_samples():
     batches = [np.array([0, 1]), np.array([2]), np.array([3, 4])]
     difficulty = np.array([1.0, 1.0, 9.0, 0.5, 0.2])
-    sums = curriculum.batch_difficulty("fisher", batches, difficulty)
+    sums = curriculum.batch_difficulty(batches, difficulty)
     assert sums.tolist() == [2.0, 9.0, 0.7]
     rng = np.random.default_rng(0)
     assert curriculum.order(sums, 3, rng) == [2, 0, 1]
-    hard = curriculum.batch_difficulty("reversed", batches, difficulty)
+    hard = curriculum.batch_difficulty(batches, difficulty, True)
     assert curriculum.order(hard, 3, rng) == [1, 0, 2]
     unknown = np.array([1.0, np.inf, 9.0, 0.5, 0.2])
-    for kind, wanted in (("fisher", [2, 1, 0]), ("reversed", [1, 2, 0])):
-        found = curriculum.batch_difficulty(kind, batches, unknown)
+    for backwards, wanted in ((False, [2, 1, 0]), (True, [1, 2, 0])):
+        found = curriculum.batch_difficulty(batches, unknown, backwards)
         assert curriculum.order(found, 3, rng) == wanted, "what is unknown comes last"
     assert curriculum.order(np.array([1.0, 0.0, 1.0, 0.0]), 4, rng) == [1, 3, 0, 2]
     drawn = {tuple(curriculum.order(None, 3, np.random.default_rng(s))) for s in range(30)}
@@ -81,10 +81,10 @@ def test_batches_are_ordered_by_the_sum_over_their_samples():
 def layout():
     return AdapterLayout.build(
         [
-            ("0", "a", (2, 3), 1),
-            ("0", "b", (4, 2), 0),
-            ("1", "c", (2, 3), 1),
-            (HEAD, "h", (2, 2), None),
+            ("0", "A", "a", (2, 3), 1),
+            ("0", "B", "b", (4, 2), 0),
+            ("1", "A", "c", (2, 3), 1),
+            (HEAD, "weight", "h", (2, 2), None),
         ]
     )
 
@@ -105,17 +105,17 @@ def test_neurons_expand_to_columns_of_a_and_rows_of_b():
 def test_the_best_neurons_of_each_matrix_train():
     own = layout()
     scores = torch.tensor([5.0, 1.0, 3.0, 0.0, 2.0, 2.0, 2.0, 1.0, 9.0, 9.0])
-    mask = sparsity.trainable(own, scores, 0.5, ("0",))
+    mask = sparsity.trainable(own, scores, 0.5, own.part(("0",)))
     wanted = torch.tensor([1, 0, 1, 0, 1, 1, 0, 1, 1, 1]).bool()  # ties to the lower index
     assert mask is not None and torch.equal(mask, own.expand(wanted))
-    assert sparsity.trainable(own, scores, 1.0, ("0",)) is None
-    assert sparsity.trainable(own, None, 0.5, ("0",)) is None, "first participation"
-    assert sparsity.trainable(own, scores, 0.5, ()) is None
+    assert sparsity.trainable(own, scores, 1.0, own.part(("0",))) is None
+    assert sparsity.trainable(own, None, 0.5, own.part(("0",))) is None, "first participation"
+    assert sparsity.trainable(own, scores, 0.5, own.part(())) is None
     zeros = scores.clone()
     zeros[:3] = 0  # A, before B has moved
-    unmoved = sparsity.trainable(own, zeros, 0.5, ("0",))
+    unmoved = sparsity.trainable(own, zeros, 0.5, own.part(("0",)))
     assert unmoved is not None and unmoved[own.entries[0].values].all()
-    tiny = sparsity.trainable(own, scores, 0.01, ("0", "1"))
+    tiny = sparsity.trainable(own, scores, 0.01, own.whole)
     assert tiny is not None
     assert tiny[own.entries[1].values].sum() == 2, "at least one neuron of each matrix"
 

@@ -64,7 +64,7 @@ def test_initial_values(place: Place, kind):
     adapted = prepare(*place, kind).adapted
     vector = adapted.initial(1)
     assert torch.equal(vector, adapted.initial(1)) and not torch.equal(vector, adapted.initial(2))
-    prompts = vector[: adapted.layout.count([b for b in adapted.layout.blocks if b != HEAD])]
+    prompts = vector[: adapted.layout.part(adapted.layout.layers).size]
     assert float(prompts.std()) == pytest.approx(0.02, rel=0.2)
 
 

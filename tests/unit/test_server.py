@@ -6,57 +6,60 @@ import torch
 
 from hpcfed.adapters.layout import AdapterLayout
 from hpcfed.round import Outcome
-from hpcfed.server.optimizer import Optimizer, Sampled, vectors
+from hpcfed.server.optimizer import Optimizer
+from hpcfed.server.variates import Sampled
 from hpcfed.settings.config import Config, Local, Server
 from hpcfed.state import ServerState
 
 SIZE, CLIENTS, LOCAL_LR = 7, 6, 0.3
 ROWS = (5, 9, 2, 7, 4, 3)  # of each client
 # Around the shared block lie others, whose values must stay out of it.
-LAYOUT = AdapterLayout.build([("0", "a", (3,), None), ("1", "b", (SIZE,), None),
-                              ("2", "c", (2,), None)])  # fmt: skip
-SHARED = ("1",)
+LAYOUT = AdapterLayout.build(
+    [(block, "prompt", block, (size,), None) for block, size in (("0", 3), ("1", SIZE), ("2", 2))]
+)
+SHARED = LAYOUT.part(("1",))
 
 
 def make(**server):
     control = server.pop("local_control", False)
     config = Config(server=Server(**server), local=Local(lr=LOCAL_LR, control=control))
     state = ServerState(config.server.lr)
-    return Optimizer(config, LAYOUT, state, CLIENTS, sum(ROWS)), config
+    return Optimizer(config, LAYOUT, state)
 
 
 def spread(packed):
     """(LAYOUT.size,): these values in the shared block, others elsewhere."""
     vector = torch.full((LAYOUT.size,), 7.0)
-    LAYOUT.unpack(packed, SHARED, vector)
+    SHARED.unpack(packed, vector)
     return vector
 
 
 class Slow:
     """A federation whose clients return given values; what is kept per client is a dictionary."""
 
-    def __init__(self, made):
-        self.optimizer, self.config = made
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
         self.kept = {}
         self.w = torch.zeros(SIZE)
 
     def round(self, updates, gradients=None):
         """updates: client -> (values it returns, steps). The exchange, as the collective does it:
         n_i-weighted means, in float64."""
-        total = torch.zeros(SIZE * vectors(self.config), dtype=torch.float64)
+        total = torch.zeros(SIZE * (1 + self.optimizer.variates.sums), dtype=torch.float64)
         after = {}
         for k, (values, steps) in updates.items():
             outcome = Outcome(spread(values), steps=steps)
             if gradients is not None:
                 outcome.gradient = spread(gradients[k])
-            packed, kept = self.optimizer.message(
+            sent, kept = self.optimizer.message(
                 SHARED, spread(self.w), outcome, self.kept.get(k), ROWS[k]
             )
-            total += ROWS[k] * packed.double()
+            total += ROWS[k] * torch.cat([values, *sent]).double()
             if kept is not None:
                 after[k] = kept
         rows = sum(ROWS[k] for k in updates)
-        sampled = Sampled(len(updates), rows, sum(steps for _, steps in updates.values()))
+        taken = sum(steps for _, steps in updates.values())
+        sampled = Sampled(len(updates), rows, taken, CLIENTS, sum(ROWS))
         means = (total / max(rows, 1)).float()
         self.w = self.optimizer.step(SHARED, spread(self.w), means, sampled)
         self.kept |= after
@@ -66,11 +69,11 @@ class Slow:
         """Client -> its control variate (SIZE,); where nothing is shared it is zero."""
         for vector in self.kept.values():
             assert len(vector) == LAYOUT.size and not vector[:3].any() and not vector[-2:].any()
-        return {k: LAYOUT.pack(vector, SHARED) for k, vector in self.kept.items()}
+        return {k: SHARED.pack(vector) for k, vector in self.kept.items()}
 
     def remembered(self, name):
         """(SIZE,) of what the server keeps."""
-        return LAYOUT.pack(self.optimizer._state.vectors[name], SHARED)
+        return self.optimizer._memory.get(name, SHARED)
 
 
 def rounds(seed=0, number=5):
@@ -197,9 +200,9 @@ def test_scaffold_is_the_published_loop_over_clients():
     for updates in rounds():
         gradients = {k: torch.from_numpy(rng.normal(size=SIZE)).float() for k in updates}
         for k in updates:
-            correction = slow.optimizer.correction(SHARED, slow.kept.get(k))
-            close(LAYOUT.pack(correction, SHARED), c - controls[k])
-            assert not LAYOUT.pack(correction, ("0", "2")).any()
+            correction = slow.optimizer.variates.correction(SHARED, slow.kept.get(k))
+            close(SHARED.pack(correction), c - controls[k])
+            assert not LAYOUT.part(("0", "2")).pack(correction).any()
         c = c + sum(gradients[k].double() - controls[k] for k in updates) / CLIENTS
         controls |= {k: g.double() for k, g in gradients.items()}
         w = mean(updates)
@@ -226,7 +229,7 @@ def test_a_round_in_which_every_client_failed_changes_nothing(options):
     slow = Slow(make(**options))
     for updates in rounds(number=2):
         slow.round(updates)
-    vectors_now = slow.optimizer._state.vectors
+    vectors_now = slow.optimizer._memory._state.vectors
     before, state = slow.w.clone(), {k: v.clone() for k, v in vectors_now.items()}
     slow.round({})
     assert torch.equal(slow.w, before)
@@ -245,13 +248,13 @@ def test_the_rate_decays_to_its_floor():
 
 def test_what_is_shared_may_change():
     """What is remembered of a block waits while it is not shared."""
-    server, _ = make(optimizer="momentum", momentum=0.5)
-    state = server._state
-    w, sampled = torch.zeros(LAYOUT.size), Sampled(2, 9, 4)
+    server = make(optimizer="momentum", momentum=0.5)
+    state = server._memory._state
+    w, sampled = torch.zeros(LAYOUT.size), Sampled(2, 9, 4, CLIENTS, sum(ROWS))
     for shared in (("0", "1"), ("1", "2"), ("0",)):
         before = dict(state.vectors)
-        means = torch.ones(LAYOUT.count(shared))
-        LAYOUT.unpack(server.step(shared, w, means, sampled), shared, w)
+        part = LAYOUT.part(shared)
+        part.unpack(server.step(part, w, torch.ones(part.size), sampled), w)
         for block in LAYOUT.blocks:
             span = LAYOUT.span(block)
             if before and block not in shared:

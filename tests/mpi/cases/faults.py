@@ -93,7 +93,7 @@ def compare(federation: Federation, healthy: Updates, faulty: Updates, out: Path
     total = sum(parts, np.zeros(()))
     mean = (total / sum(weight for weight, _ in everyone.values())).astype(np.float32)
     state = federation.state
-    assert state.shared == federation.layout.blocks and HEAD in state.shared
+    assert state.chosen == federation.layout.blocks and HEAD in state.chosen
     assert torch.equal(state.values, torch.from_numpy(mean))
     assert state.totals.failures == 2
     assert state.totals.up == 2 * len(mean) * 4

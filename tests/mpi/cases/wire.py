@@ -157,7 +157,7 @@ def check_home(
     """No value of a layer that stays home is in what was handed to MPI; the others' are."""
     comm = federation.setup.topology.world.comm
     layout = federation.layout
-    personal = layout.others(federation.state.shared)
+    personal = federation.sharing.personal(federation.state.chosen).blocks
     assert personal and comm.allreduce(len(trained)) == 4 * 3
     home = shared = 0
     for client, number, values in trained:
@@ -202,7 +202,7 @@ def check_bytes(federation: Federation, run: Path) -> None:
     for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
         warm = line["round"] <= config.curriculum.warmup
         blocks = layout.blocks if warm else (*line["shared_layers"], HEAD)
-        values = layout.count(blocks)
+        values = layout.part(blocks).size
         assert len(blocks) == (4 if warm else 3)
         assert line["bytes"]["up"] == config.federation.per_round * values * FP32_BYTES
         # Each slot's sums of values, a weight and statistics, as float64; then the mean.

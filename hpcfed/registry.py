@@ -1,0 +1,170 @@
+"""What the names in a configuration stand for: our own parts, and those of a user's plug-ins.
+
+A plug-in is a Python file that a configuration names (`plugins: [my_method.py]`) and that
+registers parts:
+
+    import hpcfed
+
+    @hpcfed.register.sharing("b-only", "B is shared, A stays with its client")
+    def b_only(layout, round_number, chosen):
+        ...
+
+Ours are given as "module:attribute", imported when they are used, so that reading a configuration
+takes no time.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A part: what it is for, in a line, and itself, or where it is found."""
+
+    help: str
+    part: Any
+    module: str  # that registered it; ours: hpcfed
+
+
+class Registry(Mapping[str, Any]):
+    """Name -> part, of one kind."""
+
+    def __init__(self, kind: str, interface: str, own: Mapping[str, tuple[str, str]]) -> None:
+        """kind: for messages. interface: where it is described. own: name -> help, where it is."""
+        self.kind, self.interface = kind, interface
+        self._parts = {name: Named(*pair, "hpcfed") for name, pair in own.items()}
+
+    def __call__(self, name: str, help: str) -> Callable[[T], T]:
+        """A decorator that registers a part under a name. help: a line for `hpcfed options`.
+
+        Raises ValueError if the name is taken, but for the same file read again.
+        """
+
+        def register(part: T) -> T:
+            module = str(getattr(part, "__module__", ""))
+            before = self._parts.get(name)
+            if before is not None and before.module != module:
+                raise ValueError(f"there is a {self.kind} {name!r} already, in {before.module}")
+            self._parts[name] = Named(help, part, module)
+            return part
+
+        return register
+
+    def __getitem__(self, name: str) -> Any:
+        """The part, imported if need be. Raises KeyError for an unknown name."""
+        part = self._parts[name].part
+        if isinstance(part, str):
+            module, _, attribute = part.partition(":")
+            part = getattr(importlib.import_module(module), attribute)
+        return part
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def help(self, name: str) -> str:
+        """What a part is for, in a line."""
+        return self._parts[name].help
+
+
+SHARING = Registry(
+    "sharing rule",
+    "hpcfed.policies.sharing",
+    {
+        "layers": (
+            "the layers that layers.score chose and the head are shared, the rest is personal",
+            "hpcfed.policies.sharing:layers",
+        ),
+        "ffa": ("LoRA's A is frozen as drawn, B is shared", "hpcfed.policies.sharing:ffa"),
+        "fedsa": ("LoRA's A is shared, B is personal", "hpcfed.policies.sharing:fedsa"),
+        "rolora": (
+            "LoRA's B in one round, A in the next; the other is frozen",
+            "hpcfed.policies.sharing:rolora",
+        ),
+        "fedalt": (
+            "as layers, but the personal part trains first, then the shared one",
+            "hpcfed.policies.sharing:fedalt",
+        ),
+        "nothing": ("everything is personal, the head too", "hpcfed.policies.sharing:nothing"),
+    },
+)
+
+SERVERS = Registry(
+    "server rule",
+    "hpcfed.server.optimizer",
+    {
+        "mean": ("the clients' mean itself (FedAvg)", "hpcfed.server.mean:Mean"),
+        "momentum": (
+            "momentum of the pseudo-gradient (FedAvgM) or of its differences (FedPepTAO)",
+            "hpcfed.server.momentum:Momentum",
+        ),
+        "adam": ("FedAdam", "hpcfed.server.adaptive:Adaptive"),
+        "yogi": ("FedYogi", "hpcfed.server.adaptive:Adaptive"),
+    },
+)
+
+UPDATES = Registry(
+    "update transform",
+    "hpcfed.policies.updates",
+    {
+        "hetlora": (
+            "each client has the first ranks of LoRA, as many as it can hold; weights by norm",
+            "hpcfed.policies.hetlora:HetLora",
+        ),
+    },
+)
+
+DIFFICULTIES = Registry(
+    "difficulty",
+    "hpcfed.policies.curriculum",
+    {
+        "fisher": (
+            "the trace of the Fisher information of its samples",
+            "hpcfed.policies.curriculum:FISHER",
+        ),
+        "loss": ("the loss of its samples", "hpcfed.policies.curriculum:LOSS"),
+        "length": ("their length in tokens", "hpcfed.policies.curriculum:length"),
+        "rarity": ("the rarity of their words", "hpcfed.policies.curriculum:rarity"),
+        "random": ("none, an order of each client's own", "hpcfed.policies.curriculum:RANDOM"),
+        "reversed": ("Fisher, the hardest first", "hpcfed.policies.curriculum:REVERSED"),
+    },
+)
+
+SCORES = Registry(
+    "layer score",
+    "hpcfed.policies.layers",
+    {
+        "all": ("all layers are shared", "hpcfed.policies.layers:ALL"),
+        "sensitivity": (
+            "those most sensitive to noise on the input (FibecFed)",
+            "hpcfed.engine.probe:SENSITIVITY",
+        ),
+        "eigenvalue": (
+            "those that make samples most alike (FedPepTAO)",
+            "hpcfed.engine.probe:EIGENVALUE",
+        ),
+        "first": ("the first", "hpcfed.policies.layers:FIRST"),
+        "last": ("the last", "hpcfed.policies.layers:LAST"),
+        "random": ("a random choice", "hpcfed.policies.layers:RANDOM"),
+    },
+)
+
+
+class Register:
+    """The decorators by which a plug-in registers its parts: `@hpcfed.register.sharing(name, help)`
+    and so on; each kind's interface is described in the module that its registry names."""
+
+    sharing = SHARING
+    update = UPDATES
+    server = SERVERS
+    difficulty = DIFFICULTIES
+    layer_score = SCORES
+
+
+register = Register()

@@ -1,0 +1,158 @@
+"""From the clients' new values to the server's next ones.
+
+new values -> update transforms -> what the server's rule adds -> weighted sums of the slot
+  -> one exchange between slots -> update transforms -> the server's step
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hpcfed import registry
+from hpcfed.cluster.collectives import MaskedSum
+from hpcfed.policies.updates import Memo, Transform, Update
+from hpcfed.round import Outcome, Round
+from hpcfed.rounds.setup import Setup
+from hpcfed.rounds.tally import Tally
+from hpcfed.server.optimizer import Optimizer
+from hpcfed.server.variates import Sampled
+from hpcfed.state import CONTROL, UPDATES
+from hpcfed.storage.states import ClientStates
+
+
+class Exchange:
+    """What stands between local training and the server's step, on all ranks."""
+
+    def __init__(self, setup: Setup, states: dict[str, ClientStates]) -> None:
+        """states: what clients keep, by kind."""
+        config, layout = setup.config, setup.prepared.adapted.layout
+        self._config, self._state, self._layout = config, setup.state, layout
+        self._topology = setup.topology
+        self._rows = [len(rows.train) for rows in setup.rows]
+        self._controls, self._memos = states[CONTROL], states[UPDATES]
+        self.server = Optimizer(config, layout, setup.state.server)
+        self.transforms: list[Transform] = [
+            registry.UPDATES[name](config, layout) for name in config.updates.transforms
+        ]
+        self.masks = any(transform.masks for transform in self.transforms)
+        self._remembers = any(transform.remembers for transform in self.transforms)
+
+    def vectors(self, now: Round) -> int:
+        """How many vectors (n,) each client adds to this round's exchange."""
+        return 1 if now.warm else 1 + self.server.variates.sums
+
+    def travelling(self, now: Round) -> int:
+        """How many of them a client must really send, and get."""
+        return 1 if now.warm else 1 + self.server.variates.travels
+
+    def begin(self, now: Round, stats: int) -> MaskedSum:
+        """The slot's empty sums. stats: numbers that travel with them."""
+        return MaskedSum(
+            now.shared.size * self.vectors(now),
+            stats,
+            per_value_weights=self.masks and not now.warm,
+            wire=self._config.collective.wire,
+        )
+
+    def has(self, client: int, now: Round | None = None) -> torch.Tensor | None:
+        """(layout.size,) bool: the values that a client has; None: all. now: None = between rounds
+        of the method."""
+        if not self.masks or (now is not None and now.warm):
+            return None
+        memo = self._memo(client)
+        mask = torch.ones(self._layout.size, dtype=torch.bool)
+        for transform in self.transforms:
+            own = transform.has(client, memo)
+            mask = mask if own is None else mask & own
+        return mask
+
+    def size(self, client: int, now: Round) -> int:
+        """How many values of the shared part a client has."""
+        has = self.has(client, now)
+        return now.shared.size if has is None else int(now.shared.pack(has).sum())
+
+    def _memo(self, client: int) -> Memo:
+        return (self._memos.load(client) if self._remembers else None) or {}
+
+    def correction(self, client: int, now: Round) -> torch.Tensor | None:
+        """(layout.size,), added to a client's gradients; None: nothing."""
+        if now.warm:
+            return None
+        return self.server.variates.correction(now.shared, self._variate(client, now))
+
+    def _variate(self, client: int, now: Round) -> torch.Tensor | None:
+        if now.warm or not self.server.keeps:
+            return None
+        tensors = self._controls.load(client)
+        return None if tensors is None else tensors["control"]
+
+    def add(self, client: int, now: Round, outcome: Outcome, sums: MaskedSum) -> Outcome:
+        """Add what a client sends to the slot's sums; its outcome, failed if that is not finite."""
+        assert outcome.values is not None
+        shared = now.shared
+        before, values = shared.pack(self._state.values), shared.pack(outcome.values)
+        update = Update(client, before, values, self._rows[client])
+        control = None
+        sent: list[torch.Tensor] = []
+        if not now.warm:
+            update.memo = self._memo(client)
+            for transform in self.transforms:
+                transform.on_client(update, now)
+            sent, control = self.server.message(
+                shared, self._state.values, outcome, self._variate(client, now), update.weight
+            )
+        mask = None
+        if sums.per_value_weights:
+            own = torch.ones_like(before, dtype=torch.bool) if update.mask is None else update.mask
+            mask = own.repeat(1 + len(sent)).numpy()
+        if not sums.add(torch.cat([update.values, *sent]), update.weight, mask):
+            return replace(
+                outcome, values=None, loss_sum=0.0, reason="what it would send is not finite"
+            )
+        if self._topology.leads_slot:
+            if control is not None:
+                self._controls.save(client, now.number, {"control": control})
+            if self._remembers and not now.warm:
+                self._memos.save(client, now.number, update.memo)
+        return outcome
+
+    def mean(
+        self, now: Round, sums: MaskedSum
+    ) -> tuple[torch.Tensor, npt.NDArray[np.float64], int]:
+        """Exchange: the mean of what clients sent, the statistics, and the bytes on the wire.
+        Collective over all ranks."""
+        before = now.shared.pack(self._state.values)
+        padding = (0, sums.size - len(before))
+        mean = sums.mean(torch.nn.functional.pad(before, padding), self._topology)
+        return mean.values, mean.stats, mean.wire_bytes
+
+    def step(self, now: Round, mean: torch.Tensor, tally: Tally) -> None:
+        """The server's step, into the run's state."""
+        state, shared = self._state, now.shared
+        if now.warm:
+            after = mean
+        else:
+            before = shared.pack(state.values)
+            for transform in self.transforms:
+                mean = transform.on_mean(mean, before, now)
+            after = self.server.step(shared, state.values, mean, self._sampled(tally))
+        state.values = state.values.clone()
+        shared.unpack(after, state.values)
+        state.rounds = now.number + 1
+
+    def _sampled(self, tally: Tally) -> Sampled:
+        succeeded = tally.succeeded
+        weight = sum(self._rows[k] for k in succeeded)  # transforms that change it have no variates
+        steps = int(tally.total("steps"))
+        return Sampled(len(succeeded), weight, steps, len(self._rows), sum(self._rows))
+
+    def accept(self, now: Round, clients: list[int]) -> None:
+        """What these clients' variates and memos were saved as is current from now on."""
+        if now.warm:
+            return
+        if self.server.keeps:
+            self._controls.accept(now.number, clients)
+        if self._remembers:
+            self._memos.accept(now.number, clients)
