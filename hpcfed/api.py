@@ -1,6 +1,7 @@
 """hpcfed from Python: `hpcfed.run` starts a run and reads what it came to."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,17 +54,20 @@ def run(
     Raises UserError for what the user can mend, and RuntimeError if the run stopped or failed.
     """
     words = _words(overrides)
-    resolved = resolve(str(source), words)  # raises here what would else only be printed
-    folder = preflight.output_folder(resolved.config)
-    if resume and (folder / SUMMARY).is_file() and preflight.is_complete(resolved.config):
+    config = resolve(str(source), words).config
+    folder = preflight.output_folder(config)
+    if resume and preflight.is_complete(config):
         return Result.read(folder)
-    if ranks is not None:
-        preflight.check(resolved, ranks, resume)
     extra = [f"--ranks={ranks}"] if ranks is not None else []
     extra += ["--resume"] if resume else []
-    code = cli.main(["run", str(source), *words, *extra], listen=False)
+    faults: list[UserError] = []
+    code = cli.main(["run", str(source), *words, *extra], listen=False, faults=faults)
+    if faults:
+        raise faults[0]
     if code == INTERRUPTED:
         raise RuntimeError(f"the run was asked to stop; go on with resume=True: {folder}")
+    if code == 2:
+        raise UserError("The run was refused by its ranks; what they said is above.")
     if code:
         raise RuntimeError(f"the run failed with code {code}; what it said is above")
     return Result.read(folder)
@@ -72,4 +76,11 @@ def run(
 def _words(overrides: Mapping[str, Any] | Sequence[str]) -> list[str]:
     if not isinstance(overrides, Mapping):
         return list(overrides)
-    return [f"{key}={as_text(value)}" for key, value in leaves(dict(overrides))]
+    return [f"{key}={as_text(_plain(value))}" for key, value in leaves(dict(overrides))]
+
+
+def _plain(value: Any) -> Any:
+    """A path as a text."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpcfed.adapters import lora, prompts
+from hpcfed import registry
 from hpcfed.adapters.base import Adapted, final_linear, full_shape, transformer_blocks
 from hpcfed.adapters.network import recompute
 from hpcfed.errors import UserError
@@ -105,7 +105,7 @@ def prepare(
     """
     with _sharded_at_load(ds_settings):
         model, missing = _load(config, labels, pad_id)
-        trained = final_linear(model, len(labels)) if config.model.head == "classifier" else None
+        trained = _trained_head(config, model, labels)
         blocks = transformer_blocks(model, int(model.config.num_hidden_layers))
         std = float(getattr(model.config, "initializer_range", 0.02))
         missing = [name for name in missing if not trained or not name.startswith(f"{trained}.")]
@@ -135,7 +135,7 @@ def outline(config: Config, labels: tuple[str, ...], pad_id: int) -> Adapted:
     auto, hf_config, dtype = _described(config, labels, pad_id)
     with torch.device("meta"):
         model = auto.from_config(hf_config, dtype=dtype)
-        trained = final_linear(model, len(labels)) if config.model.head == "classifier" else None
+        trained = _trained_head(config, model, labels)
         blocks = transformer_blocks(model, int(model.config.num_hidden_layers))
         _refuse_long_texts(config, model)
         adapted = _adapt(config, model, blocks, trained, pad_id)
@@ -144,13 +144,19 @@ def outline(config: Config, labels: tuple[str, ...], pad_id: int) -> Adapted:
     return adapted
 
 
+def _trained_head(config: Config, model: nn.Module, labels: tuple[str, ...]) -> str | None:
+    """Name of the model's own layer that is trained, if the objective wants one."""
+    wanted = registry.OBJECTIVES[config.model.head].trains_head
+    return final_linear(model, len(labels)) if wanted else None
+
+
 def _adapt(
     config: Config, model: Any, blocks: dict[str, str], trained: str | None, pad_id: int
 ) -> Adapted:
     std = float(getattr(model.config, "initializer_range", 0.02))
-    if config.adapter.kind == "lora":
-        return lora.adapt(model, config.adapter, blocks, trained, std)
-    return prompts.adapt(model, config.adapter, blocks, trained, std, pad_id)
+    adapt = registry.ADAPTERS[config.adapter.kind]
+    adapted: Adapted = adapt(model, config.adapter, blocks, trained, std, pad_id)
+    return adapted
 
 
 def _refuse_holes(config: Config, model: Any, missing: list[str], blocks: dict[str, str]) -> None:
@@ -163,7 +169,7 @@ def _refuse_holes(config: Config, model: Any, missing: list[str], blocks: dict[s
             f"{len(inside)} parameters of its transformer blocks (first: {inside[0]})."
         )
     outside = [key for key in missing if not key.startswith(f"{model.base_model_prefix}.")]
-    if config.model.head != "classifier" and outside:
+    if not registry.OBJECTIVES[config.model.head].trains_head and outside:
         raise UserError(
             f"model.name: the checkpoint {name!r} holds no language model head (first missing: "
             f"{outside[0]}), which model.head={config.model.head} needs; use model.head=classifier "
@@ -178,7 +184,8 @@ def _refuse_long_texts(config: Config, model: Any) -> None:
         return
     if model.config.model_type in ("roberta", "xlm-roberta", "camembert"):
         known -= model.config.pad_token_id + 1  # their positions start behind the padding's
-    virtual = config.adapter.virtual_tokens if config.adapter.kind != "lora" else 0
+    prompts = config.adapter.kind in ("prefix", "prompt")
+    virtual = config.adapter.virtual_tokens if prompts else 0
     if config.task.max_length + virtual > known:
         with_virtual = f" and adapter.virtual_tokens={virtual}" if virtual else ""
         raise UserError(
@@ -209,13 +216,10 @@ def _described(
     import transformers
 
     source = resolve_name(config.model.name)
-    auto = {
-        "classifier": transformers.AutoModelForSequenceClassification,
-        "cloze": transformers.AutoModelForMaskedLM,
-        "label_words": transformers.AutoModelForCausalLM,
-    }[config.model.head]
+    objective = registry.OBJECTIVES[config.model.head]
+    auto = getattr(transformers, objective.model_class)
     classes: dict[str, Any] = {}
-    if config.model.head == "classifier":
+    if objective.trains_head:
         named = dict(enumerate(labels))
         classes = {
             "num_labels": len(labels),

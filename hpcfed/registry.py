@@ -13,12 +13,17 @@ Ours are given as "module:attribute", imported when they are used, so that readi
 takes no time.
 """
 
+import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+# The plug-in that is being read, if one is.
+_reading = ContextVar("reading", default="")
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Named:
 
     help: str
     part: Any
-    module: str  # that registered it; ours: hpcfed
+    origin: str  # the plug-in, or the module, that registered it; ours: hpcfed
 
 
 class Registry(Mapping[str, Any]):
@@ -45,14 +50,18 @@ class Registry(Mapping[str, Any]):
         """
 
         def register(part: T) -> T:
-            module = str(getattr(part, "__module__", ""))
+            origin = _reading.get() or str(getattr(part, "__module__", ""))
             before = self._parts.get(name)
-            if before is not None and before.module != module:
-                raise ValueError(f"there is a {self.kind} {name!r} already, in {before.module}")
-            self._parts[name] = Named(help, part, module)
+            if before is not None and before.origin != origin:
+                raise ValueError(f"there is a {self.kind} {name!r} already, in {before.origin}")
+            self._parts[name] = Named(help, part, origin)
             return part
 
         return register
+
+    def forget(self, origin: str) -> None:
+        """Drop what this plug-in has registered."""
+        self._parts = {name: own for name, own in self._parts.items() if own.origin != origin}
 
     def __getitem__(self, name: str) -> Any:
         """The part, imported if need be. Raises KeyError for an unknown name."""
@@ -155,6 +164,45 @@ SCORES = Registry(
     },
 )
 
+ADAPTERS = Registry(
+    "adapter",
+    "hpcfed.adapters.base",
+    {
+        "lora": ("low-rank updates of linear layers", "hpcfed.adapters.lora:adapt"),
+        "prefix": (
+            "keys and values of virtual tokens in every layer (P-tuning v2)",
+            "hpcfed.adapters.prompts:adapt",
+        ),
+        "prompt": (
+            "virtual tokens in front of the first layer only",
+            "hpcfed.adapters.prompts:adapt",
+        ),
+        "bottleneck": (
+            "small networks behind the parts of every block (Houlsby, Pfeiffer)",
+            "hpcfed.adapters.bottleneck:adapt",
+        ),
+    },
+)
+
+OBJECTIVES = Registry(
+    "objective",
+    "hpcfed.objectives.heads",
+    {
+        "classifier": (
+            "the model's final linear layer is trained and shared",
+            "hpcfed.objectives.heads:Classifier",
+        ),
+        "cloze": (
+            "a masked language model fills the gap of task.template",
+            "hpcfed.objectives.heads:Cloze",
+        ),
+        "label_words": (
+            "a decoder goes on from task.template",
+            "hpcfed.objectives.heads:LabelWords",
+        ),
+    },
+)
+
 
 class Register:
     """The decorators by which a plug-in registers its parts: `@hpcfed.register.sharing(name, help)`
@@ -165,6 +213,26 @@ class Register:
     server = SERVERS
     difficulty = DIFFICULTIES
     layer_score = SCORES
+    adapter = ADAPTERS
+    objective = OBJECTIVES
 
 
 register = Register()
+
+
+def forget(plugin: str) -> None:
+    """Drop what a plug-in has registered, of every kind."""
+    for registry in vars(Register).values():
+        if isinstance(registry, Registry):
+            registry.forget(plugin)
+
+
+@contextlib.contextmanager
+def reading(plugin: str) -> Iterator[None]:
+    """What is registered meanwhile is this plug-in's; what it registered before is gone."""
+    forget(plugin)
+    token = _reading.set(plugin)
+    try:
+        yield
+    finally:
+        _reading.reset(token)

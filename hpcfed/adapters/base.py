@@ -48,14 +48,15 @@ class Adapted:
     """A network with its trainable parameters.
 
     network(positions=None, **inputs) gives logits. trainables: in layout order. blocks: the
-    transformer's blocks. prefix: of the names under which PEFT saves the model's own weights.
+    transformer's blocks. description: a peft.PeftConfig, or what adapter_config.json holds where
+    PEFT has no such adapter. prefix: of the names under which the model's own weights are saved.
     """
 
     network: Network
     trainables: tuple[Trainable, ...]
     layout: AdapterLayout
     blocks: tuple[nn.Module, ...]
-    peft_config: Any  # peft.PeftConfig
+    description: Any
     prefix: str
     columns: bool = False  # PEFT keeps the blocks as columns of one embedding
 
@@ -93,7 +94,7 @@ def assemble(
     model: nn.Module,
     trainables: list[Trainable],
     blocks: dict[str, str],
-    peft_config: Any,
+    description: Any,
     prefix: str,
     columns: bool = False,
 ) -> Adapted:
@@ -104,7 +105,7 @@ def assemble(
     by_name = {t.name: t for t in trainables}
     ordered = tuple(by_name[entry.name] for entry in layout.entries)
     modules = tuple(model.get_submodule(name) for name in blocks)
-    return Adapted(network, ordered, layout, modules, peft_config, prefix, columns)
+    return Adapted(network, ordered, layout, modules, description, prefix, columns)
 
 
 def transformer_blocks(model: nn.Module, layers: int) -> dict[str, str]:

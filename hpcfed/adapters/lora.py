@@ -19,7 +19,12 @@ PREFIX = "base_model.model."
 
 
 def adapt(
-    model: nn.Module, adapter: Adapter, blocks: dict[str, str], head: str | None, head_std: float
+    model: nn.Module,
+    adapter: Adapter,
+    blocks: dict[str, str],
+    head: str | None,
+    head_std: float,
+    pad_id: int = 0,
 ) -> Adapted:
     """Freeze the backbone, add LoRA to the targets in every block, train the classifier of this
     name, if any. blocks: see `transformer_blocks`.

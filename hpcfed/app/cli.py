@@ -9,9 +9,9 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
-import hpcfed
 from hpcfed.app.options import listing
 from hpcfed.app.plot import draw
 from hpcfed.cluster import launcher, rejoin
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"hpcfed {hpcfed.__version__}")
+    parser.add_argument("--version", action="version", version=f"hpcfed {version('hpcfed')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser(
         "run",
@@ -136,11 +136,16 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(arguments: Sequence[str] | None = None, listen: bool = True) -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    listen: bool = True,
+    faults: list[UserError] | None = None,
+) -> int:
     """Run the command line; returns the exit code: 2 for anything the user can mend.
 
     listen: a run stops between two rounds when a signal asks it to; False under a scheduler of
-    Python functions, which has handlers of its own.
+    Python functions, which has handlers of its own. faults: what the user can mend goes there, and
+    is not printed.
     """
     started = time.monotonic()
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -176,21 +181,27 @@ def main(arguments: Sequence[str] | None = None, listen: bool = True) -> int:
         if options.ranks is not None:
             return _start(resolved, options, live)
     except UserError as error:
-        if launched_rank() == 0:  # all ranks find the same fault
-            print(f"hpcfed: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error, launched_rank(), faults)  # all ranks find the same fault
     except BrokenPipeError:  # a reader, as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     process = deepspeed_process()
     if process is None:
-        return _take_part(resolved, options, live, started, listen)
+        return _take_part(resolved, options, live, started, listen, faults)
     quiet()
     try:
         return rejoin.take_part(process, resolved.config.cluster, _words(options, live))
     except UserError as error:  # each process has seen something else
-        print(f"hpcfed: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error, 0, faults)
+
+
+def _refuse(error: UserError, rank: int, faults: list[UserError] | None) -> int:
+    """Exit code 2; the first rank says why, unless the caller does."""
+    if faults is not None:
+        faults.append(error)
+    elif rank == 0:
+        print(f"hpcfed: {error}", file=sys.stderr, flush=True)
+    return 2
 
 
 def _plan(resolved: Resolved, options: argparse.Namespace) -> int:
@@ -240,7 +251,12 @@ def _words(options: argparse.Namespace, live: bool) -> list[str]:
 
 
 def _take_part(
-    resolved: Resolved, options: argparse.Namespace, live: bool, started: float, listen: bool
+    resolved: Resolved,
+    options: argparse.Namespace,
+    live: bool,
+    started: float,
+    listen: bool,
+    faults: list[UserError] | None,
 ) -> int:
     """This process as one rank of the MPI world."""
     stop = Stop(resolved.config.cluster.grace_seconds)
@@ -250,8 +266,7 @@ def _take_part(
     try:
         world = connect_world()
     except UserError as error:
-        print(f"hpcfed: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error, 0, faults)
     try:
         resume = options.resume or restarted()
         with world.agreement("looking for the run directory"):
@@ -277,8 +292,7 @@ def _take_part(
         if world.rank == 0:
             print(f"everything lies in {checked.output}/")
     except UserError as error:  # raised on all ranks alike
-        if world.rank == 0:
-            print(f"hpcfed: {error}", file=sys.stderr, flush=True)
+        _refuse(error, world.rank, faults)
         world.comm.Barrier()
         return 2
     except BaseException:

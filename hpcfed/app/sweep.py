@@ -165,9 +165,10 @@ class Sweep:
             row = {"run": run.name, **self.varied[run.name], "state": run.state}
             if run.state == "complete":
                 result = json.loads((self.folder / run.name / SUMMARY).read_text())
+                scores = result.get("accuracy", result["score"])
                 row |= {
-                    "personal": result["accuracy"]["personal"],
-                    "global": result["accuracy"]["global"],
+                    "personal": scores["personal"],
+                    "global": scores["global"],
                     "best round": result["best"]["round"] if result["best"] else None,
                     "samples": result["samples"],
                     "MB up": result["bytes"]["up"] / 1e6,

@@ -309,22 +309,23 @@ class Engine:
 
     @torch.no_grad()
     def predict(self, batches: Sequence[Ids], tokens: Tokens) -> npt.NDArray[np.float64]:
-        """(2, len(tokens)): predicted class + 1 and loss of each row of `batches`, zero elsewhere.
+        """(1 + columns, len(tokens)): 1 and what the head tells of each row of `batches`, zero
+        elsewhere.
 
         The ranks of the slot take the batches in turns; each returns its own rows only, so that
         the sum over ranks is the whole.
         """
         self._deepspeed.eval()
         ranks, rank = self.topology.ranks_per_client, self.topology.rank_in_slot
-        result = np.zeros((2, len(tokens)))
+        result = np.zeros((1 + len(self.head.columns), len(tokens)))
         for start in range(0, len(batches), ranks):
             mine = start + rank
             # Forward is collective under ZeRO-3: a rank without a batch repeats another's.
             rows = batches[mine if mine < len(batches) else start]
-            classes, losses = self.head.predict(self._deepspeed, tokens, rows, self.topology.device)
+            told = self.head.predict(self._deepspeed, tokens, rows, self.topology.device)
             if mine < len(batches):
-                result[0, rows] = classes.cpu().numpy() + 1
-                result[1, rows] = losses.cpu().numpy()
+                result[0, rows] = 1
+                result[1:, rows] = told.cpu().numpy()
         return result
 
     def close(self) -> None:

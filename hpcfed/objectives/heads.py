@@ -7,14 +7,15 @@ decoder goes on from the template; the label whose word has the lowest mean toke
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from hpcfed.data import gaps, wordings
-from hpcfed.data.batches import Ids, Tokens, flatten, tokenize
+from hpcfed import registry
+from hpcfed.data import gaps, metrics, wordings
+from hpcfed.data.batches import Floats, Ids, Tokens, flatten, tokenize
 from hpcfed.data.sources import Split, TaskData
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Config
@@ -25,7 +26,20 @@ Inputs = dict[str, torch.Tensor]
 
 
 class Head(Protocol):
-    """How rows become inputs, and logits losses and predictions. Losses are fp32."""
+    """An objective: how rows become inputs, and logits losses and scores. Losses are fp32.
+
+    model_class: the class of transformers that loads the model, as AutoModelForCausalLM.
+    trains_head: the model's final linear layer, one output per label, is trained, and shared.
+    columns: what `predict` tells of each row; the last is its loss.
+    """
+
+    model_class: ClassVar[str]
+    trains_head: ClassVar[bool]
+    columns: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def build(cls, config: Config, task: TaskData, tokenizer: Any) -> "Head":
+        """The configured objective. Raises UserError if it does not fit task and tokenizer."""
 
     def encode(self, split: Split, tokenizer: Any, max_length: int) -> Tokens:
         """Token ids of a split. Raises UserError for rows that cannot be encoded."""
@@ -40,13 +54,42 @@ class Head(Protocol):
 
     def predict(
         self, network: Forward, tokens: Tokens, rows: Ids, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows,) predicted class and (rows,) loss of the true label."""
+    ) -> torch.Tensor:
+        """(columns, rows) float64 of each row, as a class that is predicted and its loss."""
+
+    def score(self, told: Floats, rows: Ids, tokens: Tokens, task: TaskData) -> dict[str, Any]:
+        """Metrics of these rows from what predict told, (columns, len(rows)); `score` is the one
+        that counts, the higher the better, and `loss` the mean loss."""
+
+
+class Classifies:
+    """What the objectives that predict a class have in common."""
+
+    columns: ClassVar[tuple[str, ...]] = ("predicted", "loss")
+    trains_head: ClassVar[bool] = False
+
+    def score(self, told: Floats, rows: Ids, tokens: Tokens, task: TaskData) -> dict[str, Any]:
+        """Accuracy, and what else the task asks for."""
+        predicted = told[0].astype(np.int64)
+        scores = metrics.score(predicted, tokens.labels[rows], task.metric, task.positive)
+        return {**scores, "loss": float(told[1].mean())}
+
+
+def _told(classes: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+    return torch.stack([classes.double(), losses.double()])
 
 
 @dataclass(frozen=True)
-class Classifier:
+class Classifier(Classifies):
     """Logits over the classes."""
+
+    model_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    trains_head: ClassVar[bool] = True
+
+    @classmethod
+    def build(cls, config: Config, task: TaskData, tokenizer: Any) -> "Classifier":
+        """Nothing to fit."""
+        return cls()
 
     def encode(self, split: Split, tokenizer: Any, max_length: int) -> Tokens:
         """Texts or pairs as they are; pairs are cut longest-first."""
@@ -65,19 +108,29 @@ class Classifier:
 
     def predict(
         self, network: Forward, tokens: Tokens, rows: Ids, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor:
         """The class with the largest logit."""
         logits = network(**self.inputs(tokens, rows, device)).float()
-        labels = _labels(tokens, rows, device)
-        return logits.argmax(-1), nn.functional.cross_entropy(logits, labels, reduction="none")
+        losses = nn.functional.cross_entropy(
+            logits, _labels(tokens, rows, device), reduction="none"
+        )
+        return _told(logits.argmax(-1), losses)
 
 
 @dataclass(frozen=True)
-class Cloze:
+class Cloze(Classifies):
     """Logits over the vocabulary in the gap. words: the token of each label."""
 
     wording: wordings.Wording
     words: tuple[int, ...]
+
+    model_class: ClassVar[str] = "AutoModelForMaskedLM"
+
+    @classmethod
+    def build(cls, config: Config, task: TaskData, tokenizer: Any) -> "Cloze":
+        """With the task's wording; each label's word must be one token."""
+        wording = wordings.wording(config, task)
+        return cls(wording, wordings.single_tokens(wording, tokenizer))
 
     def encode(self, split: Split, tokenizer: Any, max_length: int) -> Tokens:
         """The template around each row, with its gap."""
@@ -105,18 +158,30 @@ class Cloze:
 
     def predict(
         self, network: Forward, tokens: Tokens, rows: Ids, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor:
         """The likeliest of the labels' words."""
         logits = network(**self.inputs(tokens, rows, device))[:, 0].float()
-        return logits[:, list(self.words)].argmax(-1), self._loss(logits, tokens, rows, device)
+        losses = self._loss(logits, tokens, rows, device)
+        return _told(logits[:, list(self.words)].argmax(-1), losses)
 
 
 @dataclass(frozen=True)
-class LabelWords:
+class LabelWords(Classifies):
     """Logits over the vocabulary where a label's word goes on from the text."""
 
     wording: wordings.Wording
     words: tuple[tuple[int, ...], ...]
+
+    model_class: ClassVar[str] = "AutoModelForCausalLM"
+
+    @classmethod
+    def build(cls, config: Config, task: TaskData, tokenizer: Any) -> "LabelWords":
+        """With the task's wording; a text must fit before the longest word."""
+        wording = wordings.wording(config, task)
+        words = wordings.continuations(wording, tokenizer)
+        if max(map(len, words)) >= config.task.max_length:
+            raise UserError("task.max_length leaves no room for a text before the label's word.")
+        return cls(wording, words)
 
     def encode(self, split: Split, tokenizer: Any, max_length: int) -> Tokens:
         """The template up to its gap, with room left for the longest word."""
@@ -135,7 +200,7 @@ class LabelWords:
 
     def predict(
         self, network: Forward, tokens: Tokens, rows: Ids, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor:
         """The label with the lowest loss; one forward per label."""
         each = [
             self._mean_loss(network, tokens, rows, np.full(len(rows), label), device)
@@ -143,7 +208,7 @@ class LabelWords:
         ]
         losses = torch.stack(each, dim=1)
         true = _labels(tokens, rows, device).unsqueeze(1)
-        return losses.argmin(1), losses.gather(1, true).squeeze(1)
+        return _told(losses.argmin(1), losses.gather(1, true).squeeze(1))
 
     def _mean_loss(
         self, network: Forward, tokens: Tokens, rows: Ids, labels: Ids, device: torch.device
@@ -180,13 +245,5 @@ def _labels(tokens: Tokens, rows: Ids, device: torch.device) -> torch.Tensor:
 
 def build(config: Config, task: TaskData, tokenizer: Any) -> Head:
     """The configured head. Raises UserError if wording, task and tokenizer do not fit."""
-    kind = config.model.head
-    if kind == "classifier":
-        return Classifier()
-    wording = wordings.wording(config, task)
-    if kind == "cloze":
-        return Cloze(wording, wordings.single_tokens(wording, tokenizer))
-    words = wordings.continuations(wording, tokenizer)
-    if max(map(len, words)) >= config.task.max_length:
-        raise UserError("task.max_length leaves no room for a text before the label's word.")
-    return LabelWords(wording, words)
+    head: Head = registry.OBJECTIVES[config.model.head].build(config, task, tokenizer)
+    return head

@@ -13,8 +13,7 @@ import torch
 
 from hpcfed.cluster.collectives import sum_over_ranks
 from hpcfed.cluster.topology import Topology
-from hpcfed.data import metrics
-from hpcfed.data.batches import Ids, Tokens
+from hpcfed.data.batches import Floats, Ids, Tokens
 from hpcfed.data.sources import TaskData
 from hpcfed.engine.engine import Engine
 from hpcfed.policies.sampling import spread
@@ -22,11 +21,12 @@ from hpcfed.policies.sampling import spread
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics, and the predicted class of each evaluated row, rows ascending."""
+    """Metrics, and the first thing that the head tells of each evaluated row, as the predicted
+    class; rows ascending."""
 
     scores: dict[str, Any]
     rows: Ids
-    predicted: Ids
+    told: Floats
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Evaluator:
         """rows[k]: rows of client k. states: clients with values of their own; all others have
         the same model, vector_of(None), and their rows are evaluated together; without states this
         is the global evaluation."""
-        results = np.zeros((2, len(tokens)))
+        results = np.zeros((1 + len(self.engine.head.columns), len(tokens)))
         alike = [rows[k] for k in range(len(rows)) if k not in states]
         if alike:
             batches = self._batches(np.concatenate(alike), tokens)
@@ -77,11 +77,8 @@ class Evaluator:
     def _score(
         self, rows: Ids, tokens: Tokens, results: np.ndarray[Any, np.dtype[np.float64]]
     ) -> Evaluation:
-        predicted, losses = sum_over_ranks(results, self.topology)
-        ids = predicted[rows].astype(np.int64) - 1
-        if (ids < 0).any():
-            raise RuntimeError(f"{int((ids < 0).sum())} rows were not evaluated by any slot")
-        scores: dict[str, Any] = metrics.score(
-            ids, tokens.labels[rows], self.task.metric, self.task.positive
-        )
-        return Evaluation({**scores, "loss": float(losses[rows].mean())}, rows, ids)
+        seen, *told = sum_over_ranks(results, self.topology)[:, rows]
+        if not seen.all():
+            raise RuntimeError(f"{int((seen == 0).sum())} rows were not evaluated by any slot")
+        scores = self.engine.head.score(np.stack(told), rows, tokens, self.task)
+        return Evaluation(scores, rows, told[0])

@@ -132,18 +132,20 @@ class Progress:
             self._bar.close()
         if not self._speaks:
             return
-        accuracy, sent, spent = summary["accuracy"], summary["bytes"], summary["seconds"]
-        best = summary["best"]
+        best, sent, spent = summary["best"], summary["bytes"], summary["seconds"]
+        what = "accuracy" if "accuracy" in summary else "score"
+        scores = summary[what]
+        of_one = f"  (majority class {summary['majority']:.4f})" if "majority" in summary else ""
         self._say(
-            f"\ntest accuracy  personal {accuracy['personal']:.4f}  global {accuracy['global']:.4f}"
-            f"  (majority class {summary['majority']:.4f})"
+            f"\ntest {what}  personal {scores['personal']:.4f}  global {scores['global']:.4f}"
+            + of_one
         )
-        if summary["metric"] != "accuracy":
+        if what == "accuracy" and summary["metric"] != "accuracy":
             self._say(f"test {summary['metric']}  personal {summary['score']['personal']:.4f}")
         if best is not None:
             self._say(
                 f"best round by validation: {best['round']}"
-                f" (test accuracy {best['personal']['accuracy']:.4f})"
+                f" (test {what} {best['personal'][what]:.4f})"
             )
         less = sent["up"] / sent["up_if_all_shared"] if sent["up_if_all_shared"] else 1
         shared = f" ({less:.0%} of sharing all layers)" if less < 1 else ""

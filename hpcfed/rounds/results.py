@@ -114,16 +114,14 @@ class Results:
                 **{name: result.scores for name, result in at_best.items()},
             }
         self._account.evaluated(time.monotonic() - clock)
-        labels = setup.test_tokens.labels
         summary = {
             "method": config.method,
             "task": config.task.name,
             "seed": config.seed,
             "rounds": config.federation.rounds,
             "metric": setup.task.metric,
-            "accuracy": {name: result["accuracy"] for name, result in final.items()},
+            **self._of_classes(final),
             "score": {name: result["score"] for name, result in final.items()},
-            "majority": float(np.bincount(labels).max() / len(labels)),
             "test": final,
             "best": best,
             **self._account.summary(),
@@ -139,6 +137,16 @@ class Results:
         setup.topology.world.comm.Barrier()
         return summary
 
+    def _of_classes(self, final: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """What only classification has: accuracies, and that of always the largest class."""
+        if not all("accuracy" in result for result in final.values()):
+            return {}
+        labels = self._setup.test_tokens.labels
+        return {
+            "accuracy": {name: result["accuracy"] for name, result in final.items()},
+            "majority": float(np.bincount(labels).max() / len(labels)),
+        }
+
     def _save(self, results: dict[str, Evaluation], summary: dict[str, Any]) -> None:
         setup, directory = self._setup, self._setup.directory
         prepared, rows = setup.prepared, results["personal"].rows
@@ -150,7 +158,10 @@ class Results:
                 "labels": list(setup.task.labels),
                 "row": rows.tolist(),
                 "label": setup.test_tokens.labels[rows].tolist(),
-                **{name: result.predicted.tolist() for name, result in results.items()},
+                **{
+                    name: [int(v) if v.is_integer() else v for v in result.told.tolist()]
+                    for name, result in results.items()
+                },
             }
         )
         directory.save_summary(summary)

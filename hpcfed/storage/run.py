@@ -230,7 +230,8 @@ class RunDirectory:
         labels: tuple[str, ...],
         source: str,
     ) -> None:
-        """The adapter as a folder that `PeftModel.from_pretrained` loads.
+        """The adapter as a folder that `PeftModel.from_pretrained` loads, or the adapter's own
+        `load` where PEFT has none of its kind.
 
         values: (layout.size,) fp32. fresh: frozen weights that the checkpoint lacked; without them
         the adapter would be loaded over other random ones, so they are part of it.
@@ -244,15 +245,11 @@ class RunDirectory:
         tensors = adapted.saved(values)
         tensors |= {adapted.prefix + name: value.float() for name, value in fresh.items()}
         write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-        config = adapted.peft_config
-        whole = tuple(f"{name}." for name in config.modules_to_save)
-        parts = {name.rpartition(".")[0] for name in fresh if not name.startswith(whole)}
-        config.modules_to_save = sorted({*config.modules_to_save, *parts})
-        config.base_model_name_or_path = source
-        config.inference_mode = True
-        if isinstance(getattr(config, "target_modules", None), set):
-            config.target_modules = sorted(config.target_modules)  # a set's order is not ours
-        config.save_pretrained(folder)
+        if isinstance(adapted.description, dict):
+            description = {**adapted.description, "base_model_name_or_path": source}
+            write_json(folder / "adapter_config.json", description)
+        else:
+            _describe_to_peft(folder, adapted.description, fresh, source)
         for file in folder.iterdir():
             sync_file(file)
         write_json(folder / "labels.json", list(labels))
@@ -271,6 +268,20 @@ class RunDirectory:
         """Let another job in."""
         if self._lock is not None:
             self._lock.release()
+
+
+def _describe_to_peft(
+    folder: Path, config: Any, fresh: dict[str, torch.Tensor], source: str
+) -> None:
+    """adapter_config.json, from a peft.PeftConfig."""
+    whole = tuple(f"{name}." for name in config.modules_to_save)
+    parts = {name.rpartition(".")[0] for name in fresh if not name.startswith(whole)}
+    config.modules_to_save = sorted({*config.modules_to_save, *parts})
+    config.base_model_name_or_path = source
+    config.inference_mode = True
+    if isinstance(getattr(config, "target_modules", None), set):
+        config.target_modules = sorted(config.target_modules)  # a set's order is not ours
+    config.save_pretrained(folder)
 
 
 def _round(line: str) -> float:

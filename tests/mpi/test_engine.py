@@ -23,8 +23,8 @@ def legal(shape, adapter, dtype, file):
 
 
 FACTORS: dict[str, list[Any]] = {
-    "shape": [(1, 1), (1, 2)], "adapter": ["lora", "prefix", "prompt"], "dtype": ["fp32", "bf16"],
-    "file": list(FILES),
+    "shape": [(1, 1), (1, 2)], "adapter": ["lora", "prefix", "prompt", "bottleneck"],
+    "dtype": ["fp32", "bf16"], "file": list(FILES),
 }  # fmt: skip
 FEW = pairwise(FACTORS, legal)
 MANY = [case for case in product(FACTORS, legal) if case not in FEW]

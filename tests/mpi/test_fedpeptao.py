@@ -45,6 +45,8 @@ VARIANTS: dict[str, list[str]] = {
                    "server.optimizer=momentum", "server.momentum=0.5"],
     "fedadam": [*ADAMW, *PREFIX, "server.optimizer=adam", "server.lr=0.02"],
     "scaffold-adamw": [*ADAMW, *PREFIX, "local.control=true"],
+    "houlsby": [*SGD, "adapter.kind=bottleneck", "adapter.placement=houlsby",
+                "adapter.reduction=8", "layers.score=all"],
     "cloze": [*SGD, *PREFIX, *GAP, "model.head=cloze", "model.name={out}/bert-cloze"],
     "cloze-lora": [*SGD, *GAP, "model.head=cloze", "model.name={out}/bert-cloze",
                    "adapter.kind=lora"],

@@ -15,7 +15,8 @@ WIDTH = 0.04
 FACTORS: dict[str, list[Any]] = {
     "shape": [(1, 1), (1, 2)], "architecture": list(models.ARCHITECTURES),
     "file": ["zero0", "zero1", "zero2", "zero3", "offload", "partitioned"],
-    "adapter": ["lora", "prefix", "prompt"], "head": list(HEADS), "spares": [False, True],
+    "adapter": ["lora", "prefix", "prompt", "bottleneck"], "head": list(HEADS),
+    "spares": [False, True],
 }  # fmt: skip
 
 

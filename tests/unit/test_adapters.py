@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from hpcfed import model
+from hpcfed.adapters import bottleneck
 from hpcfed.adapters.layout import HEAD, AdapterLayout, Part
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Adapter, Config, Model
@@ -173,3 +174,38 @@ def test_missing_frozen_weights_are_seeded(prepared):
     if "Roberta" in type(found.adapted.network.backbone.get_base_model()).__name__:
         assert any("classifier.dense" in name for name in found.fresh)
         assert np.isclose(float(found.fresh["classifier.dense.weight"].std()), 0.02, rtol=0.2)
+
+
+@pytest.mark.parametrize("placement", ["pfeiffer", "houlsby"])
+@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+def test_bottlenecks_are_saved_and_loaded(architecture, placement, tmp_path):
+    """A fresh one changes nothing; a trained one is the same function when it is loaded again."""
+    folder = models.save(architecture, tmp_path / "model")
+    adapter = Adapter(kind="bottleneck", placement=placement, reduction=8)
+    config = Config(model=Model(name=str(folder), dropout=0.0), adapter=adapter)
+    prepared = model.prepare(config, LABELS, 0, {})
+    adapted, layout = prepared.adapted, prepared.adapted.layout
+    each = (32 * 4 + 4) + (4 * 32 + 32)  # down and up, with their biases
+    for layer in ("0", "1", "2"):
+        assert layout.part((layer,)).size == each * (2 if placement == "houlsby" else 1)
+    assert layout.roles("down", "up") == layout.part(("0", "1", "2"))
+    ids = torch.arange(5, 15).reshape(2, 5)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def logits(values):
+        with torch.no_grad():
+            for entry, parameter in zip(layout.entries, adapted.parameters, strict=True):
+                parameter.copy_(values[entry.values].reshape(entry.shape))
+            return adapted.network.eval()(**inputs)
+
+    fresh = logits(prepared.initial)
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    plain.config.pad_token_id = 0
+    values = prepared.initial + 0.1 * torch.randn(layout.size)
+    trained = logits(values)
+    assert not torch.allclose(trained, fresh, atol=1e-3)
+    run = RunDirectory(tmp_path)
+    run.save_adapter(adapted, values, prepared.fresh, LABELS, str(folder))
+    loaded = bottleneck.load(plain, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.allclose(loaded(**inputs).logits, trained, atol=1e-6)

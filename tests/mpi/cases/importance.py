@@ -39,7 +39,7 @@ def check(
         f"model.name={folder}", f"deepspeed={deepspeed}", f"adapter.targets=[{targets}]",
         "adapter.rank=3", "cluster.threads=1", f"adapter.kind={adapter}",
         f"cluster.ranks_per_client={topology.ranks_per_client}", "adapter.virtual_tokens=3",
-        f"model.head={head}",
+        f"model.head={head}", "adapter.reduction=8",
     ]  # fmt: skip
     if spares:
         overrides += ["local.micro_batch=2", "model.gradient_checkpointing=true"]
@@ -47,7 +47,7 @@ def check(
     plain = Plain(config, LABELS, HEADS[head])
     torch.manual_seed(1)
     # Values large enough that the loss is curved, small enough that attention is not saturated.
-    vector = torch.randn(plain.layout.size) * (0.1 if adapter == "lora" else 1.0)
+    vector = torch.randn(plain.layout.size) * (0.1 if adapter in ("lora", "bottleneck") else 1.0)
     check_fisher(config, plain, vector, topology)
     check_curvature(config, plain, vector, topology)
     if adapter != "prompt":
