@@ -1,6 +1,7 @@
 # make demo   a first federation: 4 MPI ranks, 2 ZeRO clients at a time, real model, no download
 # make test   lint, types, tests without MPI and on real MPI worlds
 # make test-all   the same with full products, a fresh MPI world for every case, and real data
+# make test-long  as many of the long tests as fit into BUDGET seconds, 300 unless told
 # make test-cluster   launch tests on a real Slurm of two hosts inside this machine; as root on Debian
 # Each does all of its own set-up in .venv; PYTHON, and anything pip reads, may be set by you.
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all test-cluster lint clean
+.PHONY: setup demo test test-long test-all test-cluster lint clean
 
 setup: $(VENV)/installed
 
@@ -29,6 +30,11 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long" tests/unit tests/mpi
+
+# As many of the long ones as fit into BUDGET seconds; what is left out is named.
+BUDGET ?= 300
+test-long: setup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m long --budget=$(BUDGET) tests/unit tests/mpi
 
 # PYTEST_ARGS: as --budget=SECONDS, which names what it left out.
 test-all: lint

@@ -32,13 +32,14 @@ EVENTS: dict[str, tuple[Any, str]] = {
 WRITES = {"manifest": (hpcfed.storage.run, "write_json")}
 
 
-def arm(event: str, count: int, rank: int, name: str) -> None:
-    """Count the event; strike."""
+def arm(event: str, count: int, rank: int, name: str) -> tuple[Any, str, Any]:
+    """What to put in the event's place, so that it is counted, and strikes: holder, attribute, and
+    the function."""
     holder, attribute = {**EVENTS, **WRITES}[event]
     original = getattr(holder, attribute)
     left = [count]
 
-    def counting(*args, **kwargs):
+    def counting(*args: Any, **kwargs: Any) -> Any:
         left[0] -= 1
         if left[0] == 0:
             from mpi4py import MPI
@@ -47,11 +48,13 @@ def arm(event: str, count: int, rank: int, name: str) -> None:
                 os.kill(os.getpid(), signal.Signals[name])
         return original(*args, **kwargs)
 
-    setattr(holder, attribute, counting)
+    return holder, attribute, counting
 
+
+# The clock that stands still.
+Still = partial(hpcfed.cluster.stop.Stop, clock=lambda: 0.0)
 
 if __name__ == "__main__":
-    arm(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
-    still = partial(hpcfed.cluster.stop.Stop, clock=lambda: 0.0)
-    cli.Stop = still  # type: ignore[attr-defined, assignment]
+    setattr(*arm(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]))
+    cli.Stop = Still  # type: ignore[attr-defined, assignment]
     sys.exit(cli.main(sys.argv[5:]))

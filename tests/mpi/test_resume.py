@@ -71,22 +71,26 @@ def test_on_disk_in_time(worlds, data, tmp_path, shape):
     assert commits == ROUNDS
 
 
-# From here on real processes and real signals.
+# From here on real signals.
 
 
-def run(data, out, *extra, ranks=2, code=0):
-    """A life that nothing disturbs; what it printed."""
-    line = ["run", "lora-fedavg", *words(data), f"output={out}", *extra]
-    return mpiexec(ranks, "hpcfed", *line, code=code)
+def life(worlds, shape, data, out, *extra, strike=None, code=0):
+    """A life in a persistent world, with a signal at (event, count, rank, name); what rank 0
+    printed."""
+    line = ["run", "lora-fedavg", *words(data), f"output={out}", *extra, "--no-live"]
+    ranks = worlds.call(shape, f"{CASES}:command", words=line, strike=strike)
+    assert {own for own, _ in ranks} == {code}, ranks[0][1]
+    return ranks[0][1]
 
 
-def struck(data, out, event, count, rank, signal, *extra, ranks=2, code=None):
-    """A life in which a signal strikes; it must end otherwise than well."""
-    line = [event, count, rank, signal, "run", "lora-fedavg", *words(data), f"output={out}", *extra]
+def struck(data, out, *strike, code=None):
+    """A life in processes of its own; it must end otherwise than well."""
+    line = ["run", "lora-fedavg", *words(data), f"output={out}", "--resume"]
+    command = ["interrupt.py", *map(str, strike), *line]
     if code is not None:
-        return mpiexec(ranks, "interrupt.py", *map(str, line), code=code)
+        return mpiexec(2, *command, code=code)
     with pytest.raises(AssertionError, match="exit code"):
-        mpiexec(ranks, "interrupt.py", *map(str, line))
+        mpiexec(2, *command)
     return ""
 
 
@@ -105,50 +109,58 @@ def undisturbed(worlds, data, common, once):
 
 @pytest.mark.parametrize("shape", [(2, 1)])
 def test_killed(undisturbed, data, tmp_path, shape):
-    """SIGKILL of one rank in a round, and in a commit; the last life has another number of slots.
-    The job ends with the rank, and none of its processes is left."""
+    """TERM, then SIGKILL of one rank in a round, and in a commit, in processes of their own; the
+    last life has another number of slots. The job ends with the rank, and none of its processes is
+    left."""
     out = tmp_path / "killed"
-    struck(data, out, "forward", 11, 1, "SIGKILL", "--resume")
-    struck(data, out, "manifest", 2, 0, "SIGKILL", "--resume")
+    struck(data, out, "forward", 3, 0, "SIGTERM", code=INTERRUPTED)
+    struck(data, out, "forward", 11, 1, "SIGKILL")
+    struck(data, out, "manifest", 2, 0, "SIGKILL")
     assert not (out / "summary.json").exists()
-    printed = run(data, out, "--resume", ranks=1)
-    assert "goes on after round" in printed
+    line = ["run", "lora-fedavg", *words(data), f"output={out}", "--resume"]
+    assert "goes on after round" in mpiexec(1, "hpcfed", *line)
     assert_same(undisturbed, out)
     lives = json.loads((out / "run.json").read_text())["lives"]
     assert lives[-1]["slots"] == 1 and lives[0]["slots"] == 2
-    begun = [life["rounds_done"] for life in lives]
-    assert begun == sorted(begun) and begun[0] == 0 and begun[-1] >= 1
+    begun = [own["rounds_done"] for own in lives]
+    assert begun == sorted(begun) and begun[0] == 0 and begun[-1] >= 2
     total = json.loads((out / "summary.json").read_text())["seconds"]
     assert total["total"] > sum(total[phase] for phase in ("train", "evaluate"))
 
 
 @pytest.mark.parametrize("shape", [(2, 1)])
-def test_signals(undisturbed, data, tmp_path, shape):
+def test_signals(worlds, undisturbed, data, tmp_path, shape):
     """One rank is asked to stop: the round in flight is finished, or dropped if there is no time;
     the run says so, exits with 75, and ends with the same bits."""
     out = tmp_path / "signals"
-    hurried = ["cluster.grace_seconds=0", "--resume"]
-    first = struck(data, out, "forward", 20, 1, "SIGUSR1", *hurried, code=INTERRUPTED)
+    end = {"code": INTERRUPTED}
+    hurried = ["cluster.grace_seconds=0"]
+    strike = ("forward", 20, 1, "SIGUSR1")
+    first = life(worlds, shape, data, out, *hurried, strike=strike, **end)
     dropped = len(metrics(out))
     assert f"{dropped} of {ROUNDS} rounds are committed" in first
-    struck(data, out, "forward", 1, 0, "SIGTERM", "--resume", code=INTERRUPTED)
+    strike = ("forward", 1, 0, "SIGTERM")
+    life(worlds, shape, data, out, "--resume", strike=strike, **end)
     assert len(metrics(out)) == dropped + 1, "there was time for the round"
     # The signal comes after the first commit of this life: one more round fits.
-    struck(data, out, "sweep", 1, 1, "SIGUSR2", "--resume", code=INTERRUPTED)
+    strike = ("sweep", 1, 1, "SIGUSR2")
+    life(worlds, shape, data, out, "--resume", strike=strike, **end)
     assert len(metrics(out)) == dropped + 3
-    run(data, out, "--resume")
+    life(worlds, shape, data, out, "--resume")
     assert_same(undisturbed, out)
 
 
 @pytest.mark.parametrize("shape", [(2, 1)])
-def test_a_signal_while_layers_are_chosen(undisturbed, data, tmp_path, shape):
+def test_a_signal_while_layers_are_chosen(worlds, undisturbed, data, tmp_path, shape):
     """One of two slots hears it, and there is no time: both leave, and it is chosen again."""
     out = tmp_path / "chosen"
-    hurried = ["cluster.grace_seconds=0"]
-    printed = struck(data, out, "select", 1, 1, "SIGUSR1", *hurried, code=INTERRUPTED)
+    strike = ("select", 1, 1, "SIGUSR1")
+    printed = life(
+        worlds, shape, data, out, "cluster.grace_seconds=0", strike=strike, code=INTERRUPTED
+    )
     assert f"1 of {ROUNDS} rounds are committed" in printed
     assert not (out / "selection.json").exists()
-    run(data, out, "--resume")
+    life(worlds, shape, data, out, "--resume")
     assert_same(undisturbed, out)
 
 
@@ -156,10 +168,10 @@ def test_a_signal_while_layers_are_chosen(undisturbed, data, tmp_path, shape):
 def test_two_ranks_of_a_client_drop_the_round_together(worlds, data, tmp_path, shape):
     """Only one rank of a ZeRO-2 client hears the signal."""
     form = ["cluster.ranks_per_client=2", "deepspeed=ds_configs/zero2.json"]
+    out, strike = tmp_path / "slot", ("forward", 9, 1, "SIGUSR1")
     hurried = [*form, "cluster.grace_seconds=0"]
-    out = tmp_path / "slot"
-    struck(data, out, "forward", 9, 1, "SIGUSR1", *hurried, code=INTERRUPTED)
-    run(data, out, *form, "--resume")
+    life(worlds, shape, data, out, *hurried, strike=strike, code=INTERRUPTED)
+    life(worlds, shape, data, out, *form, "--resume")
     runs = {"whole": [*words(data), form[1]]}
     worlds.call(shape, "tests.mpi.cases.runs:federate", folder=tmp_path, runs=runs)
     assert_same(tmp_path / "whole", out)

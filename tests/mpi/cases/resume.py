@@ -4,12 +4,15 @@ All in one process: an exception strikes where a signal might, and a file that i
 torn; what the exception leaves on disk is what a killed process would.
 """
 
+import contextlib
 import gc
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,13 +20,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from hpcfed.app import cli
+from hpcfed.cluster.stop import SIGNALS
 from hpcfed.cluster.topology import Topology
 from hpcfed.rounds.federation import Federation
 from hpcfed.rounds.progress import Progress
 from hpcfed.storage.commits import encode
 from hpcfed.storage.paths import MANIFEST, METRICS
 from tests.mpi.cases.runs import build, clear
-from tests.mpi.interrupt import EVENTS
+from tests.mpi.interrupt import EVENTS, Still, arm
 from tests.same import assert_same
 
 
@@ -214,6 +219,25 @@ def check(
             shutil.rmtree(stray)
     assert_same(folder / "whole", out)
     return dict(struck)
+
+
+def command(
+    topology: Topology, words: list[str], strike: tuple[str, int, int, str] | None
+) -> tuple[int, str]:
+    """`hpcfed WORDS` in this world, which a real signal strikes at (event, count, rank, name); its
+    exit code on this rank, and what it printed."""
+    printed = io.StringIO()
+    with ExitStack() as stack:
+        for number in SIGNALS:
+            stack.callback(signal.signal, number, signal.getsignal(number))
+        stack.enter_context(contextlib.redirect_stdout(printed))
+        stack.enter_context(contextlib.redirect_stderr(printed))
+        stack.enter_context(patch.object(cli, "Stop", Still))
+        if strike is not None:
+            stack.enter_context(patch.object(*arm(*strike)))
+        code = cli.main(words)
+    gc.collect()
+    return code, printed.getvalue()
 
 
 def check_order(topology: Topology, preset: str, words: list[str], folder: Path) -> int:
