@@ -3,6 +3,7 @@ starts and before anything is written."""
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,17 +217,18 @@ def check_ranks(ranks: int, ranks_per_client: int) -> None:
 
 def output_folder(config: Config) -> Path:
     """The run directory."""
-    try:
-        return Path(
-            config.output.format(
-                task=config.task.name, method=Path(config.method).stem, seed=config.seed
-            )
-        )
-    except (KeyError, IndexError, ValueError):
+    known = {
+        "{task}": config.task.name,
+        "{method}": Path(config.method).stem,
+        "{seed}": str(config.seed),
+    }
+    parts = re.split(r"(\{[^{}]*\}|[{}])", config.output)
+    if any(part[:1] in ("{", "}") and part not in known for part in parts):
         raise UserError(
             f"output is {config.output!r}; only {{task}}, {{method}} and {{seed}} may stand in "
             "braces."
-        ) from None
+        )
+    return Path("".join(known.get(part, part) for part in parts))
 
 
 def _check_new(path: Path) -> None:

@@ -359,6 +359,10 @@ def describe(resolved: Resolved) -> str:
     return "\n".join(f"{text:<{width}}  # {source}" if source else text for text, source in lines)
 
 
+# Options whose value is itself keys and values.
+_MAPPINGS = ("task.verbalizer",)
+
+
 def as_text(value: Any) -> str:
     """A value as it is written in a configuration or after section.key=, on one line."""
     plain = list(value) if isinstance(value, tuple) else value
@@ -370,8 +374,11 @@ def _lines(
     tree: dict[str, Any], origin: dict[str, str], prefix: str, depth: int
 ) -> Iterator[tuple[str, str]]:
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and f"{prefix}{key}" not in _MAPPINGS:
             yield f"{'  ' * depth}{key}:", ""
             yield from _lines(value, origin, f"{prefix}{key}.", depth + 1)
         else:
-            yield f"{'  ' * depth}{key}: {as_text(value)}", origin.get(f"{prefix}{key}", DEFAULT)
+            dotted = f"{prefix}{key}"
+            inside = (own for name, own in origin.items() if name.startswith(f"{dotted}."))
+            source = origin.get(dotted) or next(inside, DEFAULT)
+            yield f"{'  ' * depth}{key}: {as_text(value)}", source

@@ -16,9 +16,9 @@ summary.json       the result
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,19 @@ class RunDirectory:
         Raises UserError if another run took the name meanwhile.
         """
         final = self.path
-        self.path = final.with_name(f".{final.name}.{os.getpid()}.new")
-        self.path.mkdir(parents=True)
-        (self.path / CONFIG).write_text(describe(resolved) + "\n")
-        write_json(self.path / PARTITION, partition)
-        (self.path / METRICS).touch()
-        self.describe_life(facts, here)
-        self.commit(start)
-        self._lock = Lock(self.path / LOCK, job)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        # Readable by its owner only, since clients' own values lie in it.
+        self.path = Path(tempfile.mkdtemp(".new", f".{final.name}.", final.parent))
+        try:
+            (self.path / CONFIG).write_text(describe(resolved) + "\n")
+            write_json(self.path / PARTITION, partition)
+            (self.path / METRICS).touch()
+            self.describe_life(facts, here)
+            self.commit(start)
+            self._lock = Lock(self.path / LOCK, job)
+        except Exception:  # a full disk
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
         try:
             self.path.rename(final)
         except OSError:
@@ -147,6 +152,8 @@ class RunDirectory:
         manifest = self.path / MANIFEST
         try:
             content = json.loads(manifest.read_text())
+            if Path(content["tensors"]).name != content["tensors"]:
+                raise ValueError(f"{content['tensors']!r} is no name of a file")
             tensors = manifest.with_name(content["tensors"])
             state = decode(load_file(tensors), content)
             for file in sorted(self._referred(state)):

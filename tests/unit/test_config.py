@@ -1,5 +1,6 @@
 """Resolution of configurations: sources, strictness, provenance."""
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -7,7 +8,8 @@ import yaml
 
 from hpcfed.app.options import listing
 from hpcfed.errors import UserError
-from hpcfed.settings.resolve import COMMAND_LINE, describe, presets, resolve
+from hpcfed.rounds.preflight import output_folder
+from hpcfed.settings.resolve import COMMAND_LINE, changed, describe, presets, resolve
 
 
 def test_later_sources_win_and_are_named(tmp_path):
@@ -142,3 +144,31 @@ def test_the_documented_example_resolves(tmp_path):
     config = resolve(str(file)).config
     assert config.adapter.targets == ("query", "value")
     assert config.adapter.alpha == 16.0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"yes": "great", "no": "terrible"},
+        {"0": "on", "null": "off"},
+        {"a: b": "#c", "é": "'d\""},
+        {},
+    ],
+)
+def test_own_labels_come_back_from_the_file_that_a_run_keeps(tmp_path, words):
+    """Words that YAML would read as something else, and none."""
+    resolved = resolve("lora-fedavg", [f"task.verbalizer={json.dumps(words)}"])
+    assert resolved.config.task.verbalizer == words
+    file = tmp_path / "config.yaml"
+    file.write_text(describe(resolved) + "\n")
+    assert changed(resolved.config, file.read_text()) == {}
+    assert resolve(str(file)).config == resolved.config
+
+
+@pytest.mark.parametrize("output", ["{task.__class__}", "{0}", "{", "a}", "{task!r}", "{x}"])
+def test_only_three_names_stand_in_output(output):
+    config = resolve("lora-fedavg", [f"output='{output}'"]).config
+    with pytest.raises(UserError, match=r"only \{task\}, \{method\} and \{seed\}"):
+        output_folder(config)
+    config = resolve("lora-fedavg", ["output='{task}/{method}-{seed}'", "seed=7"]).config
+    assert str(output_folder(config)) == "questions/lora-fedavg-7"
