@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpcfed.app.options import listing
 from hpcfed.app.plot import draw
@@ -20,6 +21,9 @@ from hpcfed.cluster.topology import connect_world, deepspeed_process, launched_r
 from hpcfed.errors import UserError
 from hpcfed.rounds import preflight
 from hpcfed.settings.resolve import Resolved, describe, presets, resolve
+
+if TYPE_CHECKING:
+    from hpcfed.rounds.setup import Setup
 
 _EPILOG = """examples:
   hpcfed run demo --ranks 4                         a first run, nothing to download
@@ -267,6 +271,7 @@ def _take_part(
         world = connect_world()
     except UserError as error:
         return _refuse(error, 0, faults)
+    setup: Setup | None = None
     try:
         resume = options.resume or restarted()
         with world.agreement("looking for the run directory"):
@@ -284,8 +289,8 @@ def _take_part(
             from hpcfed.rounds.progress import Progress
             from hpcfed.rounds.setup import set_up
 
-        federation = Federation(set_up(checked, world, started, stop=stop))
-        summary = federation.run(Progress(speaks=world.rank == 0, live=live))
+        setup = set_up(checked, world, started, stop=stop)
+        summary = Federation(setup).run(Progress(speaks=world.rank == 0, live=live))
         if summary is None:
             world.comm.Barrier()
             return INTERRUPTED
@@ -301,6 +306,9 @@ def _take_part(
             logging.getLogger("hpcfed").exception("rank %d failed; the job ends", world.rank)
             sys.stderr.flush()
             world.comm.Abort(1)
+        if setup is not None:  # the process may live on, and resume the run
+            setup.directory.close()
+            setup.engine.close()
         raise
     return 0
 

@@ -222,12 +222,14 @@ def _traffic_lines(config: Config, adapted: Adapted, slots: int) -> Iterator[str
     sent = " and ".join(f"{size * (1 + variates.travels) / 1e6:.2f}" for size in shared)
     total = " and ".join(f"{sampled * size * (1 + variates.travels) / 1e6:.2f}" for size in shared)
     turn = " in turns" if len(shared) > 1 else ""
+    masks = any(registry.UPDATES[name].masks for name in config.updates.transforms)
+    if masks:  # clients that have fewer values send fewer
+        sent, total = f"at most {sent}", f"at most {total}"
     yield f"a round: each client sends {sent} MB{turn} ({how}), all {sampled} of them {total} MB"
     if first and max(shared) < everything:
         yield f"the first {first} rounds: {everything / 1e6:.2f} MB a client"
     # From each slot sums of the values and of what the server's step needs; back, their means.
     width = 8 if config.collective.wire == "float64" else 4
-    masks = any(registry.UPDATES[name].masks for name in config.updates.transforms)
     each = width * slots * (2 if masks else 1) + FP32_BYTES
     wires = [0 if slots == 1 else size / FP32_BYTES * (1 + variates.sums) * each for size in shared]
     moved = " and ".join(f"{wire / 1e6:.2f}" for wire in wires)

@@ -7,6 +7,8 @@ are ours: with `updates.rank_decay` a client's last rank shrinks by that factor 
 and if ||b|| ||a|| of it is then less than when it was handed out, the client gives it up.
 """
 
+import math
+
 import torch
 
 from hpcfed.adapters.layout import AdapterLayout
@@ -55,8 +57,9 @@ class HetLora(Transform):
         update.mask = has if update.mask is None else update.mask & has
         if self._decay and rank > 1:
             self._shrink(update, now, rank)
-        norm = sum(torch.linalg.norm(b @ a) for a, b in self._pairs(update.values, now))
-        update.weight = min(LARGEST, max(1, round(float(norm) / UNIT)))
+        norm = sum(float(torch.linalg.norm(b @ a)) for a, b in self._pairs(update.values, now))
+        if math.isfinite(norm):  # else the update is refused, whatever it weighs
+            update.weight = min(LARGEST, max(1, round(norm / UNIT)))
 
     def _shrink(self, update: Update, now: Round, rank: int) -> None:
         last = now.shared.pack(self._first(rank) & ~self._first(rank - 1))

@@ -107,6 +107,8 @@ class Federation:
         now = self.next_round()
         costs = {k: self.local.cost(k, now) for k in now.clients}
         lane = sampling.spread(costs, self._topology.slots)[self._topology.slot_index]
+        # Before the exchange: after it the first rank may replace the files that say so.
+        sizes = {k: self.exchange.size(k, now) for k in now.clients}
         seconds = {"select": time.monotonic() - clock}
         sums, tally = self._train(now, lane, progress)
         mean, tally, wire, seconds["exchange"] = self._exchange(now, sums, tally)
@@ -114,7 +116,7 @@ class Federation:
             return None, True
         seconds |= dict(zip(Tally.SECONDS, map(float, tally.longest), strict=True))
         self.exchange.step(now, mean, tally)
-        record = self._record(now, tally, wire, seconds)
+        record = self._record(now, tally, sizes, wire, seconds)
         self.local.accept(now, tally.succeeded)
         self.exchange.accept(now, tally.succeeded)
         return record, tally.asked
@@ -172,16 +174,20 @@ class Federation:
         return mean, tally, wire, max(0.0, time.monotonic() - clock - waited)
 
     def _record(
-        self, now: Round, tally: Tally, wire: int, seconds: dict[str, float]
+        self,
+        now: Round,
+        tally: Tally,
+        sizes: dict[int, int],
+        wire: int,
+        seconds: dict[str, float],
     ) -> dict[str, Any]:
-        """The round's metrics."""
+        """The round's metrics. sizes: values of the shared part that each sampled client has."""
         config, reasons = self._config, tally.reasons
         if tally.failed:
             gathered = self._topology.world.comm.allgather(reasons)
             reasons = {k: text for part in gathered for k, text in part.items()}
         known = self.state.clients[PERSONAL].current
         newcomers = [k for k in now.clients if k not in known] if config.curriculum.warmup else []
-        sizes = {k: self.exchange.size(k, now) for k in now.clients}
         traffic = Traffic(sizes, self.exchange.travelling(now), len(newcomers), wire)
         record = self.account.record(now, tally, reasons, traffic, seconds)
         if config.curriculum.pace != "all":

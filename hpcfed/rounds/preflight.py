@@ -204,6 +204,11 @@ def _check_sharing(config: Config) -> None:
             f"updates.least_rank ({config.updates.least_rank}) not above adapter.rank "
             f"({config.adapter.rank})."
         )
+    if "hetlora" in transforms and rule in (*_OF_LORA, "nothing"):
+        raise UserError(
+            f"hetlora weighs clients by the B A that they send, and with sharing.rule={rule} they "
+            "send at most one of the two; use sharing.rule=layers or fedalt."
+        )
 
 
 def check_ranks(ranks: int, ranks_per_client: int) -> None:

@@ -34,9 +34,7 @@ class Outcome:
     values: torch.Tensor  # the server's
     home: torch.Tensor  # what clients keep
     personal: dict[int, torch.Tensor]
-    drawn: dict[int, int]  # hetlora: ranks at first
-    ranks: dict[int, int]  # and at last
-    sizes: list[dict[int, int]]  # hetlora: by round, how many values each sampled client has
+    ranks: list[dict[int, int]]  # hetlora: each client's, before the first round and after each
 
 
 class Loop:
@@ -58,12 +56,10 @@ class Loop:
         self.home = self.stays_home()
         self.personal: dict[int, torch.Tensor] = {}
         least, most = config.updates.least_rank, config.adapter.rank
-        self.drawn = {
+        self.ranks = {
             k: int(generator(config.seed, "rank", k).integers(least, most + 1))
             for k in range(len(self.rows))
         }
-        self.ranks = dict(self.drawn)
-        self.sizes: list[dict[int, int]] = []
 
     def named(self, pattern: str) -> torch.Tensor:
         """(size,) bool: the parameters whose name matches."""
@@ -94,13 +90,10 @@ class Loop:
 
     def run(self) -> Outcome:
         """All rounds."""
-        federation = self.config.federation
+        federation, ranks = self.config.federation, [dict(self.ranks)]
         for number in range(federation.rounds):
-            sampled = sample(
-                self.config.seed, number, federation.clients, federation.per_round
-            )  # fmt: skip
+            sampled = sample(self.config.seed, number, federation.clients, federation.per_round)
             well = [k for k in sampled if (number, k) not in self.lost]
-            self.sizes.append({k: int(self.has(self.ranks[k]).sum()) for k in sampled})
             if number < self.config.curriculum.warmup:
                 self.average({k: self.train(self.w, self.all, k, number) for k in well}, ~self.all)
             elif self.method == "hetlora":
@@ -109,11 +102,9 @@ class Loop:
                 self.personal |= {k: self.client(k, number) for k in well}
                 still = self.stands_still(number)
                 self.average({k: self.personal[k] for k in well}, self.home | still)
+            ranks.append(dict(self.ranks))
         keeps = self.personal if self.home.any() else {}
-        return Outcome(
-            self.config, self.layout, self.initial, self.w, self.home, keeps, self.drawn,
-            self.ranks, self.sizes,
-        )  # fmt: skip
+        return Outcome(self.config, self.layout, self.initial, self.w, self.home, keeps, ranks)
 
     def average(self, values: dict[int, torch.Tensor], without: torch.Tensor) -> None:
         """The server's next values: the clients' mean, by rows, but for what does not travel."""
@@ -133,22 +124,21 @@ class Loop:
 
     def train(
         self, start: torch.Tensor, trains: torch.Tensor, k: int, number: int,
-        first: float = 0, last: float = 1,
+        begin: float = 0, end: float = 1,
     ) -> torch.Tensor:  # fmt: skip
-        """The values after a client's steps. first, last: the part of the round's batches."""
+        """The values after a client's steps. begin, end: which part of the round's batches."""
         local, batches = self.config.local, self.batches(k, number)
-        part = batches[int(first * len(batches)) : int(last * len(batches))]
+        part = batches[int(begin * len(batches)) : int(end * len(batches))]
         sgd = partial(torch.optim.SGD, lr=local.lr)
-        return self.plain.train(
-            start.float(), trains, part, self.tokens, sgd, local.clip
-        ).double()  # fmt: skip
+        after = self.plain.train(start.float(), trains, part, self.tokens, sgd, local.clip)
+        return after.double()
 
     def client(self, k: int, number: int) -> torch.Tensor:
         """A client's values after a round: it starts from the server's, but for its own."""
         start = torch.where(self.home, self.personal.get(k, self.w), self.w)
         if self.method == "fedalt":
-            between = self.train(start, self.home, k, number, last=0.5)
-            return self.train(between, ~self.home, k, number, first=0.5)
+            between = self.train(start, self.home, k, number, end=0.5)
+            return self.train(between, ~self.home, k, number, begin=0.5)
         return self.train(start, ~self.stands_still(number), k, number)
 
     # HetLoRA.
@@ -173,8 +163,9 @@ class Loop:
         return self.train(torch.where(has, self.w, 0.0), has, k, number)
 
     def average_ranks(self, values: dict[int, torch.Tensor]) -> None:
-        """Each client's last rank shrinks, and may be its last for the last time; then each value's
-        mean, over the clients that had it, by the norm of their B A."""
+        """Each client's last rank shrinks; it is given up, from the next round on, if it is less
+        than when it was handed out. Then each value's mean, over the clients that have it, by the
+        norms of their B A."""
         sums, weights = torch.zeros_like(self.w), torch.zeros_like(self.w)
         for k, own in values.items():
             rank = self.ranks[k]
@@ -191,6 +182,4 @@ class Loop:
 
     def strength(self, values: torch.Tensor, rank: int) -> float:
         """||b|| ||a|| of one rank, over all matrices."""
-        return sum(
-            float(b[:, rank].norm() * a[rank].norm()) for a, b in self.matrices(values)
-        )  # fmt: skip
+        return sum(float(b[:, rank].norm() * a[rank].norm()) for a, b in self.matrices(values))

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from safetensors.torch import load_file
 
-from tests.mpi.variants import FIBECFED
+from tests.mpi.variants import COMMON, FIBECFED
 from tests.same import assert_same, metrics
 from tests.support import mpiexec
 
@@ -25,6 +26,14 @@ OTHERS = {
     "yogi-scaffold": ["server.optimizer=yogi", "server.lr=0.01", "server.control=false",
                       "local.control=true"],
 }  # fmt: skip
+# Methods that share otherwise, and in how many rounds each kind of instant strikes: from the second
+# one on HetLoRA's clients have given up ranks.
+SHARING = [
+    *COMMON, "local.optimizer=sgd", "local.lr=0.5", "federation.rounds=4", "data.validation=0.2",
+    "evaluation.every=2", "curriculum.warmup=0", "layers.score=last", "layers.keep=0.5",
+    "updates.rank_decay=0.3",
+]  # fmt: skip
+TIMES = {"ffa-lora": 1, "fedsa-lora": 1, "rolora": 1, "hetlora": 2, "fedalt": 1}
 CASES = "tests.mpi.cases.resume"
 
 
@@ -60,6 +69,20 @@ def test_other_servers_go_on(worlds, data, tmp_path, shape, name):
         shape, f"{CASES}:check", preset="lora-fedavg", words=words(data, *OTHERS[name]),
         folder=tmp_path, times=2, only=["exchange", "commit", "sweep"],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(1, 1)])
+@pytest.mark.parametrize("method", TIMES)
+def test_other_ways_to_share_go_on(worlds, data, tmp_path, shape, method):
+    words = [*SHARING, f"data.root={data}", f"model.name={data}/bert-classifier"]
+    worlds.call(
+        shape, f"{CASES}:check", preset=method, words=words, folder=tmp_path,
+        times=TIMES[method], only=["exchange", "commit", "sweep"],
+    )  # fmt: skip
+    memos = (tmp_path / "whole").glob("clients/*/updates-*.safetensors")
+    ranks = [int(load_file(file)["rank"]) for file in sorted(memos)]
+    assert len(ranks) == (4 if method == "hetlora" else 0)
+    assert ranks != [8, 6, 5, 7], "nobody has given up a rank"
 
 
 @pytest.mark.parametrize("shape", [(1, 1)])

@@ -10,6 +10,7 @@ from hpcfed.app.plan import activation_bytes, memory, plan
 from hpcfed.errors import UserError
 from hpcfed.settings import deepspeed_config
 from hpcfed.settings.resolve import resolve
+from tests import models
 from tests.support import MODEL
 
 ROWS, LENGTH = 4, 32
@@ -120,3 +121,53 @@ def test_the_planned_bytes_are_those_of_the_exchange(extra, vectors, width):
     labels = 5  # of the built-in questions
     values = 6 * 2 * 2 * 8 * 384 + (384 + 1) * labels
     assert f"{values * vectors * (width * 4 + 4) / 1e6:.2f} MB" in line
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """Arguments for a model whose adapters have a larger A than B: query (32 to 32) and value (32
+    to 16) in each of three layers, at rank 256; and a head of 5 x 32."""
+    folder = models.save("llama", tmp_path_factory.mktemp("llama"))
+    return [
+        f"model.name={folder}", "adapter.targets=[q_proj,v_proj]", "adapter.rank=256",
+        "federation.clients=6", "federation.per_round=3",
+    ]  # fmt: skip
+
+
+A, B, WEIGHT = 3 * 2 * 256 * 32, 3 * 256 * (32 + 16), 5 * 32
+
+
+@pytest.mark.parametrize(
+    ("extra", "values", "how"),
+    [
+        (["sharing.rule=ffa"], [B + WEIGHT], "of them what sharing.rule=ffa lets travel"),
+        (["sharing.rule=fedsa"], [A + WEIGHT], "of them what sharing.rule=fedsa lets travel"),
+        (["sharing.rule=rolora"], [B + WEIGHT, A + WEIGHT], " in turns (all layers are shared"),
+        (["sharing.rule=rolora", "curriculum.warmup=1"], [A + WEIGHT, B + WEIGHT], " in turns "),
+        (["sharing.rule=nothing"], [0], "of them what sharing.rule=nothing lets travel"),
+    ],
+)
+def test_what_the_plan_says_of_sharing_rules(uneven, extra, values, how):
+    """What each client sends, all of them, and two slots' sums as float64 with the mean as fp32."""
+    lines = list(plan(resolve("lora-fedavg", [*uneven, *extra]), 1, 2, 80.0))
+    sent, every, wire = (
+        " and ".join(f"{value * factor / 1e6:.2f}" for value in values)
+        for factor in (4, 3 * 4, 2 * 8 + 4)
+    )
+    (line,) = (own for own in lines if own.startswith("a round: "))
+    assert line.startswith(f"a round: each client sends {sent} MB") and how in line
+    assert line.endswith(f", all 3 of them {every} MB")
+    assert any(own.startswith(f"between the 2 slots: {wire} MB through MPI") for own in lines)
+    warm = f"the first 1 rounds: {(A + B + WEIGHT) * 4 / 1e6:.2f} MB a client"
+    assert (warm in lines) == ("curriculum.warmup=1" in extra)
+
+
+def test_the_plan_of_clients_with_different_ranks(uneven):
+    """Weights stand beside the values, and nobody sends more than all ranks."""
+    words = [*uneven, "updates.transforms=[hetlora]"]
+    lines = list(plan(resolve("lora-fedavg", words), 1, 2, 80.0))
+    values = A + B + WEIGHT
+    most = f"sends at most {values * 4 / 1e6:.2f} MB (all layers are shared), all 3 of them at most"
+    assert any(most in own for own in lines)
+    wire = values * (2 * 2 * 8 + 4) / 1e6
+    assert any(own.startswith(f"between the 2 slots: {wire:.2f} MB") for own in lines)
