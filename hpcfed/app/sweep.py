@@ -165,7 +165,7 @@ class Sweep:
             row = {"run": run.name, **self.varied[run.name], "state": run.state}
             if run.state == "complete":
                 result = json.loads((self.folder / run.name / SUMMARY).read_text())
-                scores = result.get("accuracy", result["score"])
+                scores = result["accuracy"] if "accuracy" in result else result["score"]
                 row |= {
                     "personal": scores["personal"],
                     "global": scores["global"],
