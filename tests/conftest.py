@@ -39,6 +39,7 @@ def pytest_make_parametrize_id(val):
     return f"{val[0]}x{val[1]}" if pair else None
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook of this name
 def pytest_collection_modifyitems(config, items):
     """Tests of one world come one after the other, in one worker; so do those of one file that
     need none, or of files that name the same group."""
