@@ -2,6 +2,7 @@
 run together, and for how long."""
 
 import os
+import re
 import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 import transformers
+from xdist.scheduler import LoadScopeScheduling
 
 from hpcfed.app.cli import quiet
 from tests.support import DATASETS
@@ -29,27 +31,36 @@ def pytest_addoption(parser):
     )  # fmt: skip
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "xdist_group(name): of the tests that one worker runs")
-
-
 def pytest_make_parametrize_id(val):
     """A shape of a world as 2x1: slots x ranks per client."""
     pair = isinstance(val, tuple) and list(map(type, val)) == [int, int]
     return f"{val[0]}x{val[1]}" if pair else None
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook of this name
-def pytest_collection_modifyitems(config, items):
+def group(nodeid):
     """Tests of one world come one after the other, in one worker; so do those of one file that
-    need none, or of files that name the same group."""
-    for item in items:
-        if item.get_closest_marker("xdist_group"):
-            continue
-        shape = item.callspec.params.get("shape") if hasattr(item, "callspec") else None
-        name = f"world-{shape[0]}x{shape[1]}" if shape else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0])
+    need none, and those of the cluster but for the longest file, which has a worker of its own."""
+    shape = re.search(r"[\[-](\d+x\d+)[\]-]", nodeid)
+    file = nodeid.partition("::")[0]
+    if file.startswith("tests/cluster/") and not file.endswith("test_slurm.py"):
+        file = "launchers"
+    return f"world-{shape[1]}" if shape else file
+
+
+class Groups(LoadScopeScheduling):  # type: ignore[misc]
+    """xdist's loadgroup goes by node ids that this pytest no longer lets it change."""
+
+    def _split_scope(self, nodeid):
+        return group(nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return Groups(config, log) if config.getvalue("dist") == "loadgroup" else None
+
+
+def pytest_collection_modifyitems(config, items):
+    """The largest groups first is xdist's business; without it the order is this."""
+    items.sort(key=lambda item: group(item.nodeid))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -59,7 +59,7 @@ def check(resolved: Resolved, ranks: int, resume: bool = False) -> Checked:
     else:
         _check_new(output)
     task = sources.load(config)
-    if config.model.head != "classifier":
+    if config.model.head in ("cloze", "label_words"):  # a plug-in's own says itself what it needs
         wording(config, task)
     rows = partition.partition(task, config)
     if begun:

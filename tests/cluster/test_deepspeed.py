@@ -11,9 +11,6 @@ from tests.cluster.methods import words
 from tests.same import assert_same
 from tests.support import ROOT
 
-# One worker runs these, the other test_slurm.py.
-pytestmark = pytest.mark.xdist_group("launchers")
-
 PATH = f"{ROOT}/.venv/bin:/usr/local/bin:/usr/bin:/bin"
 SETTINGS = f"export PATH={PATH} DS_ACCELERATOR=cpu OMP_NUM_THREADS=1;"
 

@@ -12,9 +12,6 @@ import pytest
 from tests.cluster.lab import why_not
 from tests.support import ROOT
 
-# One worker runs these, the other test_slurm.py.
-pytestmark = pytest.mark.xdist_group("launchers")
-
 PLACES = ("/run", "/run/munge", "/run/sshd", "/var/tmp", "/etc/ssh/ssh_config.d", "/run/netns")
 
 

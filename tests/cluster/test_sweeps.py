@@ -6,15 +6,11 @@ import subprocess
 import sys
 import time
 
-import pytest
 import yaml
 
 from tests.cluster.methods import SOME, words
 from tests.same import assert_same
 from tests.support import ROOT
-
-# One worker runs these, the other test_slurm.py.
-pytestmark = pytest.mark.xdist_group("launchers")
 
 FROM_PYTHON = """
 import sys, yaml

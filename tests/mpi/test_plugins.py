@@ -1,6 +1,7 @@
 """A method of one's own: what docs/add-a-method.md shows runs as it stands there."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -114,12 +115,12 @@ def test_a_plugin_that_has_changed(worlds, data, folder, shape):
 def test_the_parts_of_the_reference(worlds, data, folder, shape):
     """All in one run: layers in turns, noise on the mean, steps of the server's rate."""
     rate, rounds = 0.01, 3
-    names = ["my_turns.py", "my_noise.py", "my_lion.py", "my_words.py", "my_score.py"]
+    names = [name for name in documented.files() if re.fullmatch(r"my_\w+\.py", name)]
     (folder / "all.yaml").write_text(
         f"base: lora-fedavg\nplugins: [{', '.join(names)}]\nsharing: {{rule: turns}}\n"
         f"updates: {{transforms: [noise]}}\nserver: {{optimizer: lion, lr: {rate}}}\n"
         "curriculum: {difficulty: distinct, pace: linear}\n"
-        "layers: {score: gradient, keep: 0.67}\n"
+        "layers: {score: gradient, keep: 0.67}\nmodel: {head: smoothed}\n"
     )
     found = worlds.call(
         shape, f"{RUNS}:federate", folder=folder, runs={"run": words(data)},
