@@ -72,7 +72,7 @@ def ffa(layout: AdapterLayout, round_number: int, chosen: Part) -> Split:
 
 def fedsa(layout: AdapterLayout, round_number: int, chosen: Part) -> Split:
     """FedSA-LoRA (Guo et al. 2025): A is shared, B stays with its client. The head is shared here;
-    the authors' configuration keeps it too: `fedsa-head`."""
+    the authors' configuration keeps it with the client too."""
     shared = chosen - layout.roles("B")
     return Split(shared, layout.whole - shared, layout.part(()), layout.part(()))
 
