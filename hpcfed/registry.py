@@ -38,9 +38,9 @@ class Named:
 class Registry(Mapping[str, Any]):
     """Name -> part, of one kind."""
 
-    def __init__(self, kind: str, interface: str, own: Mapping[str, tuple[str, str]]) -> None:
-        """kind: for messages. interface: where it is described. own: name -> help, where it is."""
-        self.kind, self.interface = kind, interface
+    def __init__(self, kind: str, own: Mapping[str, tuple[str, str]]) -> None:
+        """kind: for messages. own: name -> help, where it is."""
+        self.kind = kind
         self._parts = {name: Named(*pair, "hpcfed") for name, pair in own.items()}
 
     def __call__(self, name: str, help: str) -> Callable[[T], T]:
@@ -84,7 +84,6 @@ class Registry(Mapping[str, Any]):
 
 SHARING = Registry(
     "sharing rule",
-    "hpcfed.policies.sharing",
     {
         "layers": (
             "the layers that layers.score chose and the head are shared, the rest is personal",
@@ -106,7 +105,6 @@ SHARING = Registry(
 
 SERVERS = Registry(
     "server rule",
-    "hpcfed.server.optimizer",
     {
         "mean": ("the clients' mean itself (FedAvg)", "hpcfed.server.mean:Mean"),
         "momentum": (
@@ -120,7 +118,6 @@ SERVERS = Registry(
 
 UPDATES = Registry(
     "update transform",
-    "hpcfed.policies.updates",
     {
         "hetlora": (
             "each client has the first ranks of LoRA, as many as it can hold; weights by norm",
@@ -131,7 +128,6 @@ UPDATES = Registry(
 
 DIFFICULTIES = Registry(
     "difficulty",
-    "hpcfed.policies.curriculum",
     {
         "fisher": (
             "the trace of the Fisher information of its samples",
@@ -147,7 +143,6 @@ DIFFICULTIES = Registry(
 
 SCORES = Registry(
     "layer score",
-    "hpcfed.policies.layers",
     {
         "all": ("all layers are shared", "hpcfed.policies.layers:ALL"),
         "sensitivity": (
@@ -166,7 +161,6 @@ SCORES = Registry(
 
 ADAPTERS = Registry(
     "adapter",
-    "hpcfed.adapters.base",
     {
         "lora": ("low-rank updates of linear layers", "hpcfed.adapters.lora:adapt"),
         "prefix": (
@@ -186,7 +180,6 @@ ADAPTERS = Registry(
 
 OBJECTIVES = Registry(
     "objective",
-    "hpcfed.objectives.heads",
     {
         "classifier": (
             "the model's final linear layer is trained and shared",
@@ -206,7 +199,7 @@ OBJECTIVES = Registry(
 
 class Register:
     """The decorators by which a plug-in registers its parts: `@hpcfed.register.sharing(name, help)`
-    and so on; each kind's interface is described in the module that its registry names."""
+    and so on; docs/add-a-method.md describes each kind's interface."""
 
     sharing = SHARING
     update = UPDATES

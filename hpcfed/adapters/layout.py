@@ -77,12 +77,12 @@ class AdapterLayout:
     @property
     def blocks(self) -> tuple[str, ...]:
         """Block names in order."""
-        return tuple(dict.fromkeys(entry.block for entry in self.entries))
+        return self.whole.blocks
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Block names without the head."""
-        return tuple(block for block in self.blocks if block != HEAD)
+        return self.whole.layers
 
     @cached_property
     def whole(self) -> "Part":

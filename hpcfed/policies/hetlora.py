@@ -57,7 +57,7 @@ class HetLora(Transform):
         update.mask = has if update.mask is None else update.mask & has
         if self._decay and rank > 1:
             self._shrink(update, now, rank)
-        norm = sum(float(torch.linalg.norm(b @ a)) for a, b in self._pairs(update.values, now))
+        norm = sum(_norm(a, b) for a, b in self._pairs(update.values, now))
         if math.isfinite(norm):  # else the update is refused, whatever it weighs
             update.weight = min(LARGEST, max(1, round(norm / UNIT)))
 
@@ -84,3 +84,9 @@ class HetLora(Transform):
                 value = vector[entry.values].view(entry.shape)
                 found.setdefault(matrix, {})[entry.role] = value
         return [(pair["A"], pair["B"]) for pair in found.values() if len(pair) == 2]
+
+
+def _norm(a: torch.Tensor, b: torch.Tensor) -> float:
+    """||B A||_F = sqrt(tr((B'B)(AA'))): the product itself would be as large as the backbone's."""
+    trace = ((b.T @ b) * (a @ a.T)).sum()
+    return float(trace.clamp_min(0.0).sqrt())  # rounding may leave a zero below zero

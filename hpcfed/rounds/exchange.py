@@ -83,7 +83,7 @@ class Exchange:
         return self.server.variates.correction(now.shared, self._variate(client, now))
 
     def _variate(self, client: int, now: Round) -> torch.Tensor | None:
-        if now.warm or not self.server.keeps:
+        if now.warm or not self.server.variates.keeps:
             return None
         tensors = self._controls.load(client)
         return None if tensors is None else tensors["control"]
@@ -152,7 +152,7 @@ class Exchange:
         """What these clients' variates and memos were saved as is current from now on."""
         if now.warm:
             return
-        if self.server.keeps:
+        if self.server.variates.keeps:
             self._controls.accept(now.number, clients)
         if self._remembers:
             self._memos.accept(now.number, clients)

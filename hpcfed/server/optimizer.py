@@ -37,11 +37,6 @@ class Optimizer:
         self._rule: Rule = registry.SERVERS[config.server.optimizer](config, self._memory)
         self.variates = configured(config)(config, self._memory)
 
-    @property
-    def keeps(self) -> bool:
-        """Whether each client has a control variate."""
-        return self.variates.keeps
-
     def message(
         self,
         shared: Part,

@@ -220,9 +220,7 @@ def _build(cls: Any, tree: dict[str, Any], prefix: str, origin: dict[str, str]) 
     for key in tree:
         if key not in fields:
             where = f"{prefix}{key}"
-            source = origin.get(where) or next(
-                (s for k, s in origin.items() if k.startswith(f"{where}.")), "configuration"
-            )
+            source = _source(origin, where, "configuration")
             raise UserError(
                 f"Unknown key {where!r} ({source});{_nearest(str(key), fields, prefix)} "
                 f"legal here: {', '.join(fields)}."
@@ -239,17 +237,22 @@ def _build(cls: Any, tree: dict[str, Any], prefix: str, origin: dict[str, str]) 
                 )
             built[name] = _build(hints[name], sub, f"{dotted}.", origin)
         elif name in tree:
-            inside = (setter for key, setter in origin.items() if key.startswith(f"{dotted}."))
-            label = f"{dotted} ({origin.get(dotted) or next(inside, DEFAULT)})"
+            label = f"{dotted} ({_source(origin, dotted)})"
             none = spec.default == () and tree[name] == []
             value = () if none else _check(tree[name], hints[name], spec.metadata["bounds"], label)
-            built[name] = value
             if spec.metadata["names"] is not None:
-                _choose(built[name], spec.metadata["names"], label)
+                _choose(value, spec.metadata["names"], label)
+            built[name] = value
         else:
             built[name] = spec.default
             origin[dotted] = DEFAULT
     return cls(**built)
+
+
+def _source(origin: dict[str, str], dotted: str, otherwise: str = DEFAULT) -> str:
+    """What set a key, or, where its value is itself keys and values, something inside it."""
+    inside = (source for key, source in origin.items() if key.startswith(f"{dotted}."))
+    return origin.get(dotted) or next(inside, otherwise)
 
 
 def _check(value: Any, hint: Any, bounds: dict[str, float], label: str) -> Any:
@@ -378,7 +381,4 @@ def _lines(
             yield f"{'  ' * depth}{key}:", ""
             yield from _lines(value, origin, f"{prefix}{key}.", depth + 1)
         else:
-            dotted = f"{prefix}{key}"
-            inside = (own for name, own in origin.items() if name.startswith(f"{dotted}."))
-            source = origin.get(dotted) or next(inside, DEFAULT)
-            yield f"{'  ' * depth}{key}: {as_text(value)}", source
+            yield f"{'  ' * depth}{key}: {as_text(value)}", _source(origin, f"{prefix}{key}")
