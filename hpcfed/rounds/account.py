@@ -35,11 +35,18 @@ class Account:
         # Sample passes and seconds of selecting and scoring, which the next round's record carries.
         self._passes = 0
         self._pending: dict[str, float] = {}
+        self._redrawn: list[dict[str, Any]] = []
 
     def before_the_round(self, passes: int, **seconds: float) -> None:
         """What choosing layers, or scoring everyone, has cost."""
         self._passes += passes
         self._pending |= seconds
+
+    def redrawn(self, record: dict[str, Any]) -> None:
+        """A draw of clients of which too few came through, which the next round's record carries;
+        `record` has counted it."""
+        del record["round"]
+        self._redrawn.append(record)
 
     def record(
         self,
@@ -75,6 +82,7 @@ class Account:
         totals.up += up * FP32_BYTES
         totals.down += down * FP32_BYTES
         totals.wire += traffic.wire
+        redrawn, self._redrawn = self._redrawn, []
         return {
             "round": now.number + 1,
             "clients": list(now.clients),
@@ -92,6 +100,7 @@ class Account:
                 "up_without_head": (up - updates * head) * FP32_BYTES,
             },
             "seconds": {**seconds, "evaluate": 0.0},
+            **({"redrawn": redrawn} if redrawn else {}),
         }
 
     def evaluated(self, seconds: float, record: dict[str, Any] | None = None) -> None:

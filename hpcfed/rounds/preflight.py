@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpcfed import faults
 from hpcfed.data import partition, sources
 from hpcfed.data.partition import ClientRows
 from hpcfed.data.sources import TaskData
@@ -50,6 +51,7 @@ def check(resolved: Resolved, ranks: int, resume: bool = False) -> Checked:
     Raises UserError for the first fault found.
     """
     config = resolved.config
+    faults.parse(os.environ.get(faults.VARIABLE, ""))
     check_options(config, ranks)
     settings = deepspeed_config.load(config)
     output = output_folder(config)
@@ -75,6 +77,11 @@ def check_options(config: Config, ranks: int) -> None:
         raise UserError(
             f"federation.per_round is {spec.per_round} but federation.clients is {spec.clients}; "
             "no more can be sampled than there are."
+        )
+    if spec.min_clients > spec.per_round:
+        raise UserError(
+            f"federation.min_clients is {spec.min_clients} but federation.per_round is "
+            f"{spec.per_round}; no more can come through than are sampled."
         )
     if config.curriculum.warmup >= spec.rounds:
         raise UserError(

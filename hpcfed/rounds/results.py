@@ -34,7 +34,11 @@ class Results:
         self._personal, self._account = personal, account
         self._sharing, self._exchange = sharing, exchange
         self._evaluator = Evaluator(
-            setup.engine, setup.task, setup.topology, setup.config.evaluation.batch_size
+            setup.engine,
+            setup.task,
+            setup.topology,
+            setup.config.evaluation.batch_size,
+            setup.config.federation.min_clients,
         )
 
     def vector(
@@ -70,6 +74,7 @@ class Results:
                 rows, self._setup.train_tokens, state.values, self._personal.files.current
             )
             record["validation"] = {name: result.scores for name, result in results.items()}
+            record |= _left_out(results)
             score = results["personal"].scores["score"]
             if state.best is None or score > state.best.score:
                 self._personal.pin()
@@ -124,6 +129,7 @@ class Results:
             "score": {name: result["score"] for name, result in final.items()},
             "test": final,
             "best": best,
+            **_left_out(results),
             **self._account.summary(),
             "seconds": {
                 "init": state.seconds.init,
@@ -165,3 +171,9 @@ class Results:
             }
         )
         directory.save_summary(summary)
+
+
+def _left_out(results: dict[str, Evaluation]) -> dict[str, Any]:
+    """For a record: clients with rows that could not be evaluated, and why, if there are some."""
+    reasons = {str(k): why for result in results.values() for k, why in result.left_out.items()}
+    return {"not_evaluated": reasons} if reasons else {}

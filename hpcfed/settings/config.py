@@ -124,6 +124,12 @@ class Federation:
     clients: int = option(100, "K: clients in the federation", at_least=1)
     per_round: int = option(10, "m: clients sampled per round", at_least=1)
     rounds: int = option(30, "T: rounds", at_least=1)
+    min_clients: int = option(
+        1,
+        "clients whose updates must come through; a round with fewer is drawn again with others, "
+        "at most 3 times, then the run ends and can be resumed",
+        at_least=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -284,7 +290,9 @@ class Cluster:
         above=0,
     )
     timeout_minutes: float = option(
-        30.0, "a collective inside a client that takes longer ends the job", above=0
+        30.0,
+        "the job ends, and can be resumed, if a rank waits for so long and no other gets on",
+        above=0,
     )
     grace_seconds: float = option(
         30.0,
