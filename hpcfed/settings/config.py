@@ -245,6 +245,12 @@ class Sparsity:
 class Evaluation:
     every: int = option(5, "validate every so many rounds, and after the last", at_least=1)
     batch_size: int = option(64, "samples per forward in evaluation", at_least=1)
+    clients: int | None = option(
+        None,
+        "evaluate on so many clients only, drawn once, with the error of their accuracy; null = on "
+        "all",
+        at_least=2,
+    )
 
 
 @dataclass(frozen=True)

@@ -115,3 +115,13 @@ def test_a_missing_deepspeed_json_lists_the_shipped_ones():
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "offload"])
 def test_shipped_deepspeed_files_hold_nothing_of_ours(name):
     assert deepspeed_config.load(Config(deepspeed=f"ds_configs/{name}.json"))
+
+
+def test_another_draw_takes_others_first():
+    first = sample(3, 0, 20, 5)
+    second = sample(3, 0, 20, 5, [first])
+    third = sample(3, 0, 20, 5, [first, second])
+    assert len({*first, *second, *third}) == 15 and second == sorted(second)
+    assert sample(3, 0, 20, 5, [first]) == second
+    everyone = sample(3, 0, 7, 5, [sample(3, 0, 7, 5)])
+    assert len(set(everyone)) == 5 and set(range(7)) - set(sample(3, 0, 7, 5)) <= set(everyone)
