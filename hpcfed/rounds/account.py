@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpcfed.adapters.layout import HEAD, AdapterLayout
+from hpcfed.errors import RunError
 from hpcfed.round import Round
 from hpcfed.rounds.tally import Tally
 from hpcfed.state import RunState
@@ -45,8 +46,7 @@ class Account:
     def redrawn(self, record: dict[str, Any]) -> None:
         """A draw of clients of which too few came through, which the next round's record carries;
         `record` has counted it."""
-        del record["round"]
-        self._redrawn.append(record)
+        self._redrawn.append({key: value for key, value in record.items() if key != "round"})
 
     def record(
         self,
@@ -124,3 +124,14 @@ class Account:
             },
             "failures": totals.failures,
         }
+
+
+def too_few(record: dict[str, Any], draws: int, needed: int) -> RunError:
+    """What ends a run whose round came to nothing, so many times. record: of the last draw."""
+    client, why = next(iter(record["failed"].items()))
+    return RunError(
+        f"Round {record['round']} has come to nothing: in {draws} draws of "
+        f"{len(record['clients'])} clients fewer than {needed} (federation.min_clients) came "
+        f"through; client {client}: {why}. What is committed is kept: mend the cause and go on with "
+        "--resume."
+    )

@@ -16,11 +16,10 @@ from hpcfed import registry
 from hpcfed.adapters.layout import HEAD
 from hpcfed.cluster.collectives import MaskedSum, sum_in_slot
 from hpcfed.engine.engine import StopError
-from hpcfed.errors import RunError
 from hpcfed.policies import sampling
 from hpcfed.policies.sharing import Sharing
 from hpcfed.round import Outcome, Round
-from hpcfed.rounds.account import Account, Traffic
+from hpcfed.rounds.account import Account, Traffic, too_few
 from hpcfed.rounds.exchange import Exchange
 from hpcfed.rounds.local import LocalRounds
 from hpcfed.rounds.progress import Progress
@@ -131,7 +130,7 @@ class Federation:
             if stopping:
                 return None, True
             if len(earlier) > REDRAWS:
-                raise RunError(self._too_few(now, record))
+                raise too_few(record, len(earlier), self._needed)
 
     def _draw(self, now: Round, progress: Progress) -> tuple[dict[str, Any] | None, bool]:
         """A round with these clients; the server's step is made if enough come through."""
@@ -155,15 +154,6 @@ class Federation:
         for states in self.client_states.values():
             states.reject(now.number, [k for k in now.clients if k not in succeeded])
         return record, tally.asked
-
-    def _too_few(self, now: Round, record: dict[str, Any]) -> str:
-        client, why = next(iter(record["failed"].items()))
-        return (
-            f"Round {now.number + 1} has come to nothing: in {1 + REDRAWS} draws of "
-            f"{len(now.clients)} clients fewer than {self._needed} (federation.min_clients) came "
-            f"through; client {client}: {why}. What is committed is kept: mend the cause and go on "
-            "with --resume."
-        )
 
     def next_round(self, earlier: Sequence[tuple[int, ...]] = ()) -> Round:
         """The round that comes next. earlier: its draws of clients that came to nothing."""
