@@ -132,6 +132,6 @@ def too_few(record: dict[str, Any], draws: int, needed: int) -> RunError:
     return RunError(
         f"Round {record['round']} has come to nothing: in {draws} draws of "
         f"{len(record['clients'])} clients fewer than {needed} (federation.min_clients) came "
-        f"through; client {client}: {why}. What is committed is kept: mend the cause and go on with "
-        "--resume."
+        f"through; client {client}: {why}. What is committed is kept: mend the cause and go on "
+        "with --resume."
     )
