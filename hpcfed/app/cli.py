@@ -324,7 +324,7 @@ def _take_part(
             )
             world.comm.Abort(1)
         _close(setup)  # the process may live on, and resume the run
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt) and listen:
             print("hpcfed: interrupted; go on with --resume.", file=sys.stderr, flush=True)
             return INTERRUPTED
         raise

@@ -103,10 +103,10 @@ def test_the_missing_are_named_by_one(said):
 
 def test_a_store_that_is_gone(said):
     class Gone(Store):
-        def check(self, keys):
+        def fail(self, *arguments):
             raise RuntimeError("connection reset")
 
-        compare_set = set = check
+        check = compare_set = set = fail
 
     one = Watch(1, 2)
     one._publish(Gone(), one._state())
