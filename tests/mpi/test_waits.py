@@ -72,7 +72,7 @@ def committed(out, rounds):
 
 
 @pytest.mark.parametrize(("shape", "where", "says"), HANGS)
-def test_a_rank_that_hangs(data, tmp_path, shape, where, says):
+def test_a_rank_that_hangs(worlds, data, tmp_path, shape, where, says):
     """The job ends, one sentence names who is missing and what it did last, and the run goes on
     with the same bits."""
     phase, who = where.split()
@@ -91,20 +91,19 @@ def test_a_rank_that_hangs(data, tmp_path, shape, where, says):
     assert says in line and "--resume" in line, line
     assert all_gone(out)
     assert len(metrics(out)) <= 2
-    again = start(data, out, shape, "--resume")
-    assert again.communicate(timeout=SECONDS)[0] and again.returncode == 0
-    whole = start(data, tmp_path / "whole", shape)
-    whole.communicate(timeout=SECONDS)
+    for folder, more in ((out, ["--resume"]), (tmp_path / "whole", [])):
+        line = ["run", "lora-fedavg", *words(data, folder, shape), *more]
+        ranks = worlds.call(shape, "tests.mpi.cases.runs:command_line", words=line)
+        assert [code for code, _, _ in ranks] == [0, 0], ranks
     assert metrics(tmp_path / "whole") == metrics(out)
 
 
-def test_whoever_dies_nobody_is_left(data, tmp_path):
-    """Ctrl-C ends the round and the run in good order; after a SIGKILL of mpiexec, or of the
-    process that started it, no rank lives on, and what to do is said."""
-    shape, out = (2, 1), tmp_path / "run"
-    endless = "federation.rounds=100000"
+def test_ctrl_c_and_a_dead_mpiexec(data, tmp_path):
+    """Ctrl-C ends the round and the run in good order; after a SIGKILL of mpiexec no rank lives on,
+    and what to do is said."""
+    out, endless = tmp_path / "run", "federation.rounds=100000"
     with (tmp_path / "log").open("w+") as log:
-        job = start(data, out, shape, endless, log=log)
+        job = start(data, out, (2, 1), endless, log=log)
         committed(out, 2)
         job.send_signal(signal.SIGINT)
         assert job.wait(SECONDS) == INTERRUPTED
@@ -116,7 +115,7 @@ def test_whoever_dies_nobody_is_left(data, tmp_path):
 
     done = len(metrics(out))
     with (tmp_path / "log").open("w+") as log:
-        job = start(data, out, shape, endless, "--resume", log=log)
+        job = start(data, out, (2, 1), endless, "--resume", log=log)
         committed(out, done + 1)
         (mpiexec,) = children(job.pid)
         os.kill(mpiexec, signal.SIGKILL)
@@ -126,9 +125,13 @@ def test_whoever_dies_nobody_is_left(data, tmp_path):
     assert "before the run was complete" in last and "--resume" in last
     assert all_gone(out)
 
-    done = len(metrics(out))
-    job = start(data, out, shape, endless, "--resume")
-    committed(out, done + 1)
+
+@pytest.mark.long
+def test_a_dead_parent(data, tmp_path):
+    """After a SIGKILL of the process that started mpiexec nothing lives on."""
+    out = tmp_path / "run"
+    job = start(data, out, (2, 1), "federation.rounds=100000")
+    committed(out, 2)
     job.kill()
     assert all_gone(out)
 
