@@ -88,7 +88,7 @@ def _end_with_parent() -> None:
 
 def farewell(code: int) -> str | None:
     """What to say about ranks that ended with this code and cannot have said it all."""
-    if code in (0, 1, 2, INTERRUPTED):
+    if code in (0, 2, INTERRUPTED):
         return None
     return (
         f"the ranks ended with code {code} before the run was complete; its last committed round "

@@ -127,6 +127,18 @@ def test_ctrl_c_and_a_dead_mpiexec(data, tmp_path):
 
 
 @pytest.mark.long
+def test_out_of_memory_where_others_wait(data, tmp_path):
+    """In backward at ZeRO-2, one of a client's two ranks: the job ends, and names the client."""
+    out = tmp_path / "run"
+    job = start(data, out, (1, 2), fail="round=2 rank=1 kind=oom")
+    printed, _ = job.communicate(timeout=SECONDS)
+    assert job.returncode not in (0, 2, INTERRUPTED)
+    (line,) = [own for own in printed.splitlines() if own.startswith("hpcfed: rank 1 failed")]
+    assert "training client" in line and "OutOfMemoryError" in line and "--resume" in line
+    assert all_gone(out) and len(metrics(out)) == 1
+
+
+@pytest.mark.long
 def test_a_dead_parent(data, tmp_path):
     """After a SIGKILL of the process that started mpiexec nothing lives on."""
     out = tmp_path / "run"
