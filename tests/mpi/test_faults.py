@@ -43,7 +43,9 @@ def adapter(folder):
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-SHAPES = [((1, 1), stage, ("oom", "nan")) for stage in STAGES]
+SHAPES: list[tuple[tuple[int, int], str, tuple[str, ...]]] = [
+    ((1, 1), stage, ("oom", "nan")) for stage in STAGES
+]
 SHAPES += [
     ((1, 2), "zero0", ("oom", "nan")),
     ((1, 2), "zero2", ("nan",)),

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from unittest.mock import Mock
 
 import pytest
 
@@ -91,17 +92,9 @@ def test_what_is_ignored_stays_ignored(clock):
 )
 def test_what_mpiexec_gets(clock, capfd, sent, forwarded):
     """TERM, HUP and INT would have it kill the ranks."""
-
-    class Process:
-        def __init__(self):
-            self.got = []
-
-        def send_signal(self, number):
-            self.got.append(number)
-
-    process = Process()
+    process = Mock()
     with launcher.forwarding(process, 7.0):
         for number in sent:
             os.kill(os.getpid(), number)
-    assert process.got == forwarded
+    assert [call.args[0] for call in process.send_signal.call_args_list] == forwarded
     assert ("has 7 s" in capfd.readouterr().err) == (signal.SIGINT in sent)

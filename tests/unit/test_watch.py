@@ -1,6 +1,8 @@
 """When a job in which nothing moves is ended, and who is named."""
 
 import json
+import os
+import time
 
 import pytest
 
@@ -44,25 +46,25 @@ def test_somebody_elses_move_gives_half_of_the_limit():
     assert still.over(states(clock), last + 50.0)
 
 
-class Store(dict):
+class Store:
     """A store as torch's, in this process."""
 
+    def __init__(self):
+        self.kept = {}
+
     def set(self, key, value):
-        self[key] = value.encode()
+        self.kept[key] = value.encode()
 
     def get(self, key):
-        return self[key]
+        return self.kept[key]
 
     def check(self, keys):
-        return all(key in self for key in keys)
+        return all(key in self.kept for key in keys)
 
     def compare_set(self, key, expected, value):
-        if self.get_or(key) == expected.encode():
-            self[key] = value.encode()
-        return self[key]
-
-    def get_or(self, key):
-        return super().get(key, b"")
+        if self.kept.get(key, b"") == expected.encode():
+            self.kept[key] = value.encode()
+        return self.kept[key]
 
 
 class Ended(BaseException):
@@ -72,14 +74,14 @@ class Ended(BaseException):
 @pytest.fixture
 def said(monkeypatch):
     """What is said before the end."""
-    lines = []
+    lines: list[str] = []
 
     def end(code):
         raise Ended(code)
 
     monkeypatch.setattr(watch, "_say", lines.append)
-    monkeypatch.setattr(watch.os, "_exit", end)
-    monkeypatch.setattr(watch.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     return lines
 
 
@@ -127,7 +129,7 @@ def test_waits_of_a_communicator_are_seen():
         def Free(self):  # noqa: N802
             seen.append(one._state())
 
-    seen = []
+    seen: list[watch.State] = []
     one = Watch(0, 1)
     comm = Watched(Comm(), one)
     assert comm.rank == 4 and comm.allgather(3) == [3]
