@@ -84,16 +84,17 @@ def build_parser() -> argparse.ArgumentParser:
         "options",
         help="explain every option",
         description="Every option with its default, what it means and what it takes; or only those "
-        "with one of the words in name, explanation or a preset that sets them, as in `hpcfed options "
-        "layers server.control fedprox`.",
+        "with one of the words in their name, in what is said of them, or set by a preset of that "
+        "name, as in `hpcfed options layers server.control fedprox`.",
     )
-    option.add_argument("words", nargs="*", default=[], metavar="WORD", help="part of a name or text")
+    option.add_argument("words", nargs="*", default=[], metavar="WORD", help="part of a text")
     config = commands.add_parser(
         "config",
         help="print the resolved configuration, and where each value comes from",
         description="Print the resolved configuration as YAML, each line with where its value "
-        "comes from: a preset, a file, the command line, or the default; or refuse it as `hpcfed run` "
-        "would, but for data, model and launch. What an option means: `hpcfed options`.",
+        "comes from: a preset, a file, the command line, or the default. What `hpcfed run` would "
+        "refuse without data, model and launch is refused here too. What an option means: "
+        "`hpcfed options`.",
     )
     _add_source(config)
     plan = commands.add_parser(

@@ -21,6 +21,7 @@ from hpcfed.cluster.topology import Topology
 from hpcfed.data.batches import Floats, Ids, Tokens, split_batch
 from hpcfed.engine.masters import Masters
 from hpcfed.engine.trained import Trained
+from hpcfed.errors import UserError
 from hpcfed.importance.fisher import FisherSums, PerSampleGradients
 from hpcfed.importance.sensitivity import BlockWatch
 from hpcfed.model import Prepared
@@ -78,6 +79,7 @@ class Engine:
             self.owners.setdefault(trainable.owner, []).append(index)
         self.taps = PerSampleGradients(list(self.owners))
         self.precise = not settings.get("bf16", {}).get("enabled")
+        dtype = self.parameters[0].dtype
         self._deepspeed, *_ = deepspeed.initialize(
             model=adapted.network,
             model_parameters=self.parameters,
@@ -86,6 +88,14 @@ class Engine:
             dist_init_required=False,
         )
         self._masters = Masters(self.parameters, self._deepspeed, self.stage)
+        lowered = self._deepspeed.torch_autocast_enabled() or self._deepspeed.fp16_enabled()
+        masters = {master.dtype for master in self._masters.tensors()}
+        if lowered or {p.dtype for p in self.parameters} != {dtype} or masters != {torch.float32}:
+            self.close()
+            raise UserError(
+                "DeepSpeed would train in another precision than model.dtype and fp32 masters; "
+                "remove from its JSON what sets one."
+            )
 
     def load(
         self,

@@ -119,7 +119,7 @@ def check_threads(config: Config) -> None:
 def is_complete(config: Config) -> bool:
     """Whether the run directory holds a finished run. Raises UserError if it is another one."""
     output = output_folder(config)
-    if not (output / SUMMARY).is_file():
+    if not os.path.isfile(output / SUMMARY):
         return False
     _check_unchanged(config, output)
     return True
@@ -286,9 +286,9 @@ def _check_new(path: Path) -> None:
         )
     parent = next(p for p in path.absolute().parents if _exists(p))
     try:  # what os.access allows may still be refused, as in /proc
-        os.rmdir(tempfile.mkdtemp(".new", f".{path.name}"[:200], parent))
+        os.rmdir(tempfile.mkdtemp(".new", f".{path.name}.", parent))
     except OSError as error:
         raise UserError(
-            f"The run directory {path} cannot be made: {parent} is not writable "
-            f"({error.strerror}); give another one with output=..."
+            f"The run directory {path} cannot be made in {parent} ({error.strerror}); give "
+            "another one with output=..."
         ) from None

@@ -20,6 +20,19 @@ MOST_VALUES = 100_000
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which names what it cannot make, and takes no key twice."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._level = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._level += 1
+        if self._level > MOST_LEVELS:
+            raise _too_much(self.peek_event().start_mark)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._level -= 1
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             value = super().construct_object(node, deep)
@@ -54,8 +67,6 @@ def parse(text: str) -> Any:
             return None
         _measure(node)
         return loader.construct_document(node)
-    except RecursionError:
-        raise _too_much(yaml.Mark("", 0, 0, 0, None, None)) from None
     finally:
         loader.dispose()
 

@@ -310,6 +310,14 @@ def options(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{spec.name}", spec
 
 
+def type_of(key: str) -> Any:
+    """The type of the option with this dotted key."""
+    section: Any = Config
+    for part in key.split("."):
+        section = _types(section)[part]
+    return section
+
+
 def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of each value of a nested configuration; tuples as lists."""
     for key, value in tree.items():
