@@ -67,6 +67,10 @@ def parse(text: str) -> Any:
             return None
         _measure(node)
         return loader.construct_document(node)
+    except (ValueError, ArithmeticError, LookupError):  # of PyYAML's scanner, on odd numbers
+        raise yaml.scanner.ScannerError(
+            None, None, "a number or escape that cannot be used", loader.get_mark()
+        ) from None
     finally:
         loader.dispose()
 
@@ -95,7 +99,8 @@ def _too_much(mark: yaml.Mark) -> yaml.MarkedYAMLError:
 
 def why(error: yaml.YAMLError) -> str:
     """What a YAML error says, on one line."""
-    return " ".join(str(getattr(error, "problem", None) or error).split())
+    said = " ".join(str(getattr(error, "problem", None) or error).split())
+    return said if len(said) <= 200 else f"{said[:197]}..."
 
 
 def read_file(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import yaml
 from hpcfed.errors import UserError
 from hpcfed.settings import plugins, reading, values
 from hpcfed.settings.config import Config
+from hpcfed.settings.counts import When
 from hpcfed.settings.reading import kind, shown
 from hpcfed.settings.values import nearest
 
@@ -287,17 +288,21 @@ def refuse_without_effect(resolved: Resolved) -> None:
 
     Where plug-ins take part nothing is refused: what they read is not known.
     """
-    config = resolved.config
-    if config.plugins:
-        return
-    given = dict(leaves(config.to_dict()))
+    given = dict(leaves(resolved.config.to_dict()))
+    for key, when in without_effect(resolved):
+        raise UserError(
+            f"{key}={as_text(given[key])} ({_escaped(resolved.origin[key])}) has no effect here: "
+            f"it counts if {when.words}; leave it out, or set that."
+        )
+
+
+def without_effect(resolved: Resolved) -> Iterator[tuple[str, When]]:
+    """What the user has given and what has no effect, and when it would have one."""
     for key, spec in options():
         when = spec.metadata["counts"]
-        if key in resolved.changed and when is not None and not when.holds(config):
-            raise UserError(
-                f"{key}={as_text(given[key])} ({_escaped(resolved.origin[key])}) has no effect "
-                f"here: it counts if {when.words}; leave it out, or set that."
-            )
+        dead = when is not None and not when.holds(resolved.config)
+        if dead and key in resolved.changed and not resolved.config.plugins:
+            yield key, when
 
 
 def options(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -112,7 +112,7 @@ def test_every_option_is_explained():
         "layers.keep", "server.momentum",
     ]  # fmt: skip
     assert "above 0" in " ".join(few) and "lossless" in " ".join(few)
-    with pytest.raises(UserError, match="did you mean 'local.momentum'"):
+    with pytest.raises(UserError, match=r"did you mean 'local\.momentum'"):
         list(listing(["momentun"]))
 
 
