@@ -20,6 +20,8 @@ from hpcfed.cluster.stop import INTERRUPTED, Stop
 from hpcfed.cluster.topology import connect_world, deepspeed_process, launched_rank, restarted
 from hpcfed.errors import RunError, UserError, reason
 from hpcfed.rounds import preflight
+from hpcfed.settings import deepspeed_config
+from hpcfed.settings.reading import given_once
 from hpcfed.settings.resolve import Resolved, describe, presets, resolve
 
 if TYPE_CHECKING:
@@ -82,14 +84,16 @@ def build_parser() -> argparse.ArgumentParser:
         "options",
         help="explain every option",
         description="Every option with its default, what it means and what it takes; or only those "
-        "whose name contains one of the words, as in `hpcfed options layers server.control`.",
+        "with one of the words in their name, in what is said of them, or set by a preset of that "
+        "name, as in `hpcfed options layers server.control fedprox`.",
     )
-    option.add_argument("words", nargs="*", default=[], metavar="WORD", help="part of a name")
+    option.add_argument("words", nargs="*", default=[], metavar="WORD", help="part of a text")
     config = commands.add_parser(
         "config",
         help="print the resolved configuration, and where each value comes from",
         description="Print the resolved configuration as YAML, each line with where its value "
-        "comes from: a preset, a file, the command line, or the default. What an option means: "
+        "comes from: a preset, a file, the command line, or the default. What `hpcfed run` would "
+        "refuse without data, model and launch is refused here too. What an option means: "
         "`hpcfed options`.",
     )
     _add_source(config)
@@ -174,8 +178,11 @@ def main(
             draw(options.folders, options.output)
             print(f"{options.output} shows {len(options.folders)} runs")
             return 0
+        given_once(options.overrides)
         resolved = resolve(options.source, options.overrides)
         if options.command == "config":
+            preflight.check_options(resolved, resolved.config.cluster.ranks_per_client)
+            deepspeed_config.load(resolved.config)
             print(describe(resolved))
             return 0
         if options.command == "plan":
@@ -204,7 +211,7 @@ def _refuse(error: UserError, rank: int, faults: list[UserError] | None) -> int:
     if faults is not None:
         faults.append(error)
     elif rank == 0:
-        print(f"hpcfed: {error}", file=sys.stderr, flush=True)
+        print("hpcfed:", " ".join(str(error).split("\n")), file=sys.stderr, flush=True)
     return 2
 
 

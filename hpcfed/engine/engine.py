@@ -22,7 +22,7 @@ from hpcfed.data.batches import Ids, Tokens, split_batch
 from hpcfed.engine.masters import Masters
 from hpcfed.engine.observer import Observer
 from hpcfed.engine.trained import Trained
-from hpcfed.errors import place, reason
+from hpcfed.errors import UserError, place, reason
 from hpcfed.faults import Rehearsal
 from hpcfed.importance.fisher import PerSampleGradients
 from hpcfed.importance.sensitivity import BlockWatch
@@ -83,6 +83,7 @@ class Engine:
             self.owners.setdefault(trainable.owner, []).append(index)
         self.taps = PerSampleGradients(list(self.owners))
         self.precise = not settings.get("bf16", {}).get("enabled")
+        dtype = self.parameters[0].dtype
         self._deepspeed, *_ = deepspeed.initialize(
             model=adapted.network,
             model_parameters=self.parameters,
@@ -96,6 +97,14 @@ class Engine:
         if self._agrees:
             self._deepspeed.enable_backward_allreduce = False
         self._masters = Masters(self.parameters, self._deepspeed, self.stage)
+        lowered = self._deepspeed.torch_autocast_enabled() or self._deepspeed.fp16_enabled()
+        masters = {master.dtype for master in self._masters.tensors()}
+        if lowered or {p.dtype for p in self.parameters} != {dtype} or masters != {torch.float32}:
+            self.close()
+            raise UserError(
+                "DeepSpeed would train in another precision than model.dtype and fp32 masters; "
+                "remove from its JSON what sets one."
+            )
 
     def load(
         self,
