@@ -124,7 +124,8 @@ class Federation:
     def next_round(self) -> Round:
         """The round that comes next."""
         spec, round_number = self._config.federation, self.state.rounds
-        sampled = sampling.sample(self._config.seed, round_number, spec.clients, spec.per_round)
+        clients = len(self.setup.rows)
+        sampled = sampling.sample(self._config.seed, round_number, clients, spec.per_round)
         warm = round_number < self._config.curriculum.warmup
         split = self.sharing.split(round_number, warm, self.state.chosen)
         return Round(round_number, warm, tuple(sampled), split)

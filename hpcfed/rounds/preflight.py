@@ -70,8 +70,9 @@ def check(resolved: Resolved, ranks: int, resume: bool = False) -> Checked:
 def check_options(config: Config, ranks: int) -> None:
     """Raises UserError for options that no run on `ranks` MPI ranks can have."""
     check_ranks(ranks, config.cluster.ranks_per_client)
+    sources.check_options(config)
     spec = config.federation
-    if spec.per_round > spec.clients:
+    if spec.clients is not None and spec.per_round > spec.clients:
         raise UserError(
             f"federation.per_round is {spec.per_round} but federation.clients is {spec.clients}; "
             "no more can be sampled than there are."
@@ -223,7 +224,7 @@ def check_ranks(ranks: int, ranks_per_client: int) -> None:
 def output_folder(config: Config) -> Path:
     """The run directory."""
     known = {
-        "{task}": config.task.name,
+        "{task}": config.task.name.replace("/", "-"),  # of a hub id
         "{method}": Path(config.method).stem,
         "{seed}": str(config.seed),
     }
