@@ -159,7 +159,7 @@ class Federation:
         """The round that comes next. earlier: its draws of clients that came to nothing."""
         spec, round_number = self._config.federation, self.state.rounds
         sampled = sampling.sample(
-            self._config.seed, round_number, spec.clients, spec.per_round, earlier
+            self._config.seed, round_number, len(self.setup.rows), spec.per_round, earlier
         )
         warm = round_number < self._config.curriculum.warmup
         split = self.sharing.split(round_number, warm, self.state.chosen)

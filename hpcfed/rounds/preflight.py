@@ -76,8 +76,9 @@ def check_options(resolved: Resolved, ranks: int) -> None:
     effect."""
     config = resolved.config
     check_ranks(ranks, config.cluster.ranks_per_client)
+    sources.check_options(config)
     spec = config.federation
-    if spec.per_round > spec.clients:
+    if spec.clients is not None and spec.per_round > spec.clients:
         raise UserError(
             f"federation.per_round is {spec.per_round} but federation.clients is {spec.clients}; "
             "no more can be sampled than there are."
@@ -257,7 +258,7 @@ def check_ranks(ranks: int, ranks_per_client: int) -> None:
 def output_folder(config: Config) -> Path:
     """The run directory."""
     known = {
-        "{task}": config.task.name,
+        "{task}": config.task.name.replace("/", "-"),  # of a hub id
         "{method}": Path(config.method).stem,
         "{seed}": str(config.seed),
     }

@@ -65,7 +65,7 @@ class Setup:
         return Opening(
             what=f"{config.method} on {config.task.name}",
             training_rows=len(self.task.train),
-            clients=config.federation.clients,
+            clients=len(self.rows),
             per_round=config.federation.per_round,
             rounds=config.federation.rounds,
             model=config.model.name,

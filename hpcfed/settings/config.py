@@ -85,7 +85,8 @@ class Adapter:
 class Task:
     name: str = option(
         "questions",
-        "one of the ten tasks, `questions` (built in), or the name of your own data in data.root",
+        "one of the ten tasks, `questions` (built in), the name of your own data in data.root, or "
+        "a hub id, owner/name",
         path=True,
     )
     max_length: int = option(96, "texts are cut at this many tokens", at_least=4, at_most=1_000_000)
@@ -136,21 +137,49 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class Splits:
+    train: str = option(
+        "train", "name of the training split: of its file, or on the hub", counts=counts.COLUMNS
+    )
+    test: str = option(
+        "test", "name of the test split, which may be a hub's validation split",
+        counts=counts.COLUMNS,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Data:
     root: str | None = option(
-        None, "folder with <task>/train.jsonl and test.jsonl (or .csv); null = Hugging Face hub",
-        path=True, counts=counts.OUTER_DATA,
-    )  # fmt: skip
+        None,
+        "folder with <task>/train and test as .jsonl, .csv, .parquet or saved by save_to_disk; "
+        "null = Hugging Face hub",
+        path=True,
+        counts=counts.OUTER_DATA,
+    )
+    subset: str | None = option(
+        None, "hub id: the configuration of a data set that has several", counts=counts.HUB
+    )
+    test: float | None = option(
+        None,
+        "share of the training rows that is drawn (by the seed) and held out as the test split; "
+        "for data that have none",
+        above=0,
+        at_most=0.9,
+    )
     validation: float = option(
         0.1, "share of each client's rows held out for validation", at_least=0, at_most=0.9
     )
+    splits: Splits = field(default_factory=Splits)
     columns: Columns = field(default_factory=Columns)
     partition: Partition = field(default_factory=Partition)
 
 
 @dataclass(frozen=True)
 class Federation:
-    clients: int = option(100, "K: clients in the federation", at_least=1, at_most=1_000_000)
+    clients: int | None = option(
+        100, "K: clients in the federation; null: natural clients are counted", at_least=1,
+        at_most=1_000_000,
+    )  # fmt: skip
     per_round: int = option(10, "m: clients sampled per round", at_least=1)
     rounds: int = option(30, "T: rounds", at_least=1, at_most=1_000_000)
     min_clients: int = option(

@@ -31,9 +31,13 @@ WORDED = When(
 OUTER_DATA = When(
     "task.name is not questions, which are built in", lambda c: c.task.name != "questions"
 )
+HUB = When(
+    "task.name is a hub id, owner/name, and data.root null",
+    lambda c: c.data.root is None and "/" in c.task.name,
+)
 COLUMNS = When(
-    "data.root names a folder, and task.name data in it",
-    lambda c: c.data.root is not None and OUTER_DATA.holds(c),
+    "data.root names a folder, and task.name data in it, or task.name is a hub id",
+    lambda c: (c.data.root is not None and OUTER_DATA.holds(c)) or HUB.holds(c),
 )
 DIRICHLET = When("data.partition.kind is dirichlet", lambda c: c.data.partition.kind == "dirichlet")
 SIZES = When(

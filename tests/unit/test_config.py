@@ -78,7 +78,7 @@ def test_what_describe_prints_resolves_to_the_same(tmp_path):
         ("local.epochs=true", ["local.epochs", "whole number"]),
         ("data.validation=0.95", ["at least 0 and at most 0.9"]),
         ("federation=3", ["federation", "section"]),
-        ("federation.clients=null", ["federation.clients", "not null"]),
+        ("federation.rounds=null", ["federation.rounds", "not null"]),
         ("model.dtype=fp8", ["model.dtype", "fp32, bf16"]),
         ("adapter.targets=[]", ["adapter.targets", "list of names"]),
         ("method=lora-fedavgg", ["lora-fedavgg", "did you mean 'lora-fedavg'"]),
