@@ -1,12 +1,16 @@
 """Everything that can be refused without torch, a model or a GPU: within a second, before anything
 starts and before anything is written."""
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from hpcfed.data import partition, sources
 from hpcfed.data.partition import ClientRows
@@ -16,14 +20,16 @@ from hpcfed.errors import UserError
 from hpcfed.settings import deepspeed_config, plugins
 from hpcfed.settings.config import Config
 from hpcfed.settings.resolve import Resolved, changed
+from hpcfed.storage.checks import DamageError, read_bytes, read_object
 from hpcfed.storage.paths import CONFIG, LIVES, PARTITION, SUMMARY
 
 # What another life of a run may have otherwise: none of it changes a bit of the result but threads,
 # which a smaller node may not have.
-_MAY_CHANGE = (
+MAY_CHANGE = (
     "output", "cluster.threads", "cluster.meet_seconds", "cluster.timeout_minutes",
     "cluster.grace_seconds",
 )  # fmt: skip
+ROUNDS = "federation.rounds"  # may grow
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ def check(resolved: Resolved, ranks: int, resume: bool = False) -> Checked:
     check_options(config, ranks)
     settings = deepspeed_config.load(config)
     output = output_folder(config)
-    begun = resume and output.exists()
+    begun = resume and _exists(output)
     if begun:
         _check_unchanged(config, output)
     else:
@@ -90,9 +96,14 @@ def check_options(config: Config, ranks: int) -> None:
 
 
 def is_complete(config: Config) -> bool:
-    """Whether the run directory holds a finished run. Raises UserError if it is another one."""
+    """Whether the run directory holds a finished run of so many rounds. Raises UserError if it is
+    another one."""
     output = output_folder(config)
-    if not (output / SUMMARY).is_file():
+    try:
+        summary = read_object(output / SUMMARY)
+    except DamageError:
+        return False
+    if summary.get("rounds") != config.federation.rounds or "test" not in summary:
         return False
     _check_unchanged(config, output)
     return True
@@ -100,14 +111,23 @@ def is_complete(config: Config) -> bool:
 
 def _check_unchanged(config: Config, output: Path) -> None:
     """Raises UserError unless a run that goes on has the configuration that it began with."""
-    try:
-        text = (output / CONFIG).read_text()
-    except OSError:
+    if not (output / CONFIG).is_file():
         raise UserError(
             f"{output} exists but is no run directory (it has no {CONFIG}), so it cannot be "
             "resumed; give another one with output=..."
-        ) from None
-    changes = {k: v for k, v in changed(config, text).items() if k not in _MAY_CHANGE}
+        )
+    with _whole(output):
+        content = read_bytes(output / CONFIG)
+        try:
+            differing = changed(config, content.decode())
+        except (ValueError, RecursionError, yaml.YAMLError):
+            raise DamageError(output / CONFIG, "is damaged (it is not YAML)") from None
+        began = read_object(output / LIVES).get("plugins", {})
+        if not isinstance(began, dict):
+            raise DamageError(output / LIVES, "is damaged (its plugins are not keys and values)")
+    changes = {k: v for k, v in differing.items() if k not in MAY_CHANGE}
+    if ROUNDS in changes and isinstance(changes[ROUNDS][0], int):
+        check_rounds(config, changes.pop(ROUNDS)[0], output)
     if changes:
         key, (then, now) = next(iter(changes.items()))
         more = f", and {len(changes) - 1} more values differ" if len(changes) > 1 else ""
@@ -115,11 +135,6 @@ def _check_unchanged(config: Config, output: Path) -> None:
             f"The run in {output} began with {key}={then}, not {now}{more}; resume it with the "
             f"configuration it began with ({output / CONFIG}), or give another output=..."
         )
-
-    try:
-        began = json.loads((output / LIVES).read_text()).get("plugins", {})
-    except (OSError, ValueError):
-        began = {}
     for path, digest in plugins.digests(config.plugins).items():
         if began.get(path) != digest:
             raise UserError(
@@ -128,17 +143,44 @@ def _check_unchanged(config: Config, output: Path) -> None:
             )
 
 
+def check_rounds(config: Config, planned: int, output: Path) -> None:
+    """Raises UserError unless a run that was to have so many rounds may have as many as are asked
+    for now."""
+    asked, pace = config.federation.rounds, config.curriculum.pace
+    if asked < planned:
+        raise UserError(
+            f"The run in {output} began with {ROUNDS}={planned}, not {asked}; it may get more "
+            f"rounds, not fewer: resume it with {ROUNDS}={planned}, or give another output=..."
+        )
+    if asked > planned and pace != "all":
+        raise UserError(
+            f"The run in {output} began with {ROUNDS}={planned}, not {asked}: with curriculum.pace="
+            f"{pace} each round depends on how many there are, so it cannot get more; give another "
+            "output=..."
+        )
+
+
 def _check_rows(output: Path, table: dict[str, Any]) -> None:
     """Raises UserError unless a run that goes on has the data that it began with."""
-    try:
-        same = json.loads((output / PARTITION).read_text()) == json.loads(json.dumps(table))
-    except (OSError, ValueError):
-        same = False
-    if not same:
+    with _whole(output):
+        began = read_object(output / PARTITION)
+    if began != json.loads(json.dumps(table)):
         raise UserError(
             f"The data are not those that the run in {output} began with ({output / PARTITION}); "
             "put them back, or give another output=..."
         )
+
+
+@contextlib.contextmanager
+def _whole(output: Path) -> Iterator[None]:
+    """DamageError of a file becomes a UserError."""
+    try:
+        yield
+    except DamageError as damage:
+        raise UserError(
+            f"{output} cannot be resumed: {damage}; put back a copy that is whole, or give another "
+            "run directory with output=..."
+        ) from None
 
 
 def _check_choices(config: Config) -> None:
@@ -238,11 +280,22 @@ def output_folder(config: Config) -> Path:
 
 def _check_new(path: Path) -> None:
     """Raises UserError if the run directory exists, or could not be made."""
-    if path.exists():
+    if _exists(path):
         raise UserError(
             f"The run directory {path} exists already; give another one with output=..., "
             "remove it, or let its run go on with --resume."
         )
-    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK) or not parent.is_dir():
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
         raise UserError(f"The run directory {path} cannot be made: {parent} is not writable.")
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is something. Raises UserError where one cannot know."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise UserError(
+            f"The run directory {path} cannot be reached ({error.strerror}); see to it that it "
+            "can, or give another one with output=..."
+        ) from None
