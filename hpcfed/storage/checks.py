@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 import types
 import typing
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcfed.settings.resolve import TYPES
+from hpcfed.storage.paths import FILES, FOLDERS
 
 
 class DamageError(Exception):
@@ -54,6 +56,19 @@ def read_object(file: Path) -> dict[str, Any]:
         return as_object(read_bytes(file))
     except ValueError as error:
         raise DamageError(file, f"is damaged ({error})") from None
+
+
+def check_kinds(run: Path) -> None:
+    """Raises DamageError where in a run directory a folder stands for a file, or a file for a
+    folder, or one must not be written."""
+    for name in ("", *FILES, *FOLDERS):
+        path = run / name
+        folder = name not in FILES
+        if path.exists() and folder != path.is_dir():
+            kinds = ("a file", "a folder")
+            raise DamageError(path, f"is {kinds[not folder]}, where {kinds[folder]} should be")
+        if path.exists() and not os.access(path, os.R_OK | os.W_OK | os.X_OK * folder):
+            raise DamageError(path, "must be readable and writable, and is not")
 
 
 def parse(kind: Any, value: Any, name: str = "") -> Any:

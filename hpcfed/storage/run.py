@@ -16,7 +16,6 @@ summary.json       the result
 import contextlib
 import hashlib
 import importlib.metadata
-import os
 import platform
 import re
 import secrets
@@ -36,7 +35,7 @@ from hpcfed.adapters.layout import AdapterLayout
 from hpcfed.errors import DiskError, UserError
 from hpcfed.settings.resolve import Resolved, describe
 from hpcfed.state import RunState
-from hpcfed.storage.checks import DamageError, digest, read_bytes, read_object
+from hpcfed.storage.checks import DamageError, check_kinds, digest, read_bytes, read_object
 from hpcfed.storage.clients import ClientFolders
 from hpcfed.storage.commits import (
     Committed,
@@ -65,7 +64,6 @@ from hpcfed.storage.paths import (
     CLIENTS,
     CONFIG,
     FILES,
-    FOLDERS,
     LIVES,
     LOCK,
     MANIFEST,
@@ -158,7 +156,7 @@ class RunDirectory:
         Raises UserError if another job uses it, or what the commit needs is missing or damaged.
         """
         try:
-            self._check_kinds()
+            check_kinds(self.path)
             self._lock = Lock(self.path / LOCK, job, patience)
             if not isinstance(read_object(self.path / LIVES).get("lives"), list):
                 raise DamageError(self.path / LIVES, "is damaged (it lists no lives)")
@@ -249,23 +247,11 @@ class RunDirectory:
             if match and (match[2] or int(match[1]) not in (rounds, rounds - 1)):
                 file.unlink()
 
-    def _check_kinds(self) -> None:
-        """Raises DamageError if a folder is where a file should be, or the other way round, or it must
-        not be written."""
-        for name in (*FILES, *FOLDERS):
-            path = self.path / name
-            folder = name in FOLDERS
-            if path.exists() and folder != path.is_dir():
-                kinds = ("a file", "a folder")
-                raise DamageError(path, f"is {kinds[not folder]}, where {kinds[folder]} should be")
-            if path.exists() and not os.access(path, os.R_OK | os.W_OK | os.X_OK * folder):
-                raise DamageError(path, "must be readable and writable, and is not")
-        if not os.access(self.path, os.R_OK | os.W_OK | os.X_OK):
-            raise DamageError(self.path, "must be readable and writable, and is not")
-
     def _last_whole(self) -> RunState:
-        """The state of the last commit or, where that is damaged, of the one before. Raises DamageError,
-        of the last one, if neither is whole."""
+        """The state of the last commit or, where that is damaged, of the one before.
+
+        Raises DamageError, of the last one, if neither is whole.
+        """
         for name in (MANIFEST, PREVIOUS):
             try:
                 return self._read(self.path / name)
@@ -377,7 +363,7 @@ def _describe_to_peft(
 
 @contextlib.contextmanager
 def _damage(file: Path, text: str) -> Iterator[None]:
-    """What is wrong with a file's content, as DamageError; what another hpcfed wrote, as UserError."""
+    """What is wrong with a file's content, as DamageError; another hpcfed's, as UserError."""
     try:
         yield
     except FormatError as error:
