@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from hpcfed.adapters.base import full_shape
 from hpcfed.cluster.topology import Topology
 from hpcfed.data.batches import Tokens
 from hpcfed.data.sources import Split
@@ -85,11 +88,11 @@ def of_model(prepared: Prepared, topology: Topology) -> str:
         if shard is None:
             own = parameter if number % ranks == rank else None
         else:  # the last ones are padded
-            whole = parameter.ds_numel - rank * shard.numel()
+            whole = math.prod(full_shape(parameter)) - rank * shard.numel()
             own = shard.flatten()[: max(0, whole)]
         if own is not None:
-            raw = own.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            found.update(memoryview(raw.numpy()))
+            raw: Any = own.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            found.update(raw)
     return digest("".join(topology.slot.allgather(found.hexdigest())).encode())
 
 

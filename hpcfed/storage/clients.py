@@ -129,7 +129,8 @@ def _digest(label: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
     found = hashlib.sha256(json.dumps(label).encode())
     for name, tensor in sorted(tensors.items()):
         found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        raw: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        found.update(raw)
     return found.hexdigest()
 
 
