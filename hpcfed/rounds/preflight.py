@@ -122,9 +122,9 @@ def _check_unchanged(config: Config, output: Path) -> None:
             differing = changed(config, content.decode())
         except (ValueError, RecursionError, yaml.YAMLError):
             raise DamageError(output / CONFIG, "is damaged (it is not YAML)") from None
-        began = read_object(output / LIVES).get("plugins", {})
-        if not isinstance(began, dict):
-            raise DamageError(output / LIVES, "is damaged (its plugins are not keys and values)")
+        began = read_object(output / LIVES).get("plugins") if config.plugins else None
+        if config.plugins and not isinstance(began, dict):
+            raise DamageError(output / LIVES, "is damaged (it has no digests of plug-ins)")
     changes = {k: v for k, v in differing.items() if k not in MAY_CHANGE}
     if ROUNDS in changes and isinstance(changes[ROUNDS][0], int):
         check_rounds(config, changes.pop(ROUNDS)[0], output)
@@ -136,7 +136,7 @@ def _check_unchanged(config: Config, output: Path) -> None:
             f"configuration it began with ({output / CONFIG}), or give another output=..."
         )
     for path, digest in plugins.digests(config.plugins).items():
-        if began.get(path) != digest:
+        if began is None or began.get(path) != digest:
             raise UserError(
                 f"The plug-in {path} has changed since the run in {output} began; put it back, or "
                 "give another output=..."

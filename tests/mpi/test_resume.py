@@ -152,6 +152,18 @@ def test_killed(undisturbed, data, tmp_path, shape):
 
 
 @pytest.mark.parametrize("shape", [(2, 1)])
+def test_a_full_disk_ends_the_job(worlds, undisturbed, data, tmp_path, shape):
+    """One rank alone cannot write: it says so in a sentence, and no other waits for it."""
+    out = tmp_path / "full"
+    printed = struck(data, out, "write", 20, 0, "ENOSPC", code=2)
+    own = [line for line in printed.splitlines() if line.startswith("hpcfed: ")]
+    assert len(own) == 1 and "The disk is full" in own[0] and "--resume" in own[0], printed
+    assert "Traceback" not in printed
+    life(worlds, shape, data, out, "--resume")
+    assert_same(undisturbed, out)
+
+
+@pytest.mark.parametrize("shape", [(2, 1)])
 def test_signals(worlds, undisturbed, data, tmp_path, shape):
     """One rank is asked to stop: the round in flight is finished, or dropped if there is no time;
     the run says so, exits with 75, and ends with the same bits."""

@@ -15,6 +15,8 @@ from tests.unit import wrong_folders
 from tests.unit.wrong_folders import CASES, MANIFEST, NAMES, TENSORS
 
 SHAPE = pytest.mark.parametrize("shape", [(1, 1)])
+# Those that spoil what the run was made from, and not the run.
+OF_DATA = NAMES[NAMES.index("other texts in the training rows") :]
 COMMAND = "tests.mpi.cases.runs:command_line"
 
 
@@ -48,10 +50,10 @@ def wrong(worlds, data, common, once):
     return place
 
 
-def fresh(wrong, alone=True):
+def fresh(wrong, alone=True, part="run"):
     """The stopped run again; alone: without the commit before the last one."""
-    shutil.rmtree(wrong)
-    shutil.copytree(wrong.with_name("stopped"), wrong)
+    shutil.rmtree(wrong / part)
+    shutil.copytree(wrong.with_name("stopped") / part, wrong / part)
     if alone:
         (wrong / "run/checkpoint/previous.json").unlink()
         (wrong / "run/checkpoint/round-00001.safetensors").unlink()
@@ -81,6 +83,13 @@ def test_damaged(worlds, wrong, shape, name):
     assert re.search(said, sentence(problem)), problem
     assert problem.count("\n") == 1 and str(wrong) in problem
     assert content(wrong / "run") == before
+    if name in OF_DATA:
+        fresh(wrong, part="data", alone=False)
+
+
+def some(names, *quick):
+    """All of them; those that are not quick are long."""
+    return [own if own in quick else pytest.param(own, marks=pytest.mark.long) for own in names]
 
 
 LAST = {
@@ -95,7 +104,7 @@ LAST = {
 
 
 @SHAPE
-@pytest.mark.parametrize("name", LAST)
+@pytest.mark.parametrize("name", some(LAST, "manifest", "metrics", "client"))
 def test_the_commit_before_is_used(worlds, wrong, shape, name):
     """Only the last one is damaged: the run goes on from the one before, says so, and ends with the
     same bits."""
@@ -180,7 +189,7 @@ FULL = {
 
 
 @SHAPE
-@pytest.mark.parametrize("file", FULL)
+@pytest.mark.parametrize("file", some(FULL, "manifest.json", "metrics.jsonl", "history.jsonl"))
 def test_a_full_disk(worlds, wrong, shape, file):
     """One sentence with disk, path and what to do, and again while it is full; with room the run
     ends with the same bits."""

@@ -128,13 +128,13 @@ def read(content):
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary() | JSON.map(lambda value: json.dumps(value).encode()))
 def test_anything_for_a_manifest(content):
     assert read(content) is None
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.sampled_from(PLACES), JSON, st.sampled_from(["other", "gone", "more"]))
 def test_anything_in_a_manifest(place, value, how):
     """Another value in a manifest whose checksum is right: taken for what it is, or refused."""

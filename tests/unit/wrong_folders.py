@@ -374,7 +374,7 @@ CASES: list[tuple[str, Spoil, str]] = [
     ("a run.json that is no JSON", written("run/run.json", "lives"), r"run\.json is damaged"),
     ("a run.json that is a list", written("run/run.json", "[]"), r"run\.json is damaged"),
     ("lives as a text", written("run/run.json", '{"lives": "x"}'), r"run\.json is damaged \(it li"),
-    ("a folder for run.json", folder_for("run/run.json"), r"run\.json cannot be read"),
+    ("a folder for run.json", folder_for("run/run.json"), r"run\.json is a folder"),
     # What clients keep.
     *[(f"a client's file of {kind}: {what}", of_client(kind, spoil),
        rf"{kind}-00001\.safetensors {s}")
