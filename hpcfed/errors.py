@@ -19,4 +19,4 @@ class DiskError(UserError):
 
     def then(self, more: str) -> UserError:
         """The same, with what follows from it."""
-        return UserError(f"{self.fact}; {more}.")
+        return UserError(f"{self.fact}, {more}.")

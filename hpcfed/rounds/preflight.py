@@ -111,7 +111,7 @@ def is_complete(config: Config) -> bool:
 
 def _check_unchanged(config: Config, output: Path) -> None:
     """Raises UserError unless a run that goes on has the configuration that it began with."""
-    if not (output / CONFIG).is_file():
+    if not _exists(output / CONFIG):
         raise UserError(
             f"{output} exists but is no run directory (it has no {CONFIG}), so it cannot be "
             "resumed; give another one with output=..."

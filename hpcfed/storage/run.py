@@ -164,7 +164,7 @@ class RunDirectory:
         except (DamageError, OSError) as error:
             what = str(error)
         except DiskError as error:
-            raise error.then("and try again") from None
+            raise error.then("and go on with --resume: what is committed is whole") from None
         else:
             return self._state
         raise UserError(

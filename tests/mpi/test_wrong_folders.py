@@ -201,7 +201,7 @@ def test_a_full_disk(worlds, wrong, shape, file):
     assert code == 2 and "The disk is full (No space left on device)" in said
     name = re.escape(file).replace("N", r"\d+")
     assert re.search(rf"{re.escape(str(wrong))}/run/.*{name} cannot be written", said), said
-    assert re.search(r"make room on /\S*; and go on with --resume: what is committed", said)
+    assert re.search(r"make room on /\S*, and go on with --resume: what is committed", said)
     ((code, printed),) = worlds.call(shape, full, words=line, file="run.json", count=1)
     assert code == 2 and "run.json cannot be written; make room" in sentence(printed)
     assert "--resume" in sentence(printed)

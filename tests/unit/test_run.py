@@ -44,7 +44,7 @@ def test_a_disk_that_is_full_at_the_start_keeps_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     for _ in range(2):
         calls.clear()
-        with pytest.raises(UserError, match=r"a/\S+ cannot be written; make room on /\S*; or give"):
+        with pytest.raises(UserError, match=r"a/\S+ cannot be written; make room on /\S*, or give"):
             create(tmp_path / "a")
         assert not list(tmp_path.iterdir())
 
