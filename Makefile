@@ -45,4 +45,4 @@ test-cluster: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/cluster
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,6 +12,7 @@ from hpcfed.cluster.stop import INTERRUPTED
 from hpcfed.errors import UserError
 from hpcfed.rounds import preflight
 from hpcfed.settings.resolve import as_text, leaves, resolve
+from hpcfed.storage.checks import DamageError, read_object
 from hpcfed.storage.paths import METRICS, SUMMARY
 
 
@@ -30,11 +31,12 @@ class Result:
     def read(path: str | Path) -> "Result":
         """The result in a run directory. Raises UserError if the run is not complete."""
         folder = Path(path)
-        if not (folder / SUMMARY).is_file():
-            raise UserError(f"{folder} holds no complete run; it has no {SUMMARY}.")
-        lines = (folder / METRICS).read_text().splitlines()
-        summary = json.loads((folder / SUMMARY).read_text())
-        return Result(folder, summary, [json.loads(line) for line in lines])
+        try:
+            summary = read_object(folder / SUMMARY)
+            lines = (folder / METRICS).read_text().splitlines()
+            return Result(folder, summary, [json.loads(line) for line in lines])
+        except (DamageError, OSError, ValueError) as error:
+            raise UserError(f"{folder} holds no complete run ({error}).") from None
 
 
 def run(

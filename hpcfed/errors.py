@@ -11,6 +11,19 @@ class UserError(Exception):
     """
 
 
+class DiskError(UserError):
+    """A file that could not be written: a full disk, a quota, a lost right. In the middle of a run
+    only the rank that writes learns of it, so that it speaks alone and ends the job."""
+
+    def __init__(self, fact: str) -> None:
+        super().__init__(f"{fact}.")
+        self.fact = fact
+
+    def then(self, more: str) -> UserError:
+        """The same, with what follows from it."""
+        return UserError(f"{self.fact}, {more}.")
+
+
 class RunError(Exception):
     """A run that cannot go on: too few clients come through. All ranks raise it alike.
 

@@ -28,10 +28,12 @@ class ServerState:
 @dataclass
 class ClientFiles:
     """Of one kind of client state: client -> the round whose file holds it; now, and at the round
-    that was best on validation."""
+    that was best on validation. replaced: (client, round) of the files that only the last commit
+    refers to; in a commit, only the one before it."""
 
     current: dict[int, int] = field(default_factory=dict)
     pinned: dict[int, int] = field(default_factory=dict)
+    replaced: set[tuple[int, int]] = field(default_factory=set)
 
 
 @dataclass

@@ -29,8 +29,9 @@ remember() { # failures, nodes
     scontrol update "JobId=$SLURM_JOB_ID" "Comment=hpcfed failures=$1 nodes=$2"
 }
 
-# Another life after a failure, at most three times. Preempted and timed-out lives do not count: each
-# of them has got somewhere.
+# Another life after a failure, at most three times. Preempted and timed-out lives that have committed
+# a round do not count (code 75); those that have not got anywhere do (code 1), or a job whose time is
+# too short for a round would be requeued for ever.
 requeue_after_failure() {
     local failures
     failures=$(remembered failures)

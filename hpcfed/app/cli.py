@@ -18,7 +18,7 @@ from hpcfed.app.plot import draw
 from hpcfed.cluster import launcher, rejoin
 from hpcfed.cluster.stop import INTERRUPTED, Stop
 from hpcfed.cluster.topology import connect_world, deepspeed_process, launched_rank, restarted
-from hpcfed.errors import RunError, UserError, reason
+from hpcfed.errors import DiskError, RunError, UserError, reason
 from hpcfed.rounds import preflight
 from hpcfed.settings import deepspeed_config
 from hpcfed.settings.reading import given_once
@@ -302,12 +302,21 @@ def _take_part(
             from hpcfed.rounds.setup import set_up
 
         setup = set_up(checked, world, started, stop=stop)
+        before = setup.state.rounds
         summary = Federation(setup).run(Progress(speaks=world.rank == 0, live=live))
         if summary is None:
             world.comm.Barrier()
-            return INTERRUPTED
+            # A scheduler that starts it again and again must see whether it gets anywhere.
+            return INTERRUPTED if setup.state.rounds > before else 1
         if world.rank == 0:
             print(f"everything lies in {checked.output}/")
+    except DiskError as error:  # of this rank alone
+        fault = error.then("and go on with --resume: what is committed is whole")
+        _refuse(fault, 0, faults)
+        if world.size > 1:
+            world.comm.Abort(2)
+        _close(setup)
+        return 2
     except UserError as error:  # raised on all ranks alike
         _refuse(error, world.rank, faults)
         world.comm.Barrier()

@@ -72,6 +72,8 @@ def _points(records: list[dict[str, Any]]) -> Iterator[Point]:
         up += record["bytes"]["up"] / 1e6
         if "validation" in record:
             score = record["validation"]["personal"]["score"]
+            if score is None:  # it was not finite
+                continue
             yield Point(record["round"], samples, up, score)
 
 

@@ -25,6 +25,7 @@ from hpcfed.errors import UserError
 from hpcfed.rounds.preflight import check_options
 from hpcfed.settings.reading import given_once, read_file
 from hpcfed.settings.resolve import as_text, resolve
+from hpcfed.storage.checks import DamageError, read_object
 from hpcfed.storage.files import write_json
 from hpcfed.storage.paths import MANIFEST, SUMMARY
 
@@ -166,7 +167,7 @@ class Sweep:
         for run in self.status():
             row = {"run": run.name, **self.varied[run.name], "state": run.state}
             if run.state == "complete":
-                result = json.loads((self.folder / run.name / SUMMARY).read_text())
+                result = read_object(self.folder / run.name / SUMMARY)
                 scores = result["accuracy"] if "accuracy" in result else result["score"]
                 row |= {
                     "personal": scores["personal"],
@@ -195,11 +196,9 @@ class Sweep:
 
     def _status(self, name: str, job: dict[str, str] | None) -> Status:
         folder = self.folder / name
-        rounds = 0
         manifest = folder / MANIFEST
-        if manifest.is_file():
-            rounds = int(json.loads(manifest.read_text())["rounds"])
-        if (folder / SUMMARY).is_file():
+        rounds = _object(manifest).get("rounds", 0)
+        if _object(folder / SUMMARY):
             return Status(name, "complete", job["job"] if job else "", rounds)
         if job is None:  # by an array of one's own, if it has begun
             return Status(name, "begun" if manifest.is_file() else "new", "", rounds)
@@ -329,6 +328,14 @@ def _last_words(logs: Path, job: str) -> list[str]:
         output += [w for w in lines[:end] if not w.startswith("submitit ")]
     said = [w for w in output if w.startswith("hpcfed: ")]
     return said[-1:] or output[-LOG_LINES:]
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """What a file of a run holds; nothing if it is not there, or damaged."""
+    try:
+        return read_object(file)
+    except DamageError:
+        return {}
 
 
 def _shown(value: Any) -> str:

@@ -28,6 +28,7 @@ from hpcfed.rounds.selection import select
 from hpcfed.rounds.setup import Setup
 from hpcfed.rounds.tally import Tally
 from hpcfed.state import KINDS, PERSONAL
+from hpcfed.storage.paths import tensors_of
 from hpcfed.storage.states import ClientStates
 
 # A round is drawn again so many times before the run ends.
@@ -242,7 +243,9 @@ class Federation:
         if self._topology.is_root:
             self.setup.directory.record(record)
             self.setup.directory.commit(state)
-            self.setup.engine.rehearsal.committed(self.setup.directory.tensors(state))
+            self.setup.engine.rehearsal.committed(
+                self.setup.directory.path / tensors_of(state.rounds)
+            )
         for states in self.client_states.values():
             states.sweep()
 

@@ -204,7 +204,7 @@ class LocalRounds:
             rows = self._rows[client].train
             by_row = {int(row): float(schedule.difficulty[row]) for row in rows}
             note["difficulty"] = {k: v if np.isfinite(v) else None for k, v in by_row.items()}
-        self._directory.note(client, note)
+        self._directory.clients.note(client, note)
 
     def score_everyone(self, state: RunState) -> int:
         """Take the difficulties of all clients, spread over the slots, before round `state.rounds`;

@@ -1,13 +1,17 @@
 """Everything that can be refused without torch, a model or a GPU: within a second, before anything
 starts and before anything is written."""
 
+import contextlib
 import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from hpcfed import faults
 from hpcfed.data import partition, sources
@@ -18,14 +22,16 @@ from hpcfed.errors import UserError
 from hpcfed.settings import deepspeed_config, plugins
 from hpcfed.settings.config import Config
 from hpcfed.settings.resolve import Resolved, changed, refuse_without_effect
+from hpcfed.storage.checks import DamageError, read_bytes, read_object
 from hpcfed.storage.paths import CONFIG, LIVES, PARTITION, SUMMARY
 
 # What another life of a run may have otherwise: none of it changes a bit of the result but threads,
 # which a smaller node may not have.
-_MAY_CHANGE = (
+MAY_CHANGE = (
     "output", "cluster.threads", "cluster.meet_seconds", "cluster.timeout_minutes",
     "cluster.grace_seconds",
 )  # fmt: skip
+ROUNDS = "federation.rounds"  # may grow
 
 
 @dataclass(frozen=True)
@@ -125,9 +131,14 @@ def check_threads(config: Config) -> None:
 
 
 def is_complete(config: Config) -> bool:
-    """Whether the run directory holds a finished run. Raises UserError if it is another one."""
+    """Whether the run directory holds a finished run of so many rounds. Raises UserError if it is
+    another one."""
     output = output_folder(config)
-    if not os.path.isfile(output / SUMMARY):
+    try:
+        summary = read_object(output / SUMMARY)
+    except DamageError:
+        return False
+    if summary.get("rounds") != config.federation.rounds or "test" not in summary:
         return False
     _check_unchanged(config, output)
     return True
@@ -135,14 +146,23 @@ def is_complete(config: Config) -> bool:
 
 def _check_unchanged(config: Config, output: Path) -> None:
     """Raises UserError unless a run that goes on has the configuration that it began with."""
-    try:
-        text = (output / CONFIG).read_text()
-    except OSError:
+    if not _exists(output / CONFIG):
         raise UserError(
             f"{output} exists but is no run directory (it has no {CONFIG}), so it cannot be "
             "resumed; give another one with output=..."
-        ) from None
-    changes = {k: v for k, v in changed(config, text).items() if k not in _MAY_CHANGE}
+        )
+    with _whole(output):
+        content = read_bytes(output / CONFIG)
+        try:
+            differing = changed(config, content.decode())
+        except (ValueError, RecursionError, yaml.YAMLError):
+            raise DamageError(output / CONFIG, "is damaged (it is not YAML)") from None
+        began = read_object(output / LIVES).get("plugins") if config.plugins else None
+        if config.plugins and not isinstance(began, dict):
+            raise DamageError(output / LIVES, "is damaged (it has no digests of plug-ins)")
+    changes = {k: v for k, v in differing.items() if k not in MAY_CHANGE}
+    if ROUNDS in changes and isinstance(changes[ROUNDS][0], int):
+        check_rounds(config, changes.pop(ROUNDS)[0], output)
     if changes:
         key, (then, now) = next(iter(changes.items()))
         more = f", and {len(changes) - 1} more values differ" if len(changes) > 1 else ""
@@ -150,30 +170,52 @@ def _check_unchanged(config: Config, output: Path) -> None:
             f"The run in {output} began with {key}={then}, not {now}{more}; resume it with the "
             f"configuration it began with ({output / CONFIG}), or give another output=..."
         )
-
-    try:
-        began = json.loads((output / LIVES).read_text()).get("plugins", {})
-    except (OSError, ValueError):
-        began = {}
     for path, digest in plugins.digests(config.plugins).items():
-        if began.get(path) != digest:
+        if began is None or began.get(path) != digest:
             raise UserError(
                 f"The plug-in {path} has changed since the run in {output} began; put it back, or "
                 "give another output=..."
             )
 
 
+def check_rounds(config: Config, planned: int, output: Path) -> None:
+    """Raises UserError unless a run that was to have so many rounds may have as many as are asked
+    for now."""
+    asked, pace = config.federation.rounds, config.curriculum.pace
+    if asked < planned:
+        raise UserError(
+            f"The run in {output} began with {ROUNDS}={planned}, not {asked}; it may get more "
+            f"rounds, not fewer: resume it with {ROUNDS}={planned}, or give another output=..."
+        )
+    if asked > planned and pace != "all":
+        raise UserError(
+            f"The run in {output} began with {ROUNDS}={planned}, not {asked}: with curriculum.pace="
+            f"{pace} each round depends on how many there are, so it cannot get more; give another "
+            "output=..."
+        )
+
+
 def _check_rows(output: Path, table: dict[str, Any]) -> None:
     """Raises UserError unless a run that goes on has the data that it began with."""
-    try:
-        same = json.loads((output / PARTITION).read_text()) == json.loads(json.dumps(table))
-    except (OSError, ValueError):
-        same = False
-    if not same:
+    with _whole(output):
+        began = read_object(output / PARTITION)
+    if began != json.loads(json.dumps(table)):
         raise UserError(
             f"The data are not those that the run in {output} began with ({output / PARTITION}); "
             "put them back, or give another output=..."
         )
+
+
+@contextlib.contextmanager
+def _whole(output: Path) -> Iterator[None]:
+    """DamageError of a file becomes a UserError."""
+    try:
+        yield
+    except DamageError as damage:
+        raise UserError(
+            f"{output} cannot be resumed: {damage}; put back a copy that is whole, or give another "
+            "run directory with output=..."
+        ) from None
 
 
 def _check_choices(config: Config) -> None:

@@ -82,7 +82,7 @@ class Results:
             record["validation"] = {name: result.scores for name, result in results.items()}
             record |= _left_out(results)
             score = results["personal"].scores["score"]
-            if state.best is None or score > state.best.score:
+            if np.isfinite(score) and (state.best is None or score > state.best.score):
                 self._personal.pin()
                 state.best = Best(state.rounds - 1, score, state.values)
         self._account.evaluated(time.monotonic() - clock, record)

@@ -1,9 +1,10 @@
 """From a checked configuration to a run that is ready for its next round."""
 
 import socket
+import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,7 +26,8 @@ from hpcfed.engine.engine import Engine
 from hpcfed.errors import UserError
 from hpcfed.model import Prepared
 from hpcfed.objectives import heads
-from hpcfed.rounds.preflight import Checked
+from hpcfed.rounds import origin
+from hpcfed.rounds.preflight import Checked, check_rounds
 from hpcfed.rounds.progress import Opening
 from hpcfed.settings import deepspeed_config, plugins
 from hpcfed.settings.config import Config
@@ -113,10 +115,13 @@ def _set_up(
 ) -> Setup:
     config, settings, task = checked.config, checked.settings, checked.task
     state: RunState | None = None
+    began = origin.of_input(checked)
     with world.agreement("opening the run directory"):
         if checked.begun and world.rank == 0:
             # The earlier life of a requeued job may take a moment to end.
             state = directory.reopen(job(), LOCK_PATIENCE if restarted() else 0.0)
+            origin.compare(directory.began, began, checked.output)
+            check_rounds(config, directory.planned, checked.output)
     stop = stop or Stop(config.cluster.grace_seconds)
     topology = topology or connect_slots(world, config.cluster)
     if zero_stage(settings) == 3 and topology.device.type == "cpu":
@@ -132,6 +137,16 @@ def _set_up(
         )
     with world.agreement("loading the model"):
         prepared = model.prepare(config, task.labels, train_tokens.pad_id, settings, head)
+    began = replace(
+        began,
+        tokens=origin.of_tokens(train_tokens, test_tokens),
+        model=origin.of_model(prepared, topology),
+    )
+    origin.agree(world.comm.allgather(began))
+    with world.agreement("comparing with what the run began with"):
+        if checked.begun and world.rank == 0:
+            origin.compare(directory.began, began, checked.output)
+            directory.check_layout(prepared.adapted.layout)
     engine = Engine(prepared, config.local, settings, topology, stop)
     init_seconds = time.monotonic() - started
     state = world.comm.bcast(state, root=0) if checked.begun else _first_state(config, prepared)
@@ -145,12 +160,19 @@ def _set_up(
         raise UserError("The plug-ins differ from host to host; give all hosts the same files.")
     with world.agreement("writing the run directory"):
         if world.rank == 0 and checked.begun:
-            directory.describe_life(facts, here)
+            if directory.damage is not None:
+                print(
+                    f"hpcfed: {directory.damage}; the run goes on from the commit before, of round "
+                    f"{state.rounds}.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            directory.go_on(checked.resolved, facts, here)
         elif world.rank == 0:
             table = partition.summary(task, checked.rows)
             state.seconds.total = time.monotonic() - started
-            directory.create(checked.resolved, facts, here, table, state, job())
-    world.comm.Barrier()
+            directory.create(checked.resolved, facts, here, table, state, began, job())
+    directory.clients.run = world.comm.bcast(directory.clients.run)
     return Setup(
         config, task, checked.rows, train_tokens, test_tokens, prepared, engine, topology, stop,
         directory, state, started, init_seconds, earlier_seconds,

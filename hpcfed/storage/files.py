@@ -1,67 +1,116 @@
 """Files that are whole or not there, on disk and not only in a cache; and a lock on a folder."""
 
 import contextlib
+import errno
 import fcntl
 import json
+import math
 import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpcfed.errors import UserError
+from hpcfed.errors import DiskError, UserError
 
 if TYPE_CHECKING:
     import torch
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What fails inside because of the disk becomes a DiskError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            disk = path.absolute().parent
+            while not os.path.ismount(disk):
+                disk = disk.parent
+            raise DiskError(
+                f"The disk is full ({reason}): {path} cannot be written; make room on {disk}"
+            ) from None
+        raise DiskError(f"{path} cannot be written ({reason}); see to it that it can") from None
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Under another name, forced to disk, then renamed: a reader sees the old file or the new."""
+    """Under another name, forced to disk, then renamed: a reader sees the old file or the new.
+    Raises DiskError, as all that writes here does."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+    with writing(path):
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()  # what is written of it only takes room
+            raise
+        temporary.replace(path)
+        sync_folder(path.parent)
+
+
+def as_json(content: Any, indent: int | None = None) -> bytes:
+    """JSON, with a new line at its end; JSON has no numbers that are not finite, so they are
+    null."""
+    try:
+        text = json.dumps(content, indent=indent, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(content), indent=indent)
+    return (text + "\n").encode()
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    return [_finite(item) for item in content] if isinstance(content, (list, tuple)) else content
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     """JSON, as `write_bytes` does."""
-    write_bytes(path, (json.dumps(content, indent=indent) + "\n").encode())
+    write_bytes(path, as_json(content, indent))
 
 
 def write_tensors(
     path: Path, tensors: dict[str, "torch.Tensor"], metadata: dict[str, str] | None = None
-) -> None:
-    """A safetensors file, as `write_bytes` does."""
+) -> bytes:
+    """A safetensors file, as `write_bytes` does; its content."""
     # Here, because sweeps write JSON only, and torch takes seconds to import.
     from safetensors.torch import save
 
-    whole = {name: value.contiguous() for name, value in tensors.items()}
-    write_bytes(path, save(whole, metadata))
+    content = save({name: value.contiguous() for name, value in tensors.items()}, metadata)
+    write_bytes(path, content)
+    return content
 
 
-def append_line(path: Path, content: Any) -> None:
-    """A line of JSON at the end of a file, forced to disk."""
-    with path.open("a") as stream:
-        stream.write(json.dumps(content) + "\n")
+def append_line(path: Path, content: Any) -> bytes:
+    """A line of JSON at the end of a file, forced to disk; the line."""
+    line = as_json(content)
+    with writing(path), path.open("ab") as stream:
+        stream.write(line)
         stream.flush()
         os.fsync(stream.fileno())
+    return line
 
 
 def make_folder(path: Path) -> None:
     """A folder whose name is on disk too; its parent must be there."""
     if not path.is_dir():
-        path.mkdir(exist_ok=True)
-        sync_folder(path.parent)
+        with writing(path):
+            path.mkdir(exist_ok=True)
+            sync_folder(path.parent)
 
 
 def sync_file(path: Path) -> None:
     """Force a file that another library has written to disk."""
-    with path.open("rb") as stream:
+    with writing(path), path.open("rb") as stream:
         os.fsync(stream.fileno())
 
 
@@ -85,7 +134,8 @@ class Lock:
 
         job: what the holder is called, if another wants to know. Raises UserError naming it.
         """
-        self._stream = path.open("a+")
+        with writing(path):
+            self._stream = path.open("a+")
         until = time.monotonic() + patience
         while not self._try():
             if time.monotonic() >= until:
@@ -98,9 +148,15 @@ class Lock:
                 )
             time.sleep(1.0)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._stream.truncate(0)
-        self._stream.write(f"process {os.getpid()} on {socket.gethostname()}{job} since {now}\n")
-        self._stream.flush()
+        try:
+            with writing(path):
+                self._stream.truncate(0)
+                holder = f"process {os.getpid()} on {socket.gethostname()}{job} since {now}\n"
+                self._stream.write(holder)
+                self._stream.flush()
+        except DiskError:
+            self.release()
+            raise
 
     def _try(self) -> bool:
         try:
@@ -116,5 +172,8 @@ class Lock:
         return True
 
     def release(self) -> None:
-        """Give the lock back."""
-        self._stream.close()
+        """Give the lock back; the file names nobody then."""
+        with contextlib.suppress(OSError, ValueError):  # it may be closed
+            self._stream.truncate(0)
+        with contextlib.suppress(OSError):
+            self._stream.close()

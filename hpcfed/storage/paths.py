@@ -3,5 +3,14 @@
 CONFIG, PARTITION, SUMMARY = "config.yaml", "partition.json", "summary.json"
 METRICS, SELECTION, LIVES = "metrics.jsonl", "selection.json", "run.json"
 PREDICTIONS, ADAPTER, LOCK = "predictions.json", "adapter", "lock"
-MANIFEST = "checkpoint/manifest.json"
+CHECKPOINT = "checkpoint"
+MANIFEST, PREVIOUS = "checkpoint/manifest.json", "checkpoint/previous.json"
 CLIENTS, HISTORY = "clients", "history.jsonl"
+
+FILES = (CONFIG, PARTITION, SUMMARY, METRICS, SELECTION, LIVES, PREDICTIONS, LOCK)
+FOLDERS = (CHECKPOINT, CLIENTS, ADAPTER)
+
+
+def tensors_of(rounds: int) -> str:
+    """The tensors of the commit after so many rounds."""
+    return f"{CHECKPOINT}/round-{rounds:05d}.safetensors"

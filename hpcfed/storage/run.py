@@ -2,7 +2,7 @@
 
 config.yaml        the resolved configuration, each value with its source
 run.json           model, labels, and for each life of the run: ranks, slots, versions of everything
-checkpoint/        the last committed round
+checkpoint/        the last committed round, and the one before
 lock               held by the job that runs
 partition.json     clients x classes
 metrics.jsonl      one line per round
@@ -13,58 +13,88 @@ predictions.json   the predicted class of each test row
 summary.json       the result
 """
 
+import contextlib
+import hashlib
 import importlib.metadata
-import json
-import math
 import platform
+import re
+import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from hpcfed.adapters.base import Adapted
-from hpcfed.errors import UserError
+from hpcfed.adapters.layout import AdapterLayout
+from hpcfed.errors import DiskError, UserError
 from hpcfed.settings.resolve import Resolved, describe
 from hpcfed.state import RunState
-from hpcfed.storage.commits import decode, encode
+from hpcfed.storage.checks import DamageError, check_kinds, digest, read_bytes, read_object
+from hpcfed.storage.clients import ClientFolders
+from hpcfed.storage.commits import (
+    Committed,
+    FormatError,
+    Origin,
+    decode,
+    encode,
+    seal,
+    unseal,
+)
 from hpcfed.storage.files import (
     Lock,
     append_line,
+    as_json,
     make_folder,
     sync_file,
     sync_folder,
     write_bytes,
     write_json,
     write_tensors,
+    writing,
 )
 from hpcfed.storage.paths import (
     ADAPTER,
+    CHECKPOINT,
     CLIENTS,
     CONFIG,
-    HISTORY,
+    FILES,
     LIVES,
     LOCK,
     MANIFEST,
     METRICS,
     PARTITION,
     PREDICTIONS,
+    PREVIOUS,
     SELECTION,
     SUMMARY,
+    tensors_of,
 )
 
 _PACKAGES = ("hpcfed", "torch", "deepspeed", "transformers", "peft", "mpi4py", "numpy")
+_TENSORS = re.compile(r"round-(\d{5,})\.safetensors(\.tmp)?")
 
 
 class RunDirectory:
-    """Writes one run. `create` on rank 0 before training; the rest as the run goes."""
+    """Writes one run. `create` on rank 0 before training, or `reopen` and then `go_on`; the rest as
+    the run goes. clients: what clients keep, in it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.clients = ClientFolders(path / CLIENTS)
+        self.damage: DamageError | None = None  # why the commit before the last one is used
+        self.began = Origin("", "", "")
+        self.planned = 0  # rounds
         self._lock: Lock | None = None
+        self._committed = b""  # the last manifest
+        self._state: RunState | None = None  # that was read
+        self._digests: dict[str, str] = {}  # of files that the manifest names, without its tensors
+        self._metrics, self._metrics_bytes = hashlib.sha256(), 0
 
     def create(
         self,
@@ -73,165 +103,199 @@ class RunDirectory:
         here: dict[str, Any],
         partition: dict[str, Any],
         start: RunState,
+        began: Origin,
         job: str = "",
     ) -> None:
         """Write what is known before the first round, and lock the folder.
 
         It appears under its name when it is complete: there is never half a run directory.
-        Raises UserError if another run took the name meanwhile.
+        Raises UserError if it cannot be written, or another run took the name meanwhile.
         """
         final = self.path
-        final.parent.mkdir(parents=True, exist_ok=True)
-        # Readable by its owner only, since clients' own values lie in it.
-        self.path = Path(tempfile.mkdtemp(".new", f".{final.name}.", final.parent))
+        self.began, self.planned = began, resolved.config.federation.rounds
+        self.clients.run = secrets.token_hex(8)
+        mend = "or give another run directory with output=..."
         try:
-            (self.path / CONFIG).write_text(describe(resolved) + "\n")
-            write_json(self.path / PARTITION, partition)
-            (self.path / METRICS).touch()
-            self.describe_life(facts, here)
-            self.commit(start)
-            self._lock = Lock(self.path / LOCK, job)
-        except Exception:  # a full disk
-            shutil.rmtree(self.path, ignore_errors=True)
+            with writing(final):
+                final.parent.mkdir(parents=True, exist_ok=True)
+                # Readable by its owner only, since clients' own values lie in it.
+                self.path = Path(tempfile.mkdtemp(".new", f".{final.name}.", final.parent))
+        except DiskError as error:
+            raise error.then(mend) from None
+        try:
+            with writing(final):
+                write_bytes(self.path / CONFIG, (describe(resolved) + "\n").encode())
+                self._record(PARTITION, partition)
+                (self.path / METRICS).touch()
+                self._describe_life(facts, here)
+                self.commit(start)
+                self._lock = Lock(self.path / LOCK, job)
+                if final.exists():
+                    raise FileExistsError
+                self.path.rename(final)
+        except Exception as error:
+            self.close()
+            made, self.path = self.path, final
+            shutil.rmtree(made, ignore_errors=True)
+            if final.exists():
+                raise UserError(
+                    f"The run directory {final} exists already; give another one with output=..., "
+                    "or remove it."
+                ) from None
+            if isinstance(error, DiskError):
+                fact = error.fact.replace(str(made), str(final))
+                raise DiskError(fact).then(mend) from None
             raise
-        try:
-            self.path.rename(final)
-        except OSError:
-            self._lock.release()
-            shutil.rmtree(self.path)
-            raise UserError(
-                f"The run directory {final} exists already; give another one with output=..., "
-                "or remove it."
-            ) from None
         self.path = final
         sync_folder(final.parent)
 
     def reopen(self, job: str = "", patience: float = 0.0) -> RunState:
-        """Lock the folder, remove what a life that ended early has left, return the last committed
-        state.
+        """Lock the folder, check all that is in it, return the last committed state that is whole.
+        Nothing is changed before `go_on`.
 
-        Raises UserError if another job uses it, or what the commit needs is missing.
+        Raises UserError if another job uses it, or what the commit needs is missing or damaged.
         """
-        self._lock = Lock(self.path / LOCK, job, patience)
-        state, tensors, metrics_bytes = self._read()
-        self._clean(state, tensors, metrics_bytes)
-        return state
+        try:
+            check_kinds(self.path)
+            self._lock = Lock(self.path / LOCK, job, patience)
+            if not isinstance(read_object(self.path / LIVES).get("lives"), list):
+                raise DamageError(self.path / LIVES, "is damaged (it lists no lives)")
+            self._state = self._last_whole()
+        except (DamageError, OSError) as error:
+            what = str(error)
+        except DiskError as error:
+            raise error.then("and go on with --resume: what is committed is whole") from None
+        else:
+            return self._state
+        raise UserError(
+            f"{self.path} cannot be resumed: {what}; put back a copy that is whole, or give "
+            "another run directory with output=..."
+        )
 
-    def describe_life(self, facts: dict[str, Any], here: dict[str, Any]) -> None:
+    def check_layout(self, layout: AdapterLayout) -> None:
+        """After `reopen`: raises UserError if the state is not one of this adapter."""
+        assert self._state is not None
+        odd = set(self._state.chosen) - set(layout.blocks)
+        if odd or len(self._state.values) != layout.size:
+            raise UserError(
+                f"{self.path} cannot be resumed: {self.path / MANIFEST} is damaged (it is of "
+                "another adapter); give another run directory with output=..."
+            )
+
+    def go_on(self, resolved: Resolved, facts: dict[str, Any], here: dict[str, Any]) -> None:
+        """After `reopen`, and once everything else is known to be sound: remove what a life that
+        ended early has left, and note the new one."""
+        assert self._state is not None
+        before, self.planned = self.planned, resolved.config.federation.rounds
+        try:
+            with writing(self.path):
+                if self.damage is not None:
+                    write_bytes(self.path / MANIFEST, self._committed)
+                # Of a run that was complete, and gets more rounds; or damaged.
+                (self.path / SUMMARY).unlink(missing_ok=True)
+                with (self.path / METRICS).open("r+") as stream:
+                    stream.truncate(self._metrics_bytes)
+                self._drop_tensors(self._state.rounds)
+                self.clients.clean(self._state.clients, self._state.rounds)
+                for name in (*FILES, MANIFEST, PREVIOUS):
+                    (self.path / f"{name}.tmp").unlink(missing_ok=True)
+                if self.planned != before:
+                    write_bytes(self.path / CONFIG, (describe(resolved) + "\n").encode())
+                self._describe_life(facts, here)
+        except DiskError as error:
+            raise error.then("and go on with --resume: what is committed is whole") from None
+
+    def _describe_life(self, facts: dict[str, Any], here: dict[str, Any]) -> None:
         """What runs, and where each life of the run took place, the latest last."""
         file = self.path / LIVES
-        lives = json.loads(file.read_text())["lives"] if file.exists() else []
+        lives = read_object(file)["lives"] if file.exists() else []
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         versions |= {"python": platform.python_version(), "platform": platform.platform()}
         write_json(file, {**facts, "lives": [*lives, {**here, "versions": versions}]})
 
     def record(self, record: dict[str, Any]) -> None:
         """Append one round to metrics.jsonl; it counts when the round is committed."""
-        append_line(self.path / METRICS, record)
+        line = append_line(self.path / METRICS, record)
+        self._metrics.update(line)
+        self._metrics_bytes += len(line)
 
     def commit(self, state: RunState) -> None:
         """Make the state after a round the one that a resumed run goes on from."""
-        manifest = self.path / MANIFEST
-        make_folder(manifest.parent)
-        tensors, content = encode(state)
-        file = self.tensors(state)
-        write_tensors(file, tensors)
-        content["tensors"] = file.name
-        content["metrics_bytes"] = (self.path / METRICS).stat().st_size
-        write_json(manifest, content)
-        self._drop_other_tensors(file)
+        make_folder(self.path / CHECKPOINT)
+        tensors, fields = encode(state)
+        name = tensors_of(state.rounds)
+        files = {name: digest(write_tensors(self.path / name, tensors)), **self._digests}
+        if self._committed:
+            write_bytes(self.path / PREVIOUS, self._committed)
+        self._committed = seal(
+            {
+                **fields,
+                "run": self.clients.run,
+                "began": asdict(self.began),
+                "planned": self.planned,
+                "metrics": asdict(Committed(self._metrics_bytes, self._metrics.hexdigest())),
+                "files": files,
+            }
+        )
+        write_bytes(self.path / MANIFEST, self._committed)
+        self._drop_tensors(state.rounds)
 
-    def tensors(self, state: RunState) -> Path:
-        """The file of what a commit of this state holds besides JSON."""
-        return (self.path / MANIFEST).with_name(f"round-{state.rounds:05d}.safetensors")
+    def _drop_tensors(self, rounds: int) -> None:
+        """Those of other commits than this one and the one before."""
+        for file in list((self.path / CHECKPOINT).iterdir()):
+            match = _TENSORS.fullmatch(file.name)
+            if match and (match[2] or int(match[1]) not in (rounds, rounds - 1)):
+                file.unlink()
 
-    def _drop_other_tensors(self, needed: Path) -> None:
-        for old in needed.parent.glob("round-*"):
-            if old != needed:
-                old.unlink()
+    def _last_whole(self) -> RunState:
+        """The state of the last commit or, where that is damaged, of the one before.
 
-    def _read(self) -> tuple[RunState, Path, int]:
-        """The last committed state, the file of its tensors, and the length of metrics.jsonl.
-        Raises UserError if something is not there or not whole."""
-        manifest = self.path / MANIFEST
-        try:
-            content = json.loads(manifest.read_text())
-            if Path(content["tensors"]).name != content["tensors"]:
-                raise ValueError(f"{content['tensors']!r} is no name of a file")
-            tensors = manifest.with_name(content["tensors"])
-            state = decode(load_file(tensors), content)
-            for file in sorted(self._referred(state)):
-                if not file.is_file():
-                    raise FileNotFoundError(f"{file} is missing")
-            return state, tensors, content["metrics_bytes"]
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(
-                f"{self.path} cannot be resumed ({type(error).__name__}: {error}); remove it, or "
-                "give another run directory with output=..."
-            ) from None
+        Raises DamageError, of the last one, if neither is whole.
+        """
+        for name in (MANIFEST, PREVIOUS):
+            try:
+                return self._read(self.path / name)
+            except DamageError as damage:
+                self.damage = self.damage or damage
+        assert self.damage is not None
+        raise self.damage
 
-    def _referred(self, state: RunState) -> set[Path]:
-        """The clients' files that a commit refers to."""
-        return {
-            self._state(kind, client, round_number)
-            for kind, files in state.clients.items()
-            for versions in (files.current, files.pinned)
-            for client, round_number in versions.items()
-        }
+    def _read(self, file: Path) -> RunState:
+        """The state of a commit, when all that it refers to is whole. Raises DamageError."""
+        content = read_bytes(file)
+        with _damage(file, "is damaged ({})"):
+            manifest = unseal(content)
+        parts = {name: read_bytes(self.path / name) for name in manifest.files}
+        metrics = read_bytes(self.path / METRICS)
+        if len(metrics) < manifest.metrics.bytes:
+            raise DamageError(self.path / METRICS, "is shorter than what was committed of it")
+        metrics = metrics[: manifest.metrics.bytes]
+        parts[METRICS] = metrics
+        for name, digested in (*manifest.files.items(), (METRICS, manifest.metrics.sha256)):
+            if digest(parts[name]) != digested:
+                raise DamageError(
+                    self.path / name, "is not what was committed (its checksum differs)"
+                )
+        name = tensors_of(manifest.rounds)
+        with _damage(self.path / name, "{}"):
+            state = decode(load(parts[name]), manifest)
+        self.clients.run = manifest.run
+        self.clients.check(state.clients)
+        self.began, self.planned = manifest.began, manifest.planned
+        self._committed = content
+        self._digests = {key: value for key, value in manifest.files.items() if key != name}
+        self._metrics, self._metrics_bytes = hashlib.sha256(metrics), len(metrics)
+        return state
 
-    def _clean(self, state: RunState, tensors: Path, metrics_bytes: int) -> None:
-        """Remove whatever came after the commit."""
-        with (self.path / METRICS).open("r+") as stream:
-            stream.truncate(metrics_bytes)
-        self._drop_other_tensors(tensors)
-        used = self._referred(state)
-        for folder in (self.path / CLIENTS).glob("*"):
-            for file in folder.iterdir():
-                if file.name == HISTORY:
-                    lines = file.read_text().splitlines()
-                    committed = [w for w in lines if _round(w) <= state.rounds]
-                    if committed != lines:
-                        write_bytes(file, "".join(f"{w}\n" for w in committed).encode())
-                elif file not in used:
-                    file.unlink()
-        for file in self.path.rglob("*.tmp"):
-            file.unlink()
-
-    def save_state(
-        self, kind: str, client: int, round_number: int, tensors: dict[str, torch.Tensor]
-    ) -> None:
-        """What a client keeps after a round."""
-        target = self._state(kind, client, round_number)
-        self._make_client_folder(client)
-        write_tensors(target, tensors)
-
-    def load_state(self, kind: str, client: int, round_number: int) -> dict[str, torch.Tensor]:
-        """What a client kept after a round."""
-        return load_file(self._state(kind, client, round_number))
-
-    def drop_state(self, kind: str, client: int, round_number: int) -> None:
-        """Remove a state that nothing refers to any more."""
-        self._state(kind, client, round_number).unlink(missing_ok=True)
-
-    def _state(self, kind: str, client: int, round_number: int) -> Path:
-        name = f"{kind}-{round_number:05d}.safetensors"
-        return self._client_folder(client) / name
-
-    def _client_folder(self, client: int) -> Path:
-        return self.path / CLIENTS / f"{client:06d}"
-
-    def _make_client_folder(self, client: int) -> None:
-        make_folder(self.path / CLIENTS)
-        make_folder(self._client_folder(client))
-
-    def note(self, client: int, record: dict[str, Any]) -> None:
-        """Append a round to a client's own history; by one rank of the slot that ran it."""
-        self._make_client_folder(client)
-        append_line(self._client_folder(client) / HISTORY, record)
+    def _record(self, name: str, content: dict[str, Any]) -> None:
+        """A file of JSON that the next manifest names."""
+        written = as_json(content, indent=1)
+        write_bytes(self.path / name, written)
+        self._digests[name] = digest(written)
 
     def save_selection(self, record: dict[str, Any]) -> None:
         """How the shared layers were chosen."""
-        write_json(self.path / SELECTION, record)
+        self._record(SELECTION, record)
 
     def save_adapter(
         self,
@@ -249,23 +313,24 @@ class RunDirectory:
         """
         final = self.path / ADAPTER
         folder = final.with_name("adapter.new")
-        for old in (folder, final):  # of a life that ended before the summary
-            if old.exists():
-                shutil.rmtree(old)
-        folder.mkdir()
-        tensors = adapted.saved(values)
-        tensors |= {adapted.prefix + name: value.float() for name, value in fresh.items()}
-        write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-        if isinstance(adapted.description, dict):
-            description = {**adapted.description, "base_model_name_or_path": source}
-            write_json(folder / "adapter_config.json", description)
-        else:
-            _describe_to_peft(folder, adapted.description, fresh, source)
-        for file in folder.iterdir():
-            sync_file(file)
-        write_json(folder / "labels.json", list(labels))
-        folder.rename(final)
-        sync_folder(self.path)
+        with writing(final):
+            for old in (folder, final):  # of a life that ended before the summary
+                if old.exists():
+                    shutil.rmtree(old)
+            folder.mkdir()
+            tensors = adapted.saved(values)
+            tensors |= {adapted.prefix + name: value.float() for name, value in fresh.items()}
+            write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+            if isinstance(adapted.description, dict):
+                description = {**adapted.description, "base_model_name_or_path": source}
+                write_json(folder / "adapter_config.json", description)
+            else:
+                _describe_to_peft(folder, adapted.description, fresh, source)
+            for file in folder.iterdir():
+                sync_file(file)
+            write_json(folder / "labels.json", list(labels))
+            folder.rename(final)
+            sync_folder(self.path)
 
     def save_predictions(self, predictions: dict[str, Any]) -> None:
         """The predicted class of each test row, after the last round."""
@@ -290,14 +355,23 @@ def _describe_to_peft(
     config.modules_to_save = sorted({*config.modules_to_save, *parts})
     config.base_model_name_or_path = source
     config.inference_mode = True
-    if isinstance(getattr(config, "target_modules", None), set):
-        config.target_modules = sorted(config.target_modules)  # a set's order is not ours
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # target_modules; a set's order differs from process to process
+            setattr(config, name, sorted(value))
     config.save_pretrained(folder)
 
 
-def _round(line: str) -> float:
-    """The round of a line of history; a line that was cut off comes after every round."""
+@contextlib.contextmanager
+def _damage(file: Path, text: str) -> Iterator[None]:
+    """What is wrong with a file's content, as DamageError; another hpcfed's, as UserError."""
     try:
-        return float(json.loads(line)["round"])
-    except (ValueError, KeyError):
-        return math.inf
+        yield
+    except FormatError as error:
+        raise UserError(
+            f"{file.parent.parent} cannot be resumed: {file} is of another hpcfed ({error}); go "
+            "on with that one, or give another run directory with output=..."
+        ) from None
+    except SafetensorError as error:
+        raise DamageError(file, f"is damaged ({error})") from None
+    except ValueError as error:
+        raise DamageError(file, text.format(error)) from None

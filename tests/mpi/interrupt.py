@@ -2,10 +2,12 @@
 
 usage: interrupt.py EVENT COUNT RANK SIGNAL ARGUMENTS...
 
-The signal comes right before the event's COUNT-th time (from 1) on this rank of the world. The
-clock by which a run decides whether a round still fits stands still.
+The signal comes right before the event's COUNT-th time (from 1) on this rank of the world; instead
+of a signal, ENOSPC is the error of a full disk. The clock by which a run decides whether a round
+still fits stands still.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -14,6 +16,7 @@ from typing import Any
 
 import hpcfed.cluster.stop
 import hpcfed.rounds.federation
+import hpcfed.storage.files
 import hpcfed.storage.run
 from hpcfed.app import cli
 from hpcfed.cluster.collectives import MaskedSum
@@ -29,7 +32,10 @@ EVENTS: dict[str, tuple[Any, str]] = {
     "commit": (RunDirectory, "commit"),
     "sweep": (ClientStates, "sweep"),
 }
-WRITES = {"manifest": (hpcfed.storage.run, "write_json")}
+WRITES = {
+    "manifest": (hpcfed.storage.run, "seal"),
+    "write": (hpcfed.storage.files, "sync_folder"),
+}
 
 
 def arm(event: str, count: int, rank: int, name: str) -> tuple[Any, str, Any]:
@@ -44,6 +50,8 @@ def arm(event: str, count: int, rank: int, name: str) -> tuple[Any, str, Any]:
         if left[0] == 0:
             from mpi4py import MPI
 
+            if rank == MPI.COMM_WORLD.rank and name == "ENOSPC":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if rank == MPI.COMM_WORLD.rank:
                 os.kill(os.getpid(), signal.Signals[name])
         return original(*args, **kwargs)

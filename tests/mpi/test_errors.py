@@ -125,7 +125,7 @@ def test_what_cannot_be_resumed(worlds, data, tmp_path, shape):
     (out / "summary.json").unlink()
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**content, "format": 1}))
-    assert "its format is 1, and this hpcfed reads 2" in sentence(said(out, "--resume"))
+    assert "its format is 1, and this hpcfed reads 3" in sentence(said(out, "--resume"))
     (tmp_path / "other").mkdir()
     assert "is no run directory" in sentence(said(tmp_path / "other", "--resume"))
 

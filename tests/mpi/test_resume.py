@@ -52,8 +52,8 @@ def test_struck_at_every_kind_of_instant(worlds, data, tmp_path, shape, times):
         shape, f"{CASES}:check", preset="lora-fedavg", words=words(data), folder=tmp_path,
         times=times, seconds=1200.0,
     )  # fmt: skip
-    files = ("manifest.json", "metrics.jsonl", "history.jsonl", "summary.json", "run.json",
-             "selection.json", "predictions.json", "round-N.safetensors",
+    files = ("manifest.json", "previous.json", "metrics.jsonl", "history.jsonl", "summary.json",
+             "run.json", "selection.json", "predictions.json", "round-N.safetensors",
              "adapter_model.safetensors", "personal-N.safetensors", "curriculum-N.safetensors",
              "moments-N.safetensors", "control-N.safetensors")  # fmt: skip
     for file in files:
@@ -82,8 +82,9 @@ def test_other_ways_to_share_go_on(worlds, data, tmp_path, shape, method):
         shape, f"{CASES}:check", preset=method, words=words, folder=tmp_path,
         times=TIMES[method], only=["exchange", "commit", "sweep"],
     )  # fmt: skip
-    memos = (tmp_path / "whole").glob("clients/*/updates-*.safetensors")
-    ranks = [int(load_file(file)["rank"]) for file in sorted(memos)]
+    memos = sorted((tmp_path / "whole").glob("clients/*/updates-*.safetensors"))
+    latest = {file.parent.name: file for file in memos}
+    ranks = [int(load_file(file)["rank"]) for file in latest.values()]
     assert len(ranks) == (4 if method == "hetlora" else 0)
     assert ranks != [8, 6, 5, 7], "nobody has given up a rank"
 
@@ -141,7 +142,7 @@ def test_killed(undisturbed, data, tmp_path, shape):
     out = tmp_path / "killed"
     struck(data, out, "forward", 3, 0, "SIGTERM", code=INTERRUPTED)
     struck(data, out, "forward", 11, 1, "SIGKILL")
-    struck(data, out, "manifest", 2, 0, "SIGKILL")
+    struck(data, out, "manifest", 1, 0, "SIGKILL")
     assert not (out / "summary.json").exists()
     line = ["run", "lora-fedavg", *words(data), f"output={out}", "--resume"]
     assert "goes on after round" in mpiexec(1, "hpcfed", *line)
@@ -154,15 +155,31 @@ def test_killed(undisturbed, data, tmp_path, shape):
     assert total["total"] > sum(total[phase] for phase in ("train", "evaluate"))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("shape", [(2, 1)])
+def test_a_full_disk_ends_the_job(worlds, undisturbed, data, tmp_path, shape):
+    """One rank alone cannot write: it says so in a sentence, and no other waits for it."""
+    out = tmp_path / "full"
+    printed = struck(data, out, "write", 20, 0, "ENOSPC", code=2)
+    own = [line for line in printed.splitlines() if line.startswith("hpcfed: ")]
+    assert len(own) == 1 and "The disk is full" in own[0] and "--resume" in own[0], printed
+    assert "Traceback" not in printed
+    life(worlds, shape, data, out, "--resume")
+    assert_same(undisturbed, out)
+
+
 @pytest.mark.parametrize("shape", [(2, 1)])
 def test_signals(worlds, undisturbed, data, tmp_path, shape):
     """One rank is asked to stop: the round in flight is finished, or dropped if there is no time;
-    the run says so, exits with 75, and ends with the same bits."""
+    the run says so, exits with 75, and ends with the same bits. A life that has not committed a
+    round has failed."""
     out = tmp_path / "signals"
     end = {"code": INTERRUPTED}
     hurried = ["cluster.grace_seconds=0"]
+    nowhere = life(worlds, shape, data, out, *hurried, strike=("forward", 1, 1, "SIGUSR1"), code=1)
+    assert f"0 of {ROUNDS} rounds are committed" in nowhere
     strike = ("forward", 20, 1, "SIGUSR1")
-    first = life(worlds, shape, data, out, *hurried, strike=strike, **end)
+    first = life(worlds, shape, data, out, *hurried, "--resume", strike=strike, **end)
     dropped = len(metrics(out))
     assert f"{dropped} of {ROUNDS} rounds are committed" in first
     strike = ("forward", 1, 0, "SIGTERM")

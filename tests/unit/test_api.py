@@ -35,10 +35,13 @@ def started(monkeypatch, tmp_path):
     return mpiexec
 
 
+SUMMARY = {"rounds": 2, "test": {}}
+
+
 def complete(folder):
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text('{"round": 1}\n{"round": 2}\n')
-    (folder / "summary.json").write_text(json.dumps({"rounds": 2}))
+    (folder / "summary.json").write_text(json.dumps(SUMMARY))
 
 
 def test_the_version(capsys):
@@ -56,14 +59,14 @@ def test_all_that_it_offers_is_there():
 
 
 def test_a_result_is_read(tmp_path):
-    with pytest.raises(hpcfed.UserError, match=r"no complete run; it has no summary\.json"):
+    with pytest.raises(hpcfed.UserError, match=r"no complete run \(.*summary\.json is missing"):
         hpcfed.Result.read(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"round": 1}\n')
     with pytest.raises(hpcfed.UserError, match="no complete run"):
         hpcfed.Result.read(str(tmp_path))
     complete(tmp_path)
     result = hpcfed.Result.read(str(tmp_path))
-    assert result.path == tmp_path and result.summary == {"rounds": 2}
+    assert result.path == tmp_path and result.summary == SUMMARY
     assert [line["round"] for line in result.metrics] == [1, 2]
 
 
@@ -82,12 +85,12 @@ VALUES = {
 
 def test_overrides_as_a_mapping_or_a_list(started, tmp_path):
     result = hpcfed.run("lora-fedavg", {**VALUES, "output": tmp_path / "run"}, ranks=2)
-    assert result.summary == {"rounds": 2} and result.path == tmp_path / "run"
+    assert result.summary == SUMMARY and result.path == tmp_path / "run"
     ((ranks, words),) = started.calls
     assert ranks == 2 and words[:2] == ["run", "lora-fedavg"]
     shutil.rmtree(tmp_path / "run")
     plain = [word for word in words[2:] if not word.startswith("--")]
-    assert hpcfed.run("lora-fedavg", plain, ranks=2).summary == {"rounds": 2}
+    assert hpcfed.run("lora-fedavg", plain, ranks=2).summary == SUMMARY
     assert started.calls[1] == (ranks, words)
     config = resolve("lora-fedavg", plain).config
     assert (config.local.lr, config.federation.per_round) == (1e-05, 2)
@@ -125,12 +128,12 @@ def test_ranks_that_end_otherwise(started, tmp_path, code, kind, words):
 
 
 def test_a_complete_run_is_only_read(started, tmp_path):
-    own = {"output": tmp_path / "run"}
+    own = {"output": tmp_path / "run", "federation.rounds": 2}
     hpcfed.run("lora-fedavg", own, ranks=2, resume=True)
     assert started.calls[0][1][-1] == "--resume"
-    text = describe(resolve("lora-fedavg", [f"output={tmp_path}/run"]))
+    text = describe(resolve("lora-fedavg", [f"output={tmp_path}/run", "federation.rounds=2"]))
     (tmp_path / "run" / "config.yaml").write_text(text)
-    assert hpcfed.run("lora-fedavg", own, ranks=2, resume=True).summary == {"rounds": 2}
+    assert hpcfed.run("lora-fedavg", own, ranks=2, resume=True).summary == SUMMARY
     assert len(started.calls) == 1
     with pytest.raises(hpcfed.UserError, match="seed=42, not 7"):
         hpcfed.run("lora-fedavg", {**own, "seed": 7}, ranks=2, resume=True)

@@ -1,5 +1,6 @@
 """Files that are whole or not there; the lock."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hpcfed.errors import UserError
-from hpcfed.storage.files import Lock, append_line, write_bytes, write_tensors
+from hpcfed.errors import DiskError, UserError
+from hpcfed.storage.files import Lock, append_line, write_bytes, write_json, write_tensors
 from tests.support import ROOT
 
 HOLD = """
@@ -31,9 +32,22 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DiskError, match=rf"disk is full .*: {file} cannot be written; make room"):
         write_bytes(file, b"new")
     assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file], "what was written takes no room"
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    """JSON has no NaN."""
+    file = tmp_path / "lines.jsonl"
+    record = {"a": [float("nan"), 1.5, {"b": float("inf")}], "c": (2, float("-inf")), "d": None}
+    append_line(file, record)
+    write_json(tmp_path / "a.json", record)
+    for text in (file.read_text(), (tmp_path / "a.json").read_text()):
+        assert json.loads(text, parse_constant=pytest.fail) == {
+            "a": [None, 1.5, {"b": None}], "c": [2, None], "d": None,
+        }  # fmt: skip
 
 
 def test_tensors_that_are_views(tmp_path):
@@ -62,4 +76,5 @@ def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
     lock = Lock(file, "", patience=5)
     assert f"process {os.getpid()} on" in file.read_text()
     lock.release()
+    assert file.read_text() == "", "nobody holds it"
     Lock(file, "").release()

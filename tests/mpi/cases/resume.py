@@ -5,6 +5,7 @@ torn; what the exception leaves on disk is what a killed process would.
 """
 
 import contextlib
+import errno
 import gc
 import hashlib
 import io
@@ -20,13 +21,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from safetensors.torch import load_file
+
 from hpcfed.app import cli
 from hpcfed.cluster.stop import SIGNALS
 from hpcfed.cluster.topology import Topology
 from hpcfed.rounds.federation import Federation
 from hpcfed.rounds.progress import Progress
-from hpcfed.storage.commits import encode
-from hpcfed.storage.paths import MANIFEST, METRICS
+from hpcfed.storage.commits import decode, encode, unseal
+from hpcfed.storage.paths import MANIFEST, METRICS, PREVIOUS, tensors_of
 from tests.mpi.cases.runs import build, clear
 from tests.mpi.interrupt import EVENTS, Still, arm
 from tests.same import assert_same
@@ -141,9 +144,9 @@ def life(
 
 def state(federation: Federation) -> str:
     """A digest of all that a commit holds, but for seconds, and of what clients keep."""
-    tensors, content = encode(federation.state)
-    content.pop("seconds")
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    tensors, fields = encode(federation.state)
+    fields.pop("seconds")
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for kept, states in federation.client_states.items():
         for client in states.files.current:
             loaded = states.load(client)
@@ -241,6 +244,21 @@ def command(
     return code, printed.getvalue()
 
 
+def full(topology: Topology, words: list[str], file: str, count: int) -> tuple[int, str]:
+    """`hpcfed WORDS` on a disk that is full from the `count`-th write of this kind of file on."""
+    fsync, left = os.fsync, [count]
+
+    def syncing(descriptor: int) -> None:
+        name = kind(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        left[0] -= left[0] > 0 and name.removesuffix(".tmp") == file
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with patch.object(os, "fsync", syncing):
+        return command(topology, words, None)
+
+
 def check_order(topology: Topology, preset: str, words: list[str], folder: Path) -> int:
     """What must outlive a loss of power is on disk in time. Returns how many commits were seen."""
     order = Order()
@@ -250,8 +268,9 @@ def check_order(topology: Topology, preset: str, words: list[str], folder: Path)
 
 class Order:
     """A file's content is forced to disk before it gets its name; all that a manifest refers to,
-    contents and names, before the manifest is there; and nothing is removed that the last manifest
-    on disk refers to. The adapter is on disk before the summary says that the run is complete."""
+    and the manifest before it, contents and names, before the manifest is there; and nothing is
+    removed that the last two manifests on disk refer to. The adapter is on disk before the summary
+    says that the run is complete."""
 
     def __init__(self) -> None:
         self.commits = 0
@@ -279,23 +298,29 @@ class Order:
                 moved = {target / own.relative_to(path) for own in known if path in own.parents}
                 known |= moved
         elif what == "unlink":
-            assert path not in self._needed, f"{path} is removed, and the last commit needs it"
+            assert path not in self._needed, f"{path} is removed, and a commit needs it"
         self._last = (what, path)
 
     def _committed(self, manifest: Path) -> None:
-        run = manifest.parent.parent
-        content = json.loads(manifest.read_text())
-        files = [manifest.parent / content["tensors"], run / METRICS]
-        for kept, maps in content["clients"].items():
-            for own in maps.values():
-                files += [
-                    run / "clients" / f"{int(k):06d}" / f"{kept}-{number:05d}.safetensors"
-                    for k, number in own.items()
-                ]
-        if content["rounds"]:  # the first commit is part of a folder that has no name yet
+        run, previous = manifest.parent.parent, manifest.with_name(Path(PREVIOUS).name)
+        rounds, files = self._reached(manifest, run)
+        if rounds:  # the first commit is part of a folder that has no name yet
+            before, others = self._reached(previous, run)
+            assert before == rounds - 1
+            files += [previous, *others]
             self._there(files, run)
             self.commits += 1
         self._needed = set(files)
+
+    def _reached(self, manifest: Path, run: Path) -> tuple[int, list[Path]]:
+        """The rounds of a commit, and the files that it refers to."""
+        content = unseal(manifest.read_bytes())
+        files = [run / name for name in (*content.files, METRICS)]
+        tensors = load_file(run / tensors_of(content.rounds))
+        for kept, own in decode(tensors, content).clients.items():
+            for client, number in (*own.current.items(), *own.pinned.items()):
+                files.append(run / "clients" / f"{client:06d}" / f"{kept}-{number:05d}.safetensors")
+        return content.rounds, files
 
     def _there(self, files: list[Path], run: Path) -> None:
         for file in files:
