@@ -3,6 +3,7 @@
 import json
 import re
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import yaml
@@ -140,13 +141,13 @@ def test_words_are_found_in_explanations_and_presets():
 
 
 OPTIONS = dict(options())
-CONDITIONS = {spec.metadata["counts"] for spec in OPTIONS.values()} - {None}
+CONDITIONS: set[Any] = {spec.metadata["counts"] for spec in OPTIONS.values()} - {None}
 
 
 @pytest.fixture(scope="module")
 def configs():
     """All presets, and some settings of each."""
-    settings = (
+    settings: tuple[list[str], ...] = (
         [],
         ["task.name=mine", "data.root=x", "model.head=cloze", "data.partition.kind=natural"],
         ["layers.score=first", "layers.keep=lossless"],
