@@ -175,4 +175,4 @@ def _is(value: Any, kind: str) -> bool:
         return kind == "bool"
     if kind == "int":
         return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    return isinstance(value, {"float": (int, float), "str": str, "list": list}.get(kind, ()))
+    return isinstance(value, {"float": (int, float), "str": (str,), "list": (list,)}.get(kind, ()))

@@ -26,7 +26,7 @@ def check(section, keys):
     assert set(keys) == set(fields)
     for name, field in fields.items():
         key = keys[name]
-        real = {}
+        real: dict[str, float] = {}
         for limit in field.metadata:
             real |= {n: getattr(limit, n) for n in ("ge", "gt", "le", "lt") if hasattr(limit, n)}
         assert key.bounds == real, name
