@@ -57,12 +57,13 @@ def _repeated(names: Iterable[str]) -> str | None:
 
 
 def _jsonl(stream: Iterable[str], path: Path) -> Iterator[tuple[int, Record]]:
+    decoder = json.JSONDecoder(object_pairs_hook=_once)
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            record = json.loads(line, object_pairs_hook=_once)
+            record = decoder.decode(line)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{where}: not valid JSON ({error.msg}); each line must be one JSON object."

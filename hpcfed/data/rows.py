@@ -61,8 +61,8 @@ def _row(where: str, record: Record, columns: Columns, owner: str | None) -> Row
     if not isinstance(label, bool):
         label = _name(where, columns.label, label)
     name = _name(where, owner, record[owner]) if owner is not None else None
-    for column, value in ((columns.text, text), (columns.text_pair, pair)):
-        _check_encodable(where, column, value or "")
+    _check_encodable(where, columns.text, text)
+    _check_encodable(where, columns.text_pair, pair or "")
     return Row(text, pair, label, name, where)
 
 
@@ -93,6 +93,8 @@ def _name(where: str, column: str, value: Any) -> str:
 
 
 def _check_encodable(where: str, column: str, text: str) -> None:
+    if text.isascii():  # most are, and it takes no time
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:

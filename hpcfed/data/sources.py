@@ -144,8 +144,7 @@ def _assemble(name: str, train: list[Row], test: list[Row], config: Config) -> T
         raise UserError(f"The test split of task {name!r} is empty.")
     _check_kinds_of_labels(train + test)
     _check_pairs(train, test, config.data.columns)
-    contents = [Counter((r.text, r.text_pair, r.label) for r in rows) for rows in (train, test)]
-    if contents[0] == contents[1]:
+    if len(train) == len(test) and _contents(train) == _contents(test):
         raise UserError(
             f"The train and test splits of task {name!r} hold the same rows ({train[0].where}; "
             f"{test[0].where}); rows to train on are no test: give other test rows, or hold out "
@@ -173,6 +172,11 @@ def _assemble(name: str, train: list[Row], test: list[Row], config: Config) -> T
         _columns(train, labels),
         _columns(test, labels),
     )
+
+
+def _contents(rows: list[Row]) -> Counter[tuple[str, str | None, str | bool]]:
+    """What the rows hold, in any order."""
+    return Counter((row.text, row.text_pair, row.label) for row in rows)
 
 
 def _check_kinds_of_labels(rows: list[Row]) -> None:

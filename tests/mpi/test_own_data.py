@@ -29,7 +29,7 @@ def test_what_the_page_shows(worlds, data, tmp_path, shape):
     out = tmp_path / "run"
     line = [
         "run", tmp_path / "mine.yaml", f"data.root={tmp_path}/data", f"output={out}", "--resume",
-        f"model.name={data}/bert-classifier", "federation.rounds=2", "deepspeed=ds_configs/zero0.json",
+        f"model.name={data}/bert-classifier", "federation.rounds=2",
     ]  # fmt: skip
     assert "3 clients, 3 a round" in command(worlds, shape, line)
     table = json.loads((out / "partition.json").read_text())
