@@ -18,8 +18,10 @@ from hpcfed.app.plot import draw
 from hpcfed.cluster import launcher, rejoin
 from hpcfed.cluster.stop import INTERRUPTED, Stop
 from hpcfed.cluster.topology import connect_world, deepspeed_process, launched_rank, restarted
-from hpcfed.errors import UserError
+from hpcfed.errors import RunError, UserError, reason
 from hpcfed.rounds import preflight
+from hpcfed.settings import deepspeed_config
+from hpcfed.settings.reading import given_once
 from hpcfed.settings.resolve import Resolved, describe, presets, resolve
 
 if TYPE_CHECKING:
@@ -82,14 +84,16 @@ def build_parser() -> argparse.ArgumentParser:
         "options",
         help="explain every option",
         description="Every option with its default, what it means and what it takes; or only those "
-        "whose name contains one of the words, as in `hpcfed options layers server.control`.",
+        "with one of the words in their name, in what is said of them, or set by a preset of that "
+        "name, as in `hpcfed options layers server.control fedprox`.",
     )
-    option.add_argument("words", nargs="*", default=[], metavar="WORD", help="part of a name")
+    option.add_argument("words", nargs="*", default=[], metavar="WORD", help="part of a text")
     config = commands.add_parser(
         "config",
         help="print the resolved configuration, and where each value comes from",
         description="Print the resolved configuration as YAML, each line with where its value "
-        "comes from: a preset, a file, the command line, or the default. What an option means: "
+        "comes from: a preset, a file, the command line, or the default. What `hpcfed run` would "
+        "refuse without data, model and launch is refused here too. What an option means: "
         "`hpcfed options`.",
     )
     _add_source(config)
@@ -174,8 +178,11 @@ def main(
             draw(options.folders, options.output)
             print(f"{options.output} shows {len(options.folders)} runs")
             return 0
+        given_once(options.overrides)
         resolved = resolve(options.source, options.overrides)
         if options.command == "config":
+            preflight.check_options(resolved, resolved.config.cluster.ranks_per_client)
+            deepspeed_config.load(resolved.config)
             print(describe(resolved))
             return 0
         if options.command == "plan":
@@ -204,7 +211,7 @@ def _refuse(error: UserError, rank: int, faults: list[UserError] | None) -> int:
     if faults is not None:
         faults.append(error)
     elif rank == 0:
-        print(f"hpcfed: {error}", file=sys.stderr, flush=True)
+        print("hpcfed:", " ".join(str(error).split("\n")), file=sys.stderr, flush=True)
     return 2
 
 
@@ -245,7 +252,12 @@ def _start(resolved: Resolved, options: argparse.Namespace, live: bool) -> int:
     resume = options.resume or restarted()
     if not (resume and preflight.is_complete(resolved.config)):
         preflight.check(resolved, options.ranks, resume)
-    return launcher.start(options.ranks, _words(options, live))
+    grace = resolved.config.cluster.grace_seconds
+    code = launcher.start(options.ranks, _words(options, live), grace)
+    last_words = launcher.farewell(code)
+    if last_words:
+        print(f"hpcfed: {last_words}.", file=sys.stderr, flush=True)
+    return code
 
 
 def _words(options: argparse.Namespace, live: bool) -> list[str]:
@@ -300,17 +312,39 @@ def _take_part(
         _refuse(error, world.rank, faults)
         world.comm.Barrier()
         return 2
-    except BaseException:
+    except RunError as error:  # raised on all ranks alike
+        _close(setup)
+        if world.rank == 0:
+            print(f"hpcfed: {error}", file=sys.stderr, flush=True)
+        world.comm.Barrier()
+        return 1
+    except BaseException as error:
         # A rank that dies alone would leave the others waiting in a collective for ever.
         if world.size > 1:
-            logging.getLogger("hpcfed").exception("rank %d failed; the job ends", world.rank)
-            sys.stderr.flush()
+            if not isinstance(error, KeyboardInterrupt):
+                logging.getLogger("hpcfed").exception("rank %d failed:", world.rank)
+            print(
+                f"hpcfed: rank {world.rank} failed {world.watch.what} ({reason(error)}), and the "
+                "job ends; what is committed is kept: go on with --resume.",
+                file=sys.stderr,
+                flush=True,
+            )
             world.comm.Abort(1)
-        if setup is not None:  # the process may live on, and resume the run
-            setup.directory.close()
-            setup.engine.close()
+        _close(setup)  # the process may live on, and resume the run
+        if isinstance(error, KeyboardInterrupt) and listen:
+            print("hpcfed: interrupted; go on with --resume.", file=sys.stderr, flush=True)
+            return INTERRUPTED
         raise
+    finally:
+        world.watch.stop()
     return 0
+
+
+def _close(setup: "Setup | None") -> None:
+    """Give back what a run that ended early holds."""
+    if setup is not None:
+        setup.directory.close()
+        setup.engine.close()
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
     ranks, per_client = nodes * gpus, config.cluster.ranks_per_client
     if not 0 < gigabytes < float("inf"):
         raise UserError(f"--memory is {gigabytes:g}; it must be above 0, in GB.")
-    preflight.check_options(config, ranks)
+    preflight.check_options(resolved, ranks)
     check_hosts({"a node": gpus}, per_client)
     settings = deepspeed_config.load(config)
     task = sources.load(config)

@@ -23,7 +23,8 @@ from typing import Any
 from hpcfed.cluster import launcher
 from hpcfed.errors import UserError
 from hpcfed.rounds.preflight import check_options
-from hpcfed.settings.resolve import as_text, read_file, resolve
+from hpcfed.settings.reading import given_once, read_file
+from hpcfed.settings.resolve import as_text, resolve
 from hpcfed.storage.files import write_json
 from hpcfed.storage.paths import MANIFEST, SUMMARY
 
@@ -109,7 +110,8 @@ class Sweep:
         }
         for run, words in self.runs.items():
             try:
-                check_options(resolve(self.source, words).config, self._tasks())
+                given_once(words)
+                check_options(resolve(self.source, words), self._tasks())
             except UserError as error:
                 raise UserError(f"{name}, run {run}: {error}") from None
 

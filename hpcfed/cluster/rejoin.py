@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from hpcfed.cluster import launcher
-from hpcfed.cluster.stop import SIGNALS
+from hpcfed.cluster.stop import heard
 from hpcfed.cluster.topology import Launched, check_hosts, forget_launcher
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Cluster
@@ -148,7 +148,7 @@ def _follow(store: Any, process: Launched) -> int:
     def note(number: int, frame: FrameType | None) -> None:
         asked.append(number)
 
-    for number in SIGNALS:
+    for number in heard():
         signal.signal(number, note)
     told = False
     try:

@@ -25,6 +25,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpcfed.cluster.watch import Watch, Watched, patience
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Cluster
 
@@ -47,10 +48,11 @@ AFTER_INIT = 1.0  # seconds
 class World:
     """All MPI ranks of the job, before they are split into slots."""
 
-    comm: Any  # mpi4py.MPI.Comm
+    comm: Any  # mpi4py.MPI.Comm, watched
     mpi: Any  # the mpi4py.MPI module
     rank: int
     size: int
+    watch: Watch
 
     @contextlib.contextmanager
     def agreement(self, what: str) -> Iterator[None]:
@@ -60,6 +62,7 @@ class World:
         RuntimeError naming the rank elsewhere. The block must hold no collective of its own.
         """
         failure: BaseException | None = None
+        self.watch.doing(what)
         try:
             yield
         except Exception as error:
@@ -103,9 +106,15 @@ class Topology:
         return self.rank_in_slot == 0
 
 
+# The world that this process has joined: there is one, for good.
+_worlds: list[World] = []
+
+
 def connect_world() -> World:
     """Start MPI and join the world. Raises UserError without an MPI library, or where a launcher
     started several processes that MPI does not see as one world."""
+    if _worlds:
+        return _worlds[0]
     if "native" in os.environ.get("PMIX_SECURITY_MODE", ""):
         # Slurm offers munge first; an MPI from PyPI has no munge and says so at length.
         os.environ.setdefault("PMIX_MCA_psec", "native")
@@ -134,7 +143,9 @@ def connect_world() -> World:
                     "with srun --mpi=pmix, or with hpcfed run --ranks N, using the MPI library "
                     f"that mpi4py loads ({MPI.Get_library_version().split(',')[0].strip()})."
                 )
-    return World(comm, MPI, comm.rank, comm.size)
+    watch = Watch(comm.rank, comm.size)
+    _worlds.append(World(Watched(comm, watch), MPI, comm.rank, comm.size, watch))
+    return _worlds[0]
 
 
 def launched_rank() -> int:
@@ -218,7 +229,9 @@ def connect_slots(world: World, cluster: Cluster) -> Topology:
             f"cluster.ranks_per_client is {per_client}, but these processes are joined in clients "
             f"of {_joined[0].ranks_per_client} ranks since their first run; start new ones."
         )
-    check_hosts(Counter(world.comm.allgather(socket.gethostname())), per_client)
+    hosts = Counter(world.comm.allgather(socket.gethostname()))
+    check_hosts(hosts, per_client)
+    _watch(world, len(hosts) == 1, cluster.timeout_minutes)
     slot_index, rank_in_slot = divmod(world.rank, per_client)
     node = world.comm.Split_type(world.mpi.COMM_TYPE_SHARED)
     threads = _threads(node, cluster)
@@ -226,8 +239,8 @@ def connect_slots(world: World, cluster: Cluster) -> Topology:
     if _joined:
         node.Free()
         return replace(_joined[0], threads=threads)
-    slot = world.comm.Split(slot_index, rank_in_slot)
-    across = world.comm.Split(rank_in_slot, slot_index)
+    slot = Watched(world.comm.Split(slot_index, rank_in_slot), world.watch)
+    across = Watched(world.comm.Split(rank_in_slot, slot_index), world.watch)
     with world.agreement("choosing devices"):
         device, local_rank = _device(node, per_client)
     _start_distributed(slot, local_rank, device, cluster.timeout_minutes)
@@ -237,6 +250,41 @@ def connect_slots(world: World, cluster: Cluster) -> Topology:
         Topology(world, slots, slot_index, slot, across, rank_in_slot, per_client, device, threads)
     )
     return _joined[0]
+
+
+# Kept by rank 0: a store lives as long as the object that serves it.
+_stores: list[Any] = []
+
+
+def _watch(world: World, one_host: bool, minutes: float) -> None:
+    """Have all ranks watch that something moves, over a store that rank 0 keeps."""
+    wait = patience(minutes)
+    if not _stores:
+        _stores.append(_open_store(world.comm, one_host, wait))
+    store, (host, port) = _stores[0]
+
+    def connect() -> Any:
+        return _make_store(host, port, world.size, False, wait) if store is None else store
+
+    world.watch.start(minutes, connect)
+
+
+def _open_store(comm: Any, one_host: bool, timeout: timedelta) -> tuple[Any, tuple[str, int]]:
+    """A key-value store that the first rank of `comm` serves on a port that the system chose: the
+    store (None on the others), and where it can be reached."""
+    host = comm.bcast("127.0.0.1" if one_host else socket.gethostname(), root=0)
+    store = None
+    if comm.Get_rank() == 0:
+        store = _make_store(host, 0, comm.Get_size(), True, timeout)
+    port = comm.bcast(store.port if store else None, root=0)
+    return store, (host, port)
+
+
+def _make_store(host: str, port: int, size: int, serves: bool, timeout: timedelta) -> Any:
+    import torch.distributed as dist
+
+    make: Any = dist.TCPStore  # type: ignore[attr-defined]
+    return make(host, port, size, serves, timeout, wait_for_workers=False)
 
 
 def check_hosts(hosts: Mapping[str, int], per_client: int) -> None:
@@ -299,15 +347,10 @@ def _start_distributed(slot: Any, local_rank: int, device: torch.device, minutes
     if one_node and device.type == "cpu":
         # Laptops and containers often cannot resolve their own name; loopback always works.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    host = slot.bcast("127.0.0.1" if one_node else socket.gethostname(), root=0)
     timeout = timedelta(minutes=minutes)
-    make_store: Any = dist.TCPStore  # type: ignore[attr-defined]
-    store = None
-    if slot.rank == 0:
-        store = make_store(host, 0, slot.size, True, timeout, wait_for_workers=False)
-    port = slot.bcast(store.port if store else None, root=0)
+    store, (host, port) = _open_store(slot, one_node, timeout)
     if store is None:
-        store = make_store(host, port, slot.size, False, timeout)
+        store = _make_store(host, port, slot.size, False, timeout)
     os.environ.update(
         RANK=str(slot.rank),
         WORLD_SIZE=str(slot.size),

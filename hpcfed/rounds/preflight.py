@@ -4,10 +4,12 @@ starts and before anything is written."""
 import json
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpcfed import faults
 from hpcfed.data import partition, sources
 from hpcfed.data.partition import ClientRows
 from hpcfed.data.sources import TaskData
@@ -15,7 +17,7 @@ from hpcfed.data.wordings import wording
 from hpcfed.errors import UserError
 from hpcfed.settings import deepspeed_config, plugins
 from hpcfed.settings.config import Config
-from hpcfed.settings.resolve import Resolved, changed
+from hpcfed.settings.resolve import Resolved, changed, refuse_without_effect
 from hpcfed.storage.paths import CONFIG, LIVES, PARTITION, SUMMARY
 
 # What another life of a run may have otherwise: none of it changes a bit of the result but threads,
@@ -50,10 +52,12 @@ def check(resolved: Resolved, ranks: int, resume: bool = False) -> Checked:
     Raises UserError for the first fault found.
     """
     config = resolved.config
-    check_options(config, ranks)
+    faults.parse(os.environ.get(faults.VARIABLE, ""))
+    check_options(resolved, ranks)
+    check_threads(config)
     settings = deepspeed_config.load(config)
     output = output_folder(config)
-    begun = resume and output.exists()
+    begun = resume and _exists(output)
     if begun:
         _check_unchanged(config, output)
     else:
@@ -67,8 +71,10 @@ def check(resolved: Resolved, ranks: int, resume: bool = False) -> Checked:
     return Checked(resolved, settings, output, task, rows, begun)
 
 
-def check_options(config: Config, ranks: int) -> None:
-    """Raises UserError for options that no run on `ranks` MPI ranks can have."""
+def check_options(resolved: Resolved, ranks: int) -> None:
+    """Raises UserError for options that no run on `ranks` MPI ranks can have, or that have no
+    effect."""
+    config = resolved.config
     check_ranks(ranks, config.cluster.ranks_per_client)
     sources.check_options(config)
     spec = config.federation
@@ -76,6 +82,11 @@ def check_options(config: Config, ranks: int) -> None:
         raise UserError(
             f"federation.per_round is {spec.per_round} but federation.clients is {spec.clients}; "
             "no more can be sampled than there are."
+        )
+    if spec.min_clients > spec.per_round:
+        raise UserError(
+            f"federation.min_clients is {spec.min_clients} but federation.per_round is "
+            f"{spec.per_round}; no more can come through than are sampled."
         )
     if config.curriculum.warmup >= spec.rounds:
         raise UserError(
@@ -87,13 +98,31 @@ def check_options(config: Config, ranks: int) -> None:
             "layers.keep=lossless needs model.dtype=fp32: bf16 rounds away the small steps that "
             "curvature is taken from; give a share."
         )
+    output_folder(config)
     _check_choices(config)
+    refuse_without_effect(resolved)
+
+
+def check_threads(config: Config) -> None:
+    """Raises UserError for more threads than this machine has cores, or none."""
+    cores = os.cpu_count() or 1
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if config.cluster.threads is not None:
+        threads, name = config.cluster.threads, "cluster.threads"
+    elif given.isdecimal():
+        threads, name = int(given[:10]), "OMP_NUM_THREADS"
+    else:
+        return
+    if not 1 <= threads <= cores:
+        raise UserError(
+            f"{name} is {threads}, and this machine has {cores} cores; give 1 to {cores} threads."
+        )
 
 
 def is_complete(config: Config) -> bool:
     """Whether the run directory holds a finished run. Raises UserError if it is another one."""
     output = output_folder(config)
-    if not (output / SUMMARY).is_file():
+    if not os.path.isfile(output / SUMMARY):
         return False
     _check_unchanged(config, output)
     return True
@@ -237,13 +266,32 @@ def output_folder(config: Config) -> Path:
     return Path("".join(known.get(part, part) for part in parts))
 
 
+def _exists(path: Path) -> bool:
+    """Raises UserError for a place that this user may not look into."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UserError(
+            f"The run directory {path} cannot be looked for ({error.strerror}); give another one "
+            "with output=..."
+        ) from None
+    return True
+
+
 def _check_new(path: Path) -> None:
     """Raises UserError if the run directory exists, or could not be made."""
-    if path.exists():
+    if _exists(path):
         raise UserError(
             f"The run directory {path} exists already; give another one with output=..., "
             "remove it, or let its run go on with --resume."
         )
-    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK) or not parent.is_dir():
-        raise UserError(f"The run directory {path} cannot be made: {parent} is not writable.")
+    parent = next(p for p in path.absolute().parents if _exists(p))
+    try:  # what os.access allows may still be refused, as in /proc
+        os.rmdir(tempfile.mkdtemp(".new", f".{path.name}.", parent))
+    except OSError as error:
+        raise UserError(
+            f"The run directory {path} cannot be made in {parent} ({error.strerror}); give "
+            "another one with output=..."
+        ) from None
