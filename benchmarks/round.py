@@ -130,9 +130,8 @@ class Plain:
 
     def round(self, round_number: int) -> None:
         """Train every sampled client, one after the other."""
-        config = self.setup.config
-        spec = config.federation
-        for client in sample(config.seed, round_number, spec.clients, spec.per_round):
+        config, clients = self.setup.config, len(self.setup.rows)
+        for client in sample(config.seed, round_number, clients, config.federation.per_round):
             self.train(self.federation.local.epochs(client, round_number))
 
     def train(self, batches: list[Ids]) -> None:

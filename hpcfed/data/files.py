@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hpcfed.data.rows import Record
+from hpcfed.data.rows import Record, shown
 from hpcfed.errors import UserError
 
 
@@ -47,7 +47,7 @@ class _TwiceError(ValueError):
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise _TwiceError(repr(_repeated(key for key, _ in pairs)))
+        raise _TwiceError(shown(_repeated(key for key, _ in pairs)))
     return record
 
 
@@ -57,12 +57,13 @@ def _repeated(names: Iterable[str]) -> str | None:
 
 
 def _jsonl(stream: Iterable[str], path: Path) -> Iterator[tuple[int, Record]]:
+    decoder = json.JSONDecoder(object_pairs_hook=_once)
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            record = json.loads(line, object_pairs_hook=_once)
+            record = decoder.decode(line)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{where}: not valid JSON ({error.msg}); each line must be one JSON object."
@@ -113,10 +114,10 @@ def _header(fields: list[str], where: str) -> list[str]:
     names = [name.strip() for name in fields]
     twice = _repeated(name for name in names if name)  # Excel leaves columns without a name
     if twice is not None:
-        raise UserError(f"{where}: two columns are called {twice!r}; name each once.")
+        raise UserError(f"{where}: two columns are called {shown(twice)}; name each once.")
     if len(names) < 2:
         raise UserError(
-            f"{where}: the header has one column, {names[0][:80]!r}; it must name the columns, and "
+            f"{where}: the header has one column, {shown(names[0])}; it must name the columns, and "
             "commas must stand between them."
         )
     return names

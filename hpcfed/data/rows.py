@@ -10,6 +10,8 @@ from hpcfed.settings.config import Columns
 
 Record = Mapping[str, Any]
 _LISTED = 12  # names in a message
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 80
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,14 @@ def _row(where: str, record: Record, columns: Columns, owner: str | None) -> Row
     require(where, record, columns, owner)
     text, pair, label = (record.get(c) for c in (columns.text, columns.text_pair, columns.label))
     if not isinstance(text, str) or not text.strip():
-        raise UserError(
-            f"{where}: {columns.text!r} must be a non-empty text, not {reprlib.repr(text)}."
-        )
+        raise UserError(f"{where}: {columns.text!r} must be a non-empty text, not {shown(text)}.")
     if pair is not None and not isinstance(pair, str):
-        raise UserError(f"{where}: {columns.text_pair!r} must be a text, not {reprlib.repr(pair)}.")
+        raise UserError(f"{where}: {columns.text_pair!r} must be a text, not {shown(pair)}.")
     if not isinstance(label, bool):
         label = _name(where, columns.label, label)
     name = _name(where, owner, record[owner]) if owner is not None else None
-    for column, value in ((columns.text, text), (columns.text_pair, pair)):
-        _check_encodable(where, column, value or "")
+    _check_encodable(where, columns.text, text)
+    _check_encodable(where, columns.text_pair, pair or "")
     return Row(text, pair, label, name, where)
 
 
@@ -85,14 +85,14 @@ def _name(where: str, column: str, value: Any) -> str:
     """A label, or a client's name, without the blanks around it."""
     name = str(value).strip() if isinstance(value, (str, int)) else ""
     if not name or isinstance(value, bool):
-        raise UserError(
-            f"{where}: {column!r} must be a text or whole number, not {reprlib.repr(value)}."
-        )
+        raise UserError(f"{where}: {column!r} must be a text or whole number, not {shown(value)}.")
     _check_encodable(where, column, name)
     return name
 
 
 def _check_encodable(where: str, column: str, text: str) -> None:
+    if text.isascii():  # most are, and it takes no time
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -102,8 +102,14 @@ def _check_encodable(where: str, column: str, text: str) -> None:
         ) from None
 
 
+def shown(value: Any) -> str:
+    """A value for a message: on one line, and short, however long or deep it is."""
+    return _SHORT.repr(value)
+
+
 def listed(names: Iterable[str]) -> str:
-    """Names for a message, the first dozen of them."""
+    """Names for a message, the first dozen of them, each as it is if it can be printed."""
     names = list(names)
     more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(name[:80] for name in names[:_LISTED]) + more
+    printed = (name if name.isprintable() else ascii(name) for name in names[:_LISTED])
+    return ", ".join(name[:80] for name in printed) + more

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpcfed.data import corpus, folders, tables
-from hpcfed.data.rows import Row, listed
+from hpcfed.data.rows import Row, listed, shown
 from hpcfed.data.tasks import TASKS, HubSource, Metric
 from hpcfed.errors import UserError
 from hpcfed.rng import generator
@@ -144,8 +144,7 @@ def _assemble(name: str, train: list[Row], test: list[Row], config: Config) -> T
         raise UserError(f"The test split of task {name!r} is empty.")
     _check_kinds_of_labels(train + test)
     _check_pairs(train, test, config.data.columns)
-    contents = [Counter((r.text, r.text_pair, r.label) for r in rows) for rows in (train, test)]
-    if contents[0] == contents[1]:
+    if len(train) == len(test) and _contents(train) == _contents(test):
         raise UserError(
             f"The train and test splits of task {name!r} hold the same rows ({train[0].where}; "
             f"{test[0].where}); rows to train on are no test: give other test rows, or hold out "
@@ -155,12 +154,12 @@ def _assemble(name: str, train: list[Row], test: list[Row], config: Config) -> T
     _check_owners(whole, train, test)
     labels = _in_order({str(row.label) for row in train})
     if len(labels) < 2:
-        raise UserError(f"Task {name!r}: all training rows have the label {labels[0]!r}.")
+        raise UserError(f"Task {name!r}: all training rows have the label {shown(labels[0])}.")
     unseen = next((row for row in test if str(row.label) not in labels), None)
     if unseen is not None:
         raise UserError(
-            f"{unseen.where}: test label {str(unseen.label)!r} never occurs in the training rows "
-            f"(there: {listed(labels)})."
+            f"{unseen.where}: test label {shown(str(unseen.label))} never occurs in the training "
+            f"rows (there: {listed(labels)})."
         )
     spec = TASKS.get(name)
     positive = spec.positive if spec and spec.positive in labels else labels[-1]
@@ -175,6 +174,11 @@ def _assemble(name: str, train: list[Row], test: list[Row], config: Config) -> T
     )
 
 
+def _contents(rows: list[Row]) -> Counter[tuple[str, str | None, str | bool]]:
+    """What the rows hold, in any order."""
+    return Counter((row.text, row.text_pair, row.label) for row in rows)
+
+
 def _check_kinds_of_labels(rows: list[Row]) -> None:
     """Raises UserError where true and false stand beside 0, 1 or texts: they would be more classes
     than are meant."""
@@ -182,7 +186,7 @@ def _check_kinds_of_labels(rows: list[Row]) -> None:
     other = next((row for row in rows if not isinstance(row.label, bool)), None)
     if truth is not None and other is not None:
         raise UserError(
-            f"{truth.where}: the label is {str(truth.label).lower()}, but {other.label!r} at "
+            f"{truth.where}: the label is {str(truth.label).lower()}, but {shown(other.label)} at "
             f"{other.where}; write all labels alike, as texts, as numbers, or as true and false."
         )
 
@@ -217,7 +221,7 @@ def _at_most(train: list[Row], config: Config) -> list[Row]:
     lost = max(first, key=lambda label: first[label])
     if first[lost] > limit:
         raise UserError(
-            f"task.max_train={limit} draws no row of the label {lost!r}; with this seed "
+            f"task.max_train={limit} draws no row of the label {shown(lost)}; with this seed "
             f"task.max_train={first[lost]} is the least that draws all {len(first)} labels."
         )
     return [train[i] for i in np.sort(order[:limit])]
@@ -234,7 +238,7 @@ def _check_owners(whole: list[Row], train: list[Row], test: list[Row]) -> None:
             if any(row.owner == stranger.owner for row in whole)
             else "no training row is its own: add one, or leave out its test rows"
         )
-        raise UserError(f"{stranger.where}: the client {stranger.owner!r}: {why}.")
+        raise UserError(f"{stranger.where}: the client {shown(stranger.owner)}: {why}.")
 
 
 def _in_order(labels: set[str]) -> tuple[str, ...]:

@@ -58,7 +58,9 @@ def parquet(path: Path) -> Any:
             name for name in file.schema_arrow.names if file.schema_arrow.names.count(name) > 1
         }
         if twice:
-            raise UserError(f"{path}: two columns are called {min(twice)!r}; name each once.")
+            raise UserError(
+                f"{path}: two columns are called {rows.shown(min(twice))}; name each once."
+            )
         table = file.read()
         plain = [  # pandas' categories
             field.with_type(field.type.value_type)

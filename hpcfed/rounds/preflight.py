@@ -104,11 +104,6 @@ def check_options(resolved: Resolved, ranks: int) -> None:
             "layers.keep=lossless needs model.dtype=fp32: bf16 rounds away the small steps that "
             "curvature is taken from; give a share."
         )
-    if ".." in Path(config.task.name).parts or Path(config.task.name).is_absolute():
-        raise UserError(
-            f"task.name is {config.task.name!r}, which leads out of data.root; give the name of a "
-            "folder in it."
-        )
     output_folder(config)
     _check_choices(config)
     refuse_without_effect(resolved)

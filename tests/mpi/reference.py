@@ -32,9 +32,7 @@ def federated_average(config: Config) -> tuple[torch.Tensor, torch.Tensor, list[
     sizes = []
     for number in range(config.federation.rounds):
         total, weight = torch.zeros(len(shared), dtype=torch.float64), 0
-        for client in sample(
-            config.seed, number, config.federation.clients, config.federation.per_round
-        ):
+        for client in sample(config.seed, number, len(rows), config.federation.per_round):
             _write(parameters, shared)
             optimizer = _optimizer(config, parameters)
             for epoch in range(config.local.epochs):

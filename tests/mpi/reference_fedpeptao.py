@@ -79,9 +79,7 @@ class Loop:
         for number in range(config.federation.rounds):
             if number == config.curriculum.warmup and config.layers.score != "all":
                 self.choose_layers()
-            sampled = sample(
-                config.seed, number, config.federation.clients, config.federation.per_round
-            )
+            sampled = sample(config.seed, number, len(self.rows), config.federation.per_round)
             well = [k for k in sampled if (number, k) not in self.lost]
             back = {k: self.client(k, number, w) for k in well}
             mean = self.mean({k: own[0] for k, own in back.items()})

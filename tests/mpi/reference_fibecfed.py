@@ -61,12 +61,10 @@ class Reference:
             if number == config.curriculum.warmup:
                 self.choose_layers(found.initial)
                 if config.curriculum.when == "start":
-                    for k in range(config.federation.clients):
+                    for k in range(len(self.rows)):
                         self.score(k, number, shared)
             total, weight = torch.zeros(self.layout.size, dtype=torch.float64), 0
-            for k in sample(
-                config.seed, number, config.federation.clients, config.federation.per_round
-            ):
+            for k in sample(config.seed, number, len(self.rows), config.federation.per_round):
                 values = self.client(k, number, shared)
                 total += len(self.rows[k].train) * values.double()
                 weight += len(self.rows[k].train)
@@ -80,7 +78,7 @@ class Reference:
     def choose_layers(self, vector: torch.Tensor) -> None:
         """The layers with the highest mean sensitivity over clients, weighted by their rows."""
         config = self.config
-        clients = range(config.federation.clients)
+        clients = range(len(self.rows))
         scores = np.zeros(len(self.layout.layers))
         for k in clients:
             rng = generator(config.seed, "probe", k)

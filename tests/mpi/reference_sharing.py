@@ -92,7 +92,7 @@ class Loop:
         """All rounds."""
         federation, ranks = self.config.federation, [dict(self.ranks)]
         for number in range(federation.rounds):
-            sampled = sample(self.config.seed, number, federation.clients, federation.per_round)
+            sampled = sample(self.config.seed, number, len(self.rows), federation.per_round)
             well = [k for k in sampled if (number, k) not in self.lost]
             if number < self.config.curriculum.warmup:
                 self.average({k: self.train(self.w, self.all, k, number) for k in well}, ~self.all)

@@ -226,8 +226,9 @@ def test_a_client_that_fails_keeps_its_control_variate(
     client's control variate, are those of the plain loop in which it was not sampled."""
     words = overrides(data, name)
     config = resolve("p-tuning-v2", words).config
+    clients = config.federation.clients or 0
     *_, before, last = (
-        sample(config.seed, number, config.federation.clients, config.federation.per_round)
+        sample(config.seed, number, clients, config.federation.per_round)
         for number in range(config.federation.rounds)
     )
     client = next(k for k in last if k in before)

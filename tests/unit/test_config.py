@@ -156,6 +156,7 @@ def configs():
         ["layers.score=first", "layers.keep=lossless"],
         ["data.partition.kind=pathological"],
         ["data.partition.kind=iid"],
+        ["task.name=owner/name"],
     )
     return [resolve(preset, words).config for preset in presets() for words in settings]
 

@@ -352,6 +352,11 @@ _SPLITS: list[tuple[str, Build, str]] = [
         rows(test=[{"text": "a", "label": "z"}]),
         r"test\.jsonl, line 1: test label 'z' never occurs in the training rows \(there: x, y\)",
     ),
+    (
+        "a label as long as a text",
+        rows(test=[{"text": "a", "label": "why\n" * 5000}]),
+        r"line 1: test label 'why\\nwhy.*' never occurs in the training rows",
+    ),
     ("one label only", rows(TRAIN[::2], TEST[::2]), r"all training rows have the label 'x'"),
     (
         "second texts in the training rows only",
