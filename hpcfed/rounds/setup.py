@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from hpcfed import model
+from hpcfed import fitting, model
 from hpcfed.cluster.stop import Stop
 from hpcfed.cluster.topology import (
     Topology,
@@ -27,6 +27,7 @@ from hpcfed.model import Prepared
 from hpcfed.objectives import heads
 from hpcfed.rounds.preflight import Checked
 from hpcfed.rounds.progress import Opening
+from hpcfed.rounds.trial import try_step
 from hpcfed.settings import plugins
 from hpcfed.settings.config import Config
 from hpcfed.settings.deepspeed_config import zero_stage
@@ -79,6 +80,7 @@ class Setup:
             folder=self.directory.path,
             done=self.state.rounds,
             up=self.state.totals.up,
+            notes=self.prepared.notes,
         )
 
 
@@ -124,13 +126,17 @@ def _set_up(
     with world.agreement("reading the tokenizer"):
         tokenizer = model.load_tokenizer(config)
         head = heads.build(config, task, tokenizer)
-        train_tokens, test_tokens = (
-            head.encode(split, tokenizer, config.task.max_length)
-            for split in (task.train, task.test)
-        )
+        train_tokens, test_tokens = fitting.encode(head, (task.train, task.test), tokenizer, config)
     with world.agreement("loading the model"):
         prepared = model.prepare(config, task.labels, train_tokens.pad_id, settings, head)
+        backbone = prepared.adapted.network.backbone
+        fitting.check_ids(backbone, (train_tokens, test_tokens), tokenizer, config.model.name)
     engine = Engine(prepared, config.local, settings, topology, stop)
+    try:
+        try_step(config, engine, prepared.initial, train_tokens, test_tokens)
+    except UserError:
+        engine.close()
+        raise
     init_seconds = time.monotonic() - started
     state = world.comm.bcast(state, root=0) if checked.begun else _first_state(config, prepared)
     assert state is not None

@@ -63,6 +63,9 @@ class Adapter:
     )
     reduction: int = option(16, "bottleneck: hidden size / its size", at_least=1)
     virtual_tokens: int = option(20, "prefix, prompt: virtual tokens P", at_least=1)
+    start: str | None = option(
+        None, "folder of an adapter of the same shape, a run's or PEFT's, to start from its values"
+    )
     dropout: float = option(0.0, "dropout on what LoRA reads, or on prompts", at_least=0, below=1)
 
 
