@@ -61,7 +61,7 @@ def encode(head: Any, splits: Sequence[Split], tokenizer: Any, config: Config) -
     if empty > MOSTLY * len(tokens):
         raise UserError(
             f"model.name: the tokenizer of {name!r} makes nothing but unknown and special tokens "
-            f"of {empty:,} of the {len(tokens):,} training texts; give a model whose tokenizer knows "
+            f"of {empty:,} of the {len(tokens):,} training texts; give one whose tokenizer knows "
             "their language."
         )
     return encoded
