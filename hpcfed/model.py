@@ -114,6 +114,11 @@ def prepare(
         fitting.check_length(config, model)
         parameters = dict(model.named_parameters())  # by their names before PEFT's
         fresh = _draw_missing(parameters, missing, config.seed, _std(model))
+        # PEFT takes each module whose name ends like the head's for a part of it, and wants it too.
+        for name, parameter in parameters.items() if trained else ():
+            module = name.rpartition(".")[0]
+            if module != trained and module.endswith(str(trained)) and name not in fresh:
+                fresh[name] = _read(parameter)
         kept, notes = None, []
         if trained and len(missing) == len(lacking):
             kept, said = _kept_head(model.get_submodule(trained), labels, classes)
@@ -273,7 +278,8 @@ def _described(
         hf_config.id2label = dict(enumerate(labels))
         hf_config.label2id = {name: index for index, name in enumerate(labels)}
     for part in {id(own): own for own in (hf_config, hf_config.get_text_config())}.values():
-        for attribute, value in vars(part).items() if config.model.dropout is not None else ():
+        rates = dict(vars(part)) if config.model.dropout is not None else {}
+        for attribute, value in rates.items():
             named = "dropout" in attribute or attribute.endswith("pdrop")
             if named and isinstance(value, float | int) and not isinstance(value, bool):
                 setattr(part, attribute, config.model.dropout)

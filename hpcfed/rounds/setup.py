@@ -134,7 +134,7 @@ def _set_up(
     engine = Engine(prepared, config.local, settings, topology, stop)
     try:
         try_step(config, engine, prepared.initial, train_tokens, test_tokens)
-    except UserError:
+    except BaseException:
         engine.close()
         raise
     init_seconds = time.monotonic() - started
