@@ -38,7 +38,8 @@ _BART = {
     "encoder_attention_heads": 4, "decoder_attention_heads": 4,
 }  # fmt: skip
 _KV = {"num_key_value_heads": 2, "head_dim": 8}
-# Name in transformers -> what its configuration needs besides COMMON, and LoRA's targets.
+# Name in transformers -> what its configuration needs besides COMMON (None: not that of COMMON),
+# and LoRA's targets.
 ARCHITECTURES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "albert": ({"embedding_size": 16}, _QV),
     "bart": (_BART, _PROJ),
@@ -55,8 +56,8 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "ernie": ({}, _QV),
     "esm": ({"position_embedding_type": "absolute", "mask_token_id": 4}, _QV),
     "falcon": ({"num_kv_heads": 4}, ["query_key_value"]),
-    "funnel": ({"block_sizes": [1, 1], "d_head": 8, "d_inner": 48, "num_decoder_layers": 1},
-               ["q_head", "v_head"]),
+    "funnel": ({"block_sizes": [1, 1], "d_head": 8, "d_inner": 48, "num_decoder_layers": 1,
+                "num_hidden_layers": None}, ["q_head", "v_head"]),
     "gemma2": (_KV, _PROJ),
     "gemma3_text": (_KV, _PROJ),
     "gpt2": ({}, ["c_attn"]),
@@ -64,7 +65,6 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "gpt_neox": ({}, ["query_key_value"]),
     "gpt_oss": ({**_KV, "num_local_experts": 4, "num_experts_per_tok": 2}, _PROJ),
     "gptj": ({"rotary_dim": 4}, _PROJ),
-    "led": ({**_BART, "attention_window": [8] * 3}, ["query", "value"]),
     "llama": (_KV, _PROJ),
     "mbart": (_BART, _PROJ),
     "megatron-bert": ({}, _QV),
@@ -88,7 +88,7 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], list[str]]] = {
            ["q", "v"]),
     "xlm": ({"emb_dim": 32, "n_layers": 2, "n_heads": 4}, ["q_lin", "v_lin"]),
     "xlm-roberta": ({}, _QV),
-    "xlnet": ({"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}, ["layer_1"]),
+    "xlnet": ({"d_inner": 48, "max_position_embeddings": None}, ["layer_1"]),
 }  # fmt: skip
 # Of each way to find blocks, positions and heads one; the others are run by the command.
 QUICK = ("albert", "bart", "deberta-v2", "funnel", "mpnet", "mixtral", "opt", "t5", "xlnet")
@@ -98,8 +98,9 @@ def save(name: str, folder: Path, **changes: Any) -> Path:
     """A tiny random classifier with its tokenizer."""
     extra, _ = ARCHITECTURES[name]
     torch.manual_seed(0)
+    settings = {**COMMON, **extra, "num_labels": len(LABELS), **changes}
     config = transformers.CONFIG_MAPPING[name](
-        **{**COMMON, **extra, "num_labels": len(LABELS), **changes}
+        **{option: value for option, value in settings.items() if value is not None}
     )
     transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     models.tokenizer().save_pretrained(folder)
