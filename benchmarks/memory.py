@@ -117,7 +117,7 @@ def planned(config: Config) -> float:
     changes what autograd keeps."""
     settings = deepspeed_config.load(config)
     outline = model.outline(config, ("a", "b"), 0)
-    activations = plan.activation_bytes(outline, plan.micro_batch(config), 32)
+    activations, _ = plan.activation_bytes(outline, plan.micro_batch(config), 32)
     stage = deepspeed_config.zero_stage(settings)
     return plan.memory(config, outline, stage, settings, activations).total / 1e9
 

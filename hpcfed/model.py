@@ -11,28 +11,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpcfed import registry
-from hpcfed.adapters.base import Adapted, final_linear, full_shape, transformer_blocks
+from hpcfed import fitting, registry
+from hpcfed.adapters import start
+from hpcfed.adapters.base import (
+    Adapted,
+    final_linear,
+    full_shape,
+    text_config,
+    transformer_blocks,
+)
+from hpcfed.adapters.layout import HEAD
 from hpcfed.adapters.network import recompute
 from hpcfed.errors import UserError
 from hpcfed.objectives.heads import Classifier, Head
 from hpcfed.rng import generator
 from hpcfed.settings.config import Config
 from hpcfed.settings.deepspeed_config import zero_stage
-
-_DROPOUTS = (
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "classifier_dropout",
-    "attn_pdrop",
-    "embd_pdrop",
-    "resid_pdrop",
-    "attention_dropout",
-    "hidden_dropout",
-    "activation_dropout",
-    "dropout",
-    "summary_first_dropout",
-)
 
 
 @dataclass(frozen=True)
@@ -46,13 +40,20 @@ class Prepared:
     source: str
     backbone_values: int
     checkpointing: bool  # activations are recomputed in backward
+    notes: tuple[str, ...] = ()  # what a person should know of it
 
 
 def resolve_name(name: str) -> str:
     """A hub id or folder as transformers takes it; `pkg:package/folder` becomes a folder."""
     if not name.startswith("pkg:"):
-        if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser()
+        if name.startswith((".", "/", "~")) and not folder.is_dir():
             raise UserError(f"model.name: the folder {name!r} does not exist.")
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            raise UserError(
+                f"model.name: {name!r} holds an adapter and no model; give the model that it "
+                f"belongs to as model.name, and adapter.start={name} to go on from it."
+            )
         return str(Path(name).expanduser()) if name.startswith("~") else name
     package, _, folder = name.removeprefix("pkg:").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -79,6 +80,7 @@ def load_tokenizer(config: Config) -> Any:
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    fitting.check_tokenizer(tokenizer, config.model.name)
     return tokenizer
 
 
@@ -104,26 +106,51 @@ def prepare(
     Raises UserError for a model that cannot be loaded or adapted.
     """
     with _sharded_at_load(ds_settings):
-        model, missing = _load(config, labels, pad_id)
+        model, lacking, classes = _load(config, labels, pad_id)
         trained = _trained_head(config, model, labels)
-        blocks = transformer_blocks(model, int(model.config.num_hidden_layers))
-        std = float(getattr(model.config, "initializer_range", 0.02))
-        missing = [name for name in missing if not trained or not name.startswith(f"{trained}.")]
+        blocks = transformer_blocks(model)
+        missing = [name for name in lacking if not trained or not name.startswith(f"{trained}.")]
         _refuse_holes(config, model, missing, blocks)
-        _refuse_long_texts(config, model)
-        fresh = _draw_missing(model, missing, config.seed, std)
+        fitting.check_length(config, model)
+        parameters = dict(model.named_parameters())  # by their names before PEFT's
+        fresh = _draw_missing(parameters, missing, config.seed, _std(model))
+        # PEFT takes each module whose name ends like the head's for a part of it, and wants it too.
+        for name, parameter in parameters.items() if trained else ():
+            module = name.rpartition(".")[0]
+            if module != trained and module.endswith(str(trained)) and name not in fresh:
+                fresh[name] = _read(parameter)
+        kept, notes = None, []
+        if trained and len(missing) == len(lacking):
+            kept, said = _kept_head(model.get_submodule(trained), labels, classes)
+            notes.append(said)
         adapted = _adapt(config, model, blocks, trained, pad_id)
+        initial = adapted.initial(config.seed)
+        if kept is not None:
+            initial[adapted.layout.span(HEAD)] = kept
+        if config.adapter.start is not None:
+            found = start.read(config.adapter.start)
+            notes += start.begin_from(found, adapted, initial, labels)
+            for name in fresh.keys() & {n.removeprefix(adapted.prefix) for n in found.tensors}:
+                fresh[name] = found.tensors[adapted.prefix + name].to(fresh[name].dtype)
+                _write(parameters[name], fresh[name])
         if config.model.gradient_checkpointing:
             recompute(adapted.blocks)
     values = sum(getattr(p, "ds_numel", p.numel()) for p in adapted.network.parameters())
+    bare = set(blocks.values()) - set(adapted.layout.layers)
+    if bare and config.adapter.kind == "lora":
+        notes.append(
+            f"{len(bare)} of {len(set(blocks.values()))} transformer blocks have none of "
+            "adapter.targets, and no LoRA"
+        )
     return Prepared(
         adapted,
         head or Classifier(),
-        adapted.initial(config.seed),
+        initial,
         fresh,
         config.model.name,
         values - adapted.layout.size,
         config.model.gradient_checkpointing,
+        tuple(notes),
     )
 
 
@@ -132,12 +159,16 @@ def outline(config: Config, labels: tuple[str, ...], pad_id: int) -> Adapted:
 
     Raises UserError for a model that cannot be found or adapted.
     """
-    auto, hf_config, dtype = _described(config, labels, pad_id)
+    auto, hf_config, dtype, _ = _described(config, labels, pad_id)
     with torch.device("meta"):
-        model = auto.from_config(hf_config, dtype=dtype)
+        try:
+            model = auto.from_config(hf_config, dtype=dtype)
+        except Exception as error:  # transformers raises many unrelated types here
+            raise _unreachable(config, "model", error) from None
+        _drop(model, config.model.dropout)
         trained = _trained_head(config, model, labels)
-        blocks = transformer_blocks(model, int(model.config.num_hidden_layers))
-        _refuse_long_texts(config, model)
+        blocks = transformer_blocks(model)
+        fitting.check_length(config, model)
         adapted = _adapt(config, model, blocks, trained, pad_id)
     if config.model.gradient_checkpointing:
         recompute(adapted.blocks)
@@ -153,10 +184,38 @@ def _trained_head(config: Config, model: nn.Module, labels: tuple[str, ...]) -> 
 def _adapt(
     config: Config, model: Any, blocks: dict[str, str], trained: str | None, pad_id: int
 ) -> Adapted:
-    std = float(getattr(model.config, "initializer_range", 0.02))
     adapt = registry.ADAPTERS[config.adapter.kind]
-    adapted: Adapted = adapt(model, config.adapter, blocks, trained, std, pad_id)
+    try:
+        adapted: Adapted = adapt(model, config.adapter, blocks, trained, _std(model), pad_id)
+    except UserError:
+        raise
+    except Exception as error:  # what an architecture lacks shows in many ways
+        raise UserError(
+            f"adapter.kind={config.adapter.kind} cannot be put on {type(model).__name__} "
+            f"({fitting.told(error)}); use another adapter.kind, or another model."
+        ) from error
     return adapted
+
+
+def _std(model: Any) -> float:
+    """Of the values that are drawn where the checkpoint has none."""
+    return float(getattr(text_config(model), "initializer_range", 0.02))
+
+
+def _kept_head(
+    owner: nn.Module, labels: tuple[str, ...], classes: tuple[str, ...]
+) -> tuple[torch.Tensor | None, str]:
+    """The values of a head that the checkpoint holds, in the order of our labels; None where its
+    classes, by their names, are not our labels. And what to say of it."""
+    if sorted(classes) != sorted(labels):
+        named = ", ".join(classes)[:80]
+        return None, (
+            f"the checkpoint's classifier of {len(classes)} classes ({named}) is drawn anew: its "
+            "classes are not named as the labels of the task"
+        )
+    order = [classes.index(label) for label in labels]
+    values = [_read(parameter)[order].float().flatten() for parameter in owner.parameters()]
+    return torch.cat(values), "the checkpoint's classifier of the same classes is kept"
 
 
 def _refuse_holes(config: Config, model: Any, missing: list[str], blocks: dict[str, str]) -> None:
@@ -177,23 +236,6 @@ def _refuse_holes(config: Config, model: Any, missing: list[str], blocks: dict[s
         )
 
 
-def _refuse_long_texts(config: Config, model: Any) -> None:
-    """Texts and virtual tokens must fit the positions that the model knows."""
-    known = getattr(model.config, "max_position_embeddings", None)
-    if known is None:
-        return
-    if model.config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        known -= model.config.pad_token_id + 1  # their positions start behind the padding's
-    prompts = config.adapter.kind in ("prefix", "prompt")
-    virtual = config.adapter.virtual_tokens if prompts else 0
-    if config.task.max_length + virtual > known:
-        with_virtual = f" and adapter.virtual_tokens={virtual}" if virtual else ""
-        raise UserError(
-            f"task.max_length={config.task.max_length}{with_virtual} exceed the {known} positions "
-            f"of {config.model.name!r}."
-        )
-
-
 @contextlib.contextmanager
 def _sharded_at_load(ds_settings: dict[str, Any]) -> Iterator[None]:
     """Under ZeRO-3, models that transformers loads inside are sharded; only inside, or the next
@@ -211,60 +253,88 @@ def _sharded_at_load(ds_settings: dict[str, Any]) -> Iterator[None]:
 
 def _described(
     config: Config, labels: tuple[str, ...], pad_id: int
-) -> tuple[Any, Any, torch.dtype]:
-    """The model's class, its configuration, and its type."""
+) -> tuple[Any, Any, torch.dtype, tuple[str, ...]]:
+    """The model's class, its configuration, its type, and the classes that its checkpoint names."""
     import transformers
 
     source = resolve_name(config.model.name)
     objective = registry.OBJECTIVES[config.model.head]
     auto = getattr(transformers, objective.model_class)
-    classes: dict[str, Any] = {}
-    if objective.trains_head:
-        named = dict(enumerate(labels))
-        classes = {
-            "num_labels": len(labels),
-            "id2label": named,
-            "label2id": {name: index for index, name in named.items()},
-        }
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.dtype]
     try:
-        hf_config = transformers.AutoConfig.from_pretrained(
-            source, trust_remote_code=False, **classes
-        )
+        hf_config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers raises many unrelated types here
         raise _unreachable(config, "model", error) from None
-    if config.model.dropout is not None:
-        for attribute in _DROPOUTS:
-            if isinstance(getattr(hf_config, attribute, None), float):
-                setattr(hf_config, attribute, config.model.dropout)
-    hf_config.pad_token_id = pad_id
+    if type(hf_config) not in auto._model_mapping:
+        raise UserError(
+            f"model.head={config.model.head} needs a model that transformers has as "
+            f"{objective.model_class}, and {config.model.name!r} ({hf_config.model_type}) is none; "
+            "give another model, or another model.head."
+        )
+    fitting.check_padding(hf_config, pad_id, config.model.name)
+    classes = tuple(str(name) for name in (hf_config.id2label or {}).values())
+    if objective.trains_head:
+        hf_config.num_labels = len(labels)
+        hf_config.id2label = dict(enumerate(labels))
+        hf_config.label2id = {name: index for index, name in enumerate(labels)}
+    for part in {id(own): own for own in (hf_config, hf_config.get_text_config())}.values():
+        rates = dict(vars(part)) if config.model.dropout is not None else {}
+        for attribute, value in rates.items():
+            named = "dropout" in attribute or attribute.endswith("pdrop")
+            if named and isinstance(value, float | int) and not isinstance(value, bool):
+                setattr(part, attribute, config.model.dropout)
+        part.pad_token_id = pad_id
     hf_config.use_cache = False
-    return auto, hf_config, dtype
+    return auto, hf_config, dtype, classes
 
 
-def _load(config: Config, labels: tuple[str, ...], pad_id: int) -> tuple[Any, list[str]]:
-    """The model, and the names of the parameters that its checkpoint lacks."""
-    auto, hf_config, dtype = _described(config, labels, pad_id)
+def _drop(model: nn.Module, dropout: float | None) -> None:
+    """Set every dropout of a model: modules, and rates that attention keeps as numbers."""
+    if dropout is None:
+        return
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = dropout
+        for attribute, value in vars(module).items():
+            if isinstance(value, float) and "drop" in attribute and "layer" not in attribute:
+                setattr(module, attribute, dropout)
+
+
+def _load(
+    config: Config, labels: tuple[str, ...], pad_id: int
+) -> tuple[Any, list[str], tuple[str, ...]]:
+    """The model, the names of the parameters that its checkpoint lacks, or has of another number of
+    classes, and the classes that it names."""
+    auto, hf_config, dtype, classes = _described(config, labels, pad_id)
     try:
         model, report = auto.from_pretrained(
             resolve_name(config.model.name),
             config=hf_config,
             dtype=dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             trust_remote_code=False,
         )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers raises many unrelated types here
         raise _unreachable(config, "model", error) from None
-    return model, sorted(report["missing_keys"])
+    head = _trained_head(config, model, labels)
+    other = sorted(name for name, *_ in report["mismatched_keys"])
+    for name in other:
+        if head is None or not name.startswith(f"{head}."):
+            raise UserError(
+                f"model.name: {name} in the checkpoint {config.model.name!r} has another shape "
+                "than its config.json says; give a checkpoint whose parts belong together."
+            )
+    _drop(model, config.model.dropout)
+    return model, sorted({*report["missing_keys"], *other}), classes
 
 
 def _draw_missing(
-    model: nn.Module, names: list[str], seed: int, std: float
+    parameters: dict[str, nn.Parameter], names: list[str], seed: int, std: float
 ) -> dict[str, torch.Tensor]:
     """Seeded values for frozen weights that the checkpoint lacks; also returned, for export."""
-    parameters = dict(model.named_parameters())
     drawn: dict[str, torch.Tensor] = {}
     for name in names:
         if name not in parameters:
@@ -279,6 +349,16 @@ def _draw_missing(
         _write(parameter, value)
         drawn[name] = value
     return drawn
+
+
+def _read(parameter: nn.Parameter) -> torch.Tensor:
+    """A parameter's values, whole."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().clone().cpu()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone().cpu()
 
 
 def _write(parameter: nn.Parameter, value: torch.Tensor) -> None:

@@ -89,7 +89,7 @@ def save(architecture: str, folder: Path, head: str = "classifier", **changes: A
     `head` needs, if any."""
     config_class, model_class, settings, _ = ARCHITECTURES[architecture]
     torch.manual_seed(0)
-    config = config_class(vocab_size=VOCABULARY, **{**settings, **changes})
+    config = config_class(**{"vocab_size": VOCABULARY, **settings, **changes})
     if head == "cloze":
         model = transformers.AutoModelForMaskedLM.from_config(config)
     elif head == "label_words":

@@ -108,22 +108,60 @@ def assemble(
     return Adapted(network, ordered, layout, modules, description, prefix, columns)
 
 
-def transformer_blocks(model: nn.Module, layers: int) -> dict[str, str]:
+def transformer_blocks(model: Any) -> dict[str, str]:
     """Module name of each transformer block -> its block name "0", "1", ...
 
-    The stack is the ModuleList with as many entries as the model has layers.
+    A stack is an outermost ModuleList whose entries hold at least two weight matrices each; an
+    encoder and a decoder are two stacks. Of a model that sees more than text only the stacks beside
+    the text's embeddings count. A block that is used many times (ALBERT) is one block.
     """
-    blocks: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == layers:
-            for index in range(layers):
-                blocks[f"{name}.{index}"] = str(len(blocks))
-    if not blocks:
+    stacks = _stacks("", model)
+    if not getattr(model.config, "is_encoder_decoder", False):
+        place = _embedding_name(model)
+        while place:
+            place = place.rpartition(".")[0]
+            beside = [name for name in stacks if not place or name.startswith(f"{place}.")]
+            if beside:
+                stacks = beside
+                break
+    names = [f"{stack}.{i}" for stack in stacks for i in range(len(model.get_submodule(stack)))]
+    if not names:
         raise UserError(
-            f"No stack of {layers} transformer blocks found in {type(model).__name__}; "
+            f"model.name: no stack of transformer blocks was found in {type(model).__name__}; "
             "this architecture is not supported."
         )
-    return blocks
+    return {name: str(index) for index, name in enumerate(names)}
+
+
+def _stacks(name: str, module: nn.Module) -> list[str]:
+    """Names of the stacks inside a module, in order."""
+    found = []
+    for child_name, child in module.named_children():
+        inner = f"{name}.{child_name}" if name else child_name
+        if isinstance(child, nn.ModuleList) and len(child) and all(map(_is_block, child)):
+            found.append(inner)
+        else:
+            found += _stacks(inner, child)
+    return found
+
+
+def _is_block(module: nn.Module) -> bool:
+    matrices = sum(len(full_shape(parameter)) > 1 for parameter in module.parameters())
+    return matrices > 1 and not isinstance(module, nn.ModuleList)
+
+
+def _embedding_name(model: Any) -> str:
+    """Name of the module that embeds token ids; "" where the model does not tell."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return ""
+    return next((name for name, module in model.named_modules() if module is embedding), "")
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of what reads text: a part of it where a model sees images too."""
+    return model.config.get_text_config()
 
 
 def block_of(name: str, blocks: dict[str, str]) -> str | None:

@@ -17,7 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpcfed.adapters.base import Adapted, Trainable, assemble, normal, train_head, zero
+from hpcfed.adapters.base import (
+    Adapted,
+    Trainable,
+    assemble,
+    normal,
+    text_config,
+    train_head,
+    transformer_blocks,
+    zero,
+)
 from hpcfed.adapters.network import Network
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Adapter
@@ -92,7 +101,7 @@ def adapt(
     """Freeze the backbone, put bottlenecks into every block, train the classifier of this name, if
     any. blocks: see `transformer_blocks`."""
     model.requires_grad_(False)
-    width = int(model.config.hidden_size)
+    width = int(text_config(model).hidden_size)
     found = attach(model, blocks, adapter.placement, adapter.reduction, width)
     draw = partial(normal, std=INITIAL_STD)
     trainables = []
@@ -123,13 +132,11 @@ def load(model: Any, folder: str | Path) -> Any:
     """
     from safetensors.torch import load_file
 
-    from hpcfed.adapters.base import transformer_blocks
-
     path = Path(folder)
     config = json.loads((path / "adapter_config.json").read_text())
     if config.get("kind") != KIND:
         raise UserError(f"{path} holds no bottleneck adapter; load it with PEFT.")
-    blocks = transformer_blocks(model, int(model.config.num_hidden_layers))
+    blocks = transformer_blocks(model)
     found = attach(model, blocks, config["placement"], config["reduction"], config["width"])
     tensors = load_file(path / "adapter_model.safetensors")
     named = {

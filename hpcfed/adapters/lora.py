@@ -40,6 +40,11 @@ def adapt(
         if isinstance(module, (nn.Linear, Conv1D)) and block_of(name, blocks) is not None
     }
     legal = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    if not legal:
+        raise UserError(
+            f"adapter.kind=lora: {type(model).__name__} has no linear layers in its blocks, and "
+            "LoRA goes on nothing else; give another model."
+        )
     for target in adapter.targets:
         if target not in legal:
             raise UserError(

@@ -26,6 +26,7 @@ class Network(nn.Module):
         self.anchor: torch.Tensor | None = None
         self.lead = 0 if prompts is None else prompts.lead
         self._positions: torch.Tensor | None = None
+        self._picked = False
         inner.base_model.register_forward_hook(self._pick)
 
     def forward(
@@ -44,7 +45,12 @@ class Network(nn.Module):
             )
             prepared = self.prompts(inputs, self.anchor)
         self._positions = None if positions is None else positions + self.lead
+        self._picked = False
         logits: torch.Tensor = self.backbone(**prepared).logits
+        if self._positions is not None and not self._picked:
+            # The head took its hidden states past the module that `_pick` listens to.
+            index = self._positions.unsqueeze(-1).expand(-1, -1, logits.shape[-1])
+            logits = logits.gather(1, index)
         return logits
 
     def _pick(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -54,6 +60,7 @@ class Network(nn.Module):
             hidden = output.last_hidden_state
             index = self._positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
             output.last_hidden_state = hidden.gather(1, index)
+            self._picked = True
         return output
 
 

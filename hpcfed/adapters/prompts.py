@@ -20,7 +20,14 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from hpcfed.adapters.base import Adapted, Trainable, assemble, normal, train_head
+from hpcfed.adapters.base import (
+    Adapted,
+    Trainable,
+    assemble,
+    normal,
+    text_config,
+    train_head,
+)
 from hpcfed.adapters.layout import INPUT
 from hpcfed.adapters.network import Network
 from hpcfed.errors import UserError
@@ -147,13 +154,19 @@ def adapt(
     """Freeze the backbone, put prompts in front, train the classifier of this name, if any. blocks:
     see `transformer_blocks`.
 
-    Raises UserError for an architecture whose attention takes no past keys and values.
+    Raises UserError for an architecture whose attention takes no past keys and values, and for an
+    encoder with a decoder, whose prompts PEFT could not load.
     """
     import peft
 
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(
+            f"adapter.kind={adapter.kind}: {type(model).__name__} is an encoder with a decoder, "
+            "and prompts go with one of the two alone; use adapter.kind=lora or bottleneck."
+        )
     model.requires_grad_(False)
     dtype = next(model.parameters()).dtype
-    config = model.config
+    config = text_config(model)
     prompts: Prefix | Prompt
     if adapter.kind == "prefix":
         if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:

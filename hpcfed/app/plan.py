@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hpcfed import model, registry
+from hpcfed import fitting, model, registry
 from hpcfed.adapters.base import Adapted
 from hpcfed.adapters.layout import HEAD
 from hpcfed.cluster.topology import check_hosts
@@ -73,15 +73,15 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
     rows = partition.partition(task, config)
     tokenizer = model.load_tokenizer(config)
     head = heads.build(config, task, tokenizer)
-    tokens = head.encode(task.train, tokenizer, config.task.max_length)
+    tokens, test = fitting.encode(head, (task.train, task.test), tokenizer, config)
     adapted = model.outline(config, task.labels, tokens.pad_id)
-    activations = activation_bytes(adapted, micro_batch(config), config.task.max_length)
+    fitting.check_ids(adapted.network.backbone, (tokens, test), tokenizer, config.model.name)
+    activations, traced = activation_bytes(adapted, micro_batch(config), config.task.max_length)
     if config.model.gradient_checkpointing:  # backward makes one block after the other again
         off = dataclasses.replace(config.model, gradient_checkpointing=False)
         whole = model.outline(dataclasses.replace(config, model=off), task.labels, tokens.pad_id)
-        activations += activation_bytes(whole, micro_batch(config), config.task.max_length) / len(
-            adapted.layout.layers
-        )
+        everything, _ = activation_bytes(whole, micro_batch(config), config.task.max_length)
+        activations += everything / len(adapted.blocks)
     slots = ranks // per_client
     yield (
         f"{config.method} on {config.task.name}: {len(rows)} clients, "
@@ -93,6 +93,8 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
     )
     yield ""
     yield from _memory_lines(config, settings, adapted, activations, gigabytes)
+    if not traced:
+        yield "  (activations by the sizes of the weights: this model's forward cannot be followed)"
     yield ""
     yield from _traffic_lines(config, adapted, slots)
     yield ""
@@ -170,9 +172,39 @@ def memory(
     return Memory(held, gathered, copies + master, moments, activations)
 
 
-def activation_bytes(adapted: Adapted, rows: int, length: int) -> float:
+def activation_bytes(adapted: Adapted, rows: int, length: int) -> tuple[float, bool]:
     """Bytes that autograd keeps of one forward of so many rows of so many tokens, and twice the
-    largest of them, for what is made on the way."""
+    largest of them, for what is made on the way; and whether the forward could be followed.
+
+    It cannot where it depends on values: which expert a token goes to, where a text ends. Then
+    sizes of weights tell: `_by_weights`.
+    """
+    try:
+        return _traced(adapted, rows, length), True
+    except UserError:
+        raise
+    except Exception:  # fake tensors fail in many ways
+        return _by_weights(adapted, rows, length), False
+
+
+def _by_weights(adapted: Adapted, rows: int, length: int) -> float:
+    """About what `_traced` gives: for each weight matrix of a block what goes in and what comes
+    out, of experts those that a token is sent to; and attention's weights, one map a head."""
+    kept = 0
+    for block in adapted.blocks:
+        config = next((m.config for m in block.modules() if hasattr(m, "config")), None)
+        routed = getattr(config, "num_experts_per_tok", None) or 1
+        heads = getattr(config, "num_attention_heads", 1)
+        for name, parameter in block.named_parameters():
+            if parameter.ndim > 1 and "lora_" not in name:
+                every = parameter.shape[-2] + parameter.shape[-1]
+                kept += every * (routed if parameter.ndim > 2 else 1)
+        kept += heads * length
+    width = next(adapted.network.parameters()).element_size()
+    return float(kept * rows * length * width)
+
+
+def _traced(adapted: Adapted, rows: int, length: int) -> float:
     network = adapted.network.train()
     sizes: dict[int, int] = {}
     with FakeTensorMode():

@@ -65,8 +65,11 @@ class Tokens:
 
 
 def tokenize(split: Split, tokenizer: Any, max_length: int) -> Tokens:
-    """Tokenize a split with a Hugging Face tokenizer; pairs are cut longest-first."""
-    encoded = tokenizer(split.texts, split.pairs, truncation=True, max_length=max_length)
+    """Tokenize a split with a Hugging Face tokenizer; pairs are cut longest-first. What a text
+    spells, `</s>` too, is text."""
+    encoded = tokenizer(
+        split.texts, split.pairs, truncation=True, max_length=max_length, split_special_tokens=True
+    )
     tokens = flatten(encoded["input_ids"], split.labels, tokenizer.pad_token_id)
     if tokens.lengths.min() == 0:
         empty = split.texts[int(tokens.lengths.argmin())]

@@ -1,5 +1,6 @@
 """Rows filled into a template and tokenized, the gap never cut away."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -29,13 +30,13 @@ def encode(split: Split, wording: Wording, tokenizer: Any, room: int, ends: bool
 
 
 def _texts(split: Split, tokenizer: Any) -> Iterator[tuple[str, str]]:
-    """Texts in pairs; one that spells the mask token must not be taken for the gap."""
+    """Texts in pairs; one that spells a special token must not be taken for the gap, or an end."""
+    # A mark, as "!", may serve as padding, and is no harm.
+    tokens = sorted((own for own in tokenizer.all_special_tokens if len(own) > 2), reverse=True)
+    special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
     pairs = split.pairs or [""] * len(split)
     for pair in zip(split.texts, pairs, strict=True):
-        a, b = (
-            text.replace(tokenizer.mask_token, " ") if tokenizer.mask_token else text
-            for text in pair
-        )
+        a, b = (special.sub(" ", text) for text in pair)
         yield a, b
 
 

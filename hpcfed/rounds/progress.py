@@ -30,6 +30,7 @@ class Opening:
     folder: Path
     done: int
     up: int
+    notes: tuple[str, ...] = ()
 
 
 class Progress:
@@ -61,6 +62,8 @@ class Progress:
             f"{_many(per_client, 'ZeRO rank')}, {_many(opening.threads, 'thread')} a rank, "
             f"{opening.device}; ready after {opening.seconds:.1f} s -> {opening.folder}"
         )
+        for note in opening.notes:
+            self._say(note)
         if self._first:
             self._say(f"goes on after round {self._first}, the last one committed")
         if self._terminal is not None:

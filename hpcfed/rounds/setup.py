@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from hpcfed import model
+from hpcfed import fitting, model
 from hpcfed.cluster.stop import Stop
 from hpcfed.cluster.topology import (
     Topology,
@@ -29,6 +29,7 @@ from hpcfed.objectives import heads
 from hpcfed.rounds import origin
 from hpcfed.rounds.preflight import Checked, check_rounds
 from hpcfed.rounds.progress import Opening
+from hpcfed.rounds.trial import try_step
 from hpcfed.settings import deepspeed_config, plugins
 from hpcfed.settings.config import Config
 from hpcfed.settings.deepspeed_config import zero_stage
@@ -81,6 +82,7 @@ class Setup:
             folder=self.directory.path,
             done=self.state.rounds,
             up=self.state.totals.up,
+            notes=self.prepared.notes,
         )
 
 
@@ -131,12 +133,11 @@ def _set_up(
     with world.agreement("reading the tokenizer"):
         tokenizer = model.load_tokenizer(config)
         head = heads.build(config, task, tokenizer)
-        train_tokens, test_tokens = (
-            head.encode(split, tokenizer, config.task.max_length)
-            for split in (task.train, task.test)
-        )
+        train_tokens, test_tokens = fitting.encode(head, (task.train, task.test), tokenizer, config)
     with world.agreement("loading the model"):
         prepared = model.prepare(config, task.labels, train_tokens.pad_id, settings, head)
+        backbone = prepared.adapted.network.backbone
+        fitting.check_ids(backbone, (train_tokens, test_tokens), tokenizer, config.model.name)
     began = replace(
         began,
         tokens=origin.of_tokens(train_tokens, test_tokens),
@@ -148,6 +149,11 @@ def _set_up(
             origin.compare(directory.began, began, checked.output)
             directory.check_layout(prepared.adapted.layout)
     engine = Engine(prepared, config.local, settings, topology, stop)
+    try:
+        try_step(config, engine, prepared.initial, train_tokens, test_tokens)
+    except BaseException:
+        engine.close()
+        raise
     init_seconds = time.monotonic() - started
     state = world.comm.bcast(state, root=0) if checked.begun else _first_state(config, prepared)
     assert state is not None

@@ -75,6 +75,10 @@ class Adapter:
     virtual_tokens: int = option(
         20, "prefix, prompt: virtual tokens P", at_least=1, at_most=1_000_000, counts=counts.PROMPTS
     )
+    start: str | None = option(
+        None, "folder of an adapter of the same shape, a run's or PEFT's, to start from its values",
+        path=True,
+    )  # fmt: skip
     dropout: float = option(
         0.0, "dropout on what LoRA reads, or on prompts", at_least=0, below=1,
         counts=counts.NO_BOTTLENECK,
