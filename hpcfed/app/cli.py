@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpcfed.app import scripts, sweep_cli
 from hpcfed.app.options import listing
 from hpcfed.app.plot import draw
 from hpcfed.cluster import launcher, rejoin
@@ -36,6 +37,8 @@ _EPILOG = """examples:
   hpcfed options layers                             what the options of layers mean
   hpcfed config my.yaml local.lr=1e-3               what would run, and where each value is from
   hpcfed plan my.yaml --nodes 2 --gpus 4            what it would take, before it takes it
+  hpcfed sweep submit my-sweep.yaml                 many runs, as jobs of Slurm or here
+  hpcfed scripts my-cluster                         Slurm scripts and DeepSpeed JSON to edit
   hpcfed plot runs/*                                curves of their validation scores
   hpcfed doctor --ranks 2                           whether this machine can
 """
@@ -60,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_source(run)
-    run.add_argument("--ranks", type=int, metavar="N", help="start N MPI ranks on this machine")
+    _add_ranks(run)
     run.add_argument(
         "--resume",
         action="store_true",
@@ -96,12 +99,12 @@ def build_parser() -> argparse.ArgumentParser:
     plan = commands.add_parser(
         "plan",
         help="what a run would take: memory by ZeRO stage, bytes a round, who runs when",
-        description="What a run would take on so many GPUs. Needs the data and the model's "
-        "config.json and tokenizer, but loads no weights and no GPU.",
+        description="What a run, or each run of a sweep, would take on so many GPUs. Needs the "
+        "data and the model's config.json and tokenizer, but loads no weights and no GPU.",
     )
     _add_source(plan)
-    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
-    plan.add_argument("--gpus", type=int, default=1, metavar="G", help="of a node; default: 1")
+    plan.add_argument("--nodes", type=int, metavar="N", help="default: 1, or the sweep's")
+    plan.add_argument("--gpus", type=int, metavar="G", help="of a node; default: 1, or the sweep's")
     plan.add_argument(
         "--memory", type=float, default=80.0, metavar="GB", help="of a GPU; default: 80"
     )
@@ -124,9 +127,27 @@ def build_parser() -> argparse.ArgumentParser:
         "ZeRO's operators, the run folder, a timed Allreduce. Start it as you would start a run: "
         "with srun, mpirun, or --ranks N. Exit code 1 if something has to be mended.",
     )
-    doctor.add_argument("--ranks", type=int, metavar="N", help="start N MPI ranks on this machine")
+    _add_ranks(doctor)
     doctor.add_argument("--folder", default="runs", help="where runs will lie; default: runs")
+    sweep_cli.add_parser(commands)
+    script = commands.add_parser(
+        "scripts",
+        help="copy the Slurm scripts, launch files, experiments and DeepSpeed JSON",
+        description="Copy slurm/, launch/ and ds_configs/ into a folder of yours, to be edited "
+        "there; they work from any folder, with the python that runs this.",
+    )
+    script.add_argument("folder", type=Path, metavar="DIR", help="made if it is not there")
     return parser
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=int, metavar="N", help="start N MPI ranks on this machine")
+    parser.add_argument(
+        "--oversubscribe",
+        action="store_true",
+        help=f"with --ranks: more than {launcher.RANKS_PER_CORE} ranks a core, which is refused "
+        "else",
+    )
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -155,7 +176,7 @@ def main(
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
     options, rest = parser.parse_known_args(words)
-    no_overrides = options.command in ("presets", "options", "plot", "doctor")
+    no_overrides = options.command not in ("run", "config", "plan")
     if any(word.startswith("-") or no_overrides for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse stops collecting overrides at the first option
@@ -174,12 +195,17 @@ def main(
             draw(options.folders, options.output)
             print(f"{options.output} shows {len(options.folders)} runs")
             return 0
+        if options.command == "sweep":
+            return sweep_cli.call(options)
+        if options.command == "scripts":
+            print("\n".join(str(options.folder / file) for file in scripts.write(options.folder)))
+            return 0
+        if options.command == "plan":
+            return _plan(options)
         resolved = resolve(options.source, options.overrides)
         if options.command == "config":
             print(describe(resolved))
             return 0
-        if options.command == "plan":
-            return _plan(resolved, options)
         on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
         live = on_terminal if options.live is None else options.live
         if options.ranks is not None:
@@ -208,22 +234,27 @@ def _refuse(error: UserError, rank: int, faults: list[UserError] | None) -> int:
     return 2
 
 
-def _plan(resolved: Resolved, options: argparse.Namespace) -> int:
-    if options.nodes < 1 or options.gpus < 1:
+def _plan(options: argparse.Namespace) -> int:
+    if any(given is not None and given < 1 for given in (options.nodes, options.gpus)):
         raise UserError("--nodes and --gpus must be at least 1.")
+    sweep = sweep_cli.describes_sweep(options.source)
+    resolved = None if sweep else resolve(options.source, options.overrides)
     quiet()
     from hpcfed.app.plan import plan
 
-    for line in plan(resolved, options.nodes, options.gpus, options.memory):
-        print(line)
+    if resolved is None:
+        lines = sweep_cli.plan(options)
+    else:
+        lines = plan(resolved, options.nodes or 1, options.gpus or 1, options.memory)
+    for line in lines:
+        print(line, flush=True)
     return 0
 
 
 def _examine(options: argparse.Namespace) -> int:
     """The doctor, on this rank or on ranks of its own; exit code 1 if something is to be mended."""
     if options.ranks is not None:
-        if options.ranks < 1:
-            raise UserError(f"--ranks is {options.ranks}; it must be at least 1.")
+        _check_ranks(options)
         return launcher.start(options.ranks, ["doctor", f"--folder={options.folder}"])
     quiet()
     from hpcfed.cluster.doctor import examine
@@ -238,10 +269,16 @@ def _examine(options: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def _start(resolved: Resolved, options: argparse.Namespace, live: bool) -> int:
-    """Check what can be checked without MPI, then start the ranks."""
+def _check_ranks(options: argparse.Namespace) -> None:
     if options.ranks < 1:
         raise UserError(f"--ranks is {options.ranks}; it must be at least 1.")
+    if not options.oversubscribe:
+        launcher.check_number(options.ranks)
+
+
+def _start(resolved: Resolved, options: argparse.Namespace, live: bool) -> int:
+    """Check what can be checked without MPI, then start the ranks."""
+    _check_ranks(options)
     resume = options.resume or restarted()
     if not (resume and preflight.is_complete(resolved.config)):
         preflight.check(resolved, options.ranks, resume)

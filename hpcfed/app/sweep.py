@@ -13,9 +13,10 @@ has got to is read from its run directory, so any process may ask, at any time.
 import fcntl
 import itertools
 import json
+import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 from hpcfed.cluster import launcher
 from hpcfed.errors import UserError
 from hpcfed.rounds.preflight import check_options
-from hpcfed.settings.resolve import as_text, read_file, resolve
+from hpcfed.settings.resolve import Resolved, as_text, leaves, read_file, resolve
 from hpcfed.storage.files import write_json
 from hpcfed.storage.paths import MANIFEST, SUMMARY
 
@@ -101,15 +102,18 @@ class Sweep:
         self.folder = Path(spec["folder"])
         self.executor: str = spec["executor"]
         self._cluster: dict[str, Any] = {**_CLUSTER, **spec["cluster"]}
-        fixed = _words(spec["overrides"])
+        self.nodes: int = self._cluster["nodes"]
+        self.tasks_per_node: int = self._cluster["tasks_per_node"]
+        fixed = {"cluster.device": "cuda"} if _asks_for_gpus(spec) else {}
+        fixed |= dict(leaves(spec["overrides"]))
         self.varied = dict(_varied(spec))
         self.runs = {
-            run: [*fixed, *_words(values), f"output={self.folder / run}"]
+            run: _words({**fixed, **dict(leaves(values)), "output": str(self.folder / run)})
             for run, values in self.varied.items()
         }
-        for run, words in self.runs.items():
+        for run in self.runs:
             try:
-                check_options(resolve(self.source, words).config, self._tasks())
+                check_options(self.resolved(run).config, self._tasks())
             except UserError as error:
                 raise UserError(f"{name}, run {run}: {error}") from None
 
@@ -119,14 +123,21 @@ class Sweep:
         tree = read_file(Path(path))
         return Sweep(tree if executor is None else {**tree, "executor": executor}, str(path))
 
-    def line(self, number: int) -> list[str]:
-        """The words after `hpcfed run` of run `number`, from 0, for a job array of one's own."""
+    def resolved(self, run: str, overrides: Sequence[str] = ()) -> Resolved:
+        """The configuration of a run. Raises UserError as `hpcfed.settings.resolve.resolve`."""
+        return resolve(self.source, _joined(self.runs[run], overrides))
+
+    def line(self, number: int, overrides: Sequence[str] = ()) -> list[str]:
+        """The words after `hpcfed run` of run `number`, from 0, for a job array of one's own.
+
+        overrides: key=value, which win over the sweep's.
+        """
         if not 0 <= number < len(self.runs):
             raise UserError(
                 f"There is no run {number}: the sweep has {len(self.runs)}, numbered from 0; use "
                 f"--array=0-{len(self.runs) - 1}."
             )
-        return [self.source, *list(self.runs.values())[number]]
+        return [self.source, *_joined(list(self.runs.values())[number], overrides)]
 
     def submit(self) -> list[str]:
         """Submit what has failed or was never submitted; returns the names."""
@@ -213,7 +224,7 @@ class Sweep:
         return json.loads(file.read_text()) if file.is_file() else {}
 
     def _tasks(self) -> int:
-        return int(self._cluster["nodes"] * self._cluster["tasks_per_node"])
+        return self.nodes * self.tasks_per_node
 
     def _job(self, name: str) -> Job:
         words = ("run", self.source, *self.runs[name], "--resume", "--no-live")
@@ -224,6 +235,8 @@ class Sweep:
     def _make_executor(self) -> Any:
         import submitit
 
+        if self.executor != "slurm":
+            launcher.check_number(self._tasks(), "cluster.nodes x cluster.tasks_per_node", "")
         try:
             executor = submitit.AutoExecutor(self.folder / LOGS, cluster=self.executor)
         except RuntimeError:
@@ -233,8 +246,10 @@ class Sweep:
             ) from None
         given = dict(self._cluster)
         if self.executor == "slurm":
-            # Ranks find each other by PMIx.
-            given["slurm_srun_args"] = ["--mpi=pmix", *given.get("slurm_srun_args", [])]
+            # How ranks find each other.
+            arguments = given.get("slurm_srun_args", [])
+            if not any(str(word).startswith("--mpi") for word in arguments):
+                given["slurm_srun_args"] = [f"--mpi={mpi_type()}", *arguments]
             given.setdefault("slurm_job_name", self.folder.name)
         else:
             # One process a job, which starts all ranks; it waits for its turn, and that counts.
@@ -242,6 +257,23 @@ class Sweep:
             given = {"timeout_min": minutes}
         executor.update_parameters(**given)
         return executor
+
+
+def mpi_type() -> str:
+    """What srun is given as --mpi: the variable MPI_TYPE, as for the scripts in slurm/."""
+    name = os.environ.get("MPI_TYPE") or "pmix"
+    if not re.fullmatch(r"\w+", name):
+        raise UserError(f"MPI_TYPE is {name!r}; it must be a name that `srun --mpi=list` shows.")
+    return name
+
+
+def _asks_for_gpus(spec: Mapping[str, Any]) -> bool:
+    """Whether Slurm is to give its jobs GPUs, so that a run that sees none must not train."""
+    return spec["executor"] == "slurm" and any(
+        key.startswith(("gpus_per_node", "slurm_gpus"))
+        or (key == "slurm_gres" and "gpu" in str(value))
+        for key, value in spec["cluster"].items()
+    )
 
 
 def _checked(description: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -258,7 +290,7 @@ def _checked(description: Mapping[str, Any], name: str) -> dict[str, Any]:
             )
     for key in ("source", "folder"):
         if not spec[key]:
-            raise UserError(f"{name}: {key} is missing; see launch/experiments/small.yaml.")
+            raise UserError(f"{name}: {key} is missing; see docs/sweeps.md.")
     if spec["executor"] not in EXECUTORS:
         raise UserError(
             f"{name}: executor is {spec['executor']!r}; choose one of: {', '.join(EXECUTORS)}."
@@ -268,6 +300,15 @@ def _checked(description: Mapping[str, Any], name: str) -> dict[str, Any]:
             raise UserError(f"{name}: grid.{key} must be a list of values, not {values!r}.")
     if not all(isinstance(item, dict) for item in spec["list"]):
         raise UserError(f"{name}: each item of list must be keys and values.")
+    for part in (spec["overrides"], spec["grid"], *spec["list"]):
+        wrong = next((key for key in part if not isinstance(key, str)), None)
+        if wrong is not None:
+            raise UserError(f"{name}: {wrong!r} is no option; write section.key.")
+        if "output" in part:
+            raise UserError(
+                f"{name}: output is not a sweep's to set, since each run needs its own: it is "
+                "folder/<name of the run>; leave it out, and set folder."
+            )
     for key in spec["cluster"]:
         if key not in _CLUSTER and not key.startswith(("slurm_", "gpus_per_node", "mem_gb")):
             raise UserError(
@@ -298,6 +339,14 @@ def _varied(spec: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def _words(values: Mapping[str, Any]) -> list[str]:
     """Overrides, as the command line takes them."""
     return [f"{key}={as_text(value)}" for key, value in values.items()]
+
+
+def _joined(words: Sequence[str], later: Sequence[str]) -> list[str]:
+    """Overrides of which the later win, each key once. Raises UserError for another output."""
+    values = dict(word.split("=", 1) if "=" in word else (word, None) for word in [*words, *later])
+    if any(word.startswith("output=") for word in later):
+        raise UserError("output cannot be set for a run of a sweep: it is where its table looks.")
+    return [key if value is None else f"{key}={value}" for key, value in values.items()]
 
 
 def _job_state(logs: Path, job: Mapping[str, str], tasks: int) -> str:

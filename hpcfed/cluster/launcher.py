@@ -20,6 +20,22 @@ _FORWARDED = (
 )  # fmt: skip
 
 
+# More ranks than this a core only wait for each other.
+RANKS_PER_CORE = 8
+
+
+def check_number(ranks: int, what: str = "--ranks", mend: str = ", or say --oversubscribe") -> None:
+    """Raises UserError for a number of ranks that this machine would choke on. what: where the
+    number was given; mend: how to insist."""
+    cores = len(os.sched_getaffinity(0))
+    if ranks > RANKS_PER_CORE * cores:
+        raise UserError(
+            f"{what} is {ranks}, but this machine gives {cores} core{'s'[: cores > 1]}, and more "
+            f"than {RANKS_PER_CORE} ranks a core only wait for each other; start at most "
+            f"{RANKS_PER_CORE * cores}{mend}."
+        )
+
+
 def find_mpiexec() -> str:
     """mpiexec beside this python (the PyPI wheel puts it there), else on the PATH."""
     beside = Path(sys.executable).parent / "mpiexec"

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 from hpcfed.cluster import launcher
+from hpcfed.cluster.network import listen_at
 from hpcfed.cluster.stop import SIGNALS
 from hpcfed.cluster.topology import Launched, check_hosts, forget_launcher
 from hpcfed.errors import UserError
@@ -51,6 +52,7 @@ def _meet(process: Launched, seconds: float) -> Any:
     where = f"{process.address}:{process.port}"
     first = process.rank == 0
     try:
+        listener = listen_at(process.address, process.port) if first else None
         return make_store(
             process.address,
             process.port,
@@ -58,8 +60,9 @@ def _meet(process: Launched, seconds: float) -> Any:
             first,
             timedelta(seconds=seconds),
             wait_for_workers=False,
+            master_listen_fd=listener[0] if listener else None,
         )
-    except (RuntimeError, ValueError) as error:  # torch's own errors derive from RuntimeError
+    except (RuntimeError, ValueError, OSError) as error:  # torch's own derive from RuntimeError
         reason = str(error).splitlines()[0]
         if first:
             raise UserError(

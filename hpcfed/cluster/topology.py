@@ -25,6 +25,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpcfed.cluster.network import listen_at, way_to
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Cluster
 
@@ -207,16 +208,28 @@ def connect_slots(world: World, cluster: Cluster) -> Topology:
     """Split the world into slots and start each slot's torch.distributed world; a second run of
     the same process gets the same slots.
 
-    Raises UserError, on all ranks, for ranks that hosts cannot hold, and for a second run with
-    another number of ranks per client.
+    Raises UserError, on all ranks, where cluster.device asks for a GPU and a rank sees none, for
+    ranks that hosts cannot hold, and for a second run with another number of ranks per client, or
+    another device.
     """
     import torch
 
+    with world.agreement("looking for a GPU"):
+        if cluster.device == "cuda" and (missing := no_gpu()):
+            raise UserError(
+                f"cluster.device=cuda, but {socket.gethostname()} shows no GPU ({missing}); mend "
+                "that, or train on the CPU with cluster.device=cpu."
+            )
     per_client = cluster.ranks_per_client
     if _joined and _joined[0].ranks_per_client != per_client:
         raise UserError(
             f"cluster.ranks_per_client is {per_client}, but these processes are joined in clients "
             f"of {_joined[0].ranks_per_client} ranks since their first run; start new ones."
+        )
+    if _joined and cluster.device not in ("auto", _joined[0].device.type):
+        raise UserError(
+            f"cluster.device is {cluster.device}, but these processes compute on "
+            f"{_joined[0].device.type} since their first run; start new ones."
         )
     check_hosts(Counter(world.comm.allgather(socket.gethostname())), per_client)
     slot_index, rank_in_slot = divmod(world.rank, per_client)
@@ -229,7 +242,7 @@ def connect_slots(world: World, cluster: Cluster) -> Topology:
     slot = world.comm.Split(slot_index, rank_in_slot)
     across = world.comm.Split(rank_in_slot, slot_index)
     with world.agreement("choosing devices"):
-        device, local_rank = _device(node, per_client)
+        device, local_rank = _device(node, cluster)
     _start_distributed(slot, local_rank, device, cluster.timeout_minutes)
     slots = world.size // per_client
     node.Free()
@@ -265,18 +278,34 @@ def _threads(node: Any, cluster: Cluster) -> int:
     return max(1, len(cores) // node.size)
 
 
-def _device(node: Any, ranks_per_client: int) -> tuple[torch.device, int]:
+def no_gpu() -> str:
+    """Why torch sees no GPU, for messages; empty if it sees one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and hidden.strip() in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES is {hidden!r}"
+    if "SLURM_JOB_ID" in os.environ:
+        return "this Slurm job was given none, or has none in this step; ask with --gpus-per-node"
+    return "torch finds no device or driver; nvidia-smi says more"
+
+
+def _device(node: Any, cluster: Cluster) -> tuple[torch.device, int]:
     """The device of this rank, and the LOCAL_RANK that makes DeepSpeed choose the same one."""
     import torch
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if cluster.device == "cpu" or no_gpu():
+        os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu"), node.rank
     visible = torch.cuda.device_count()
     # With --gpus-per-task each rank sees one GPU, its own, and numbers it 0.
     views = node.allgather(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     own_gpu = visible == 1 and node.size > 1 and len(set(views)) == node.size
-    if not own_gpu and node.size > visible and ranks_per_client > 1:
+    if not own_gpu and node.size > visible and cluster.ranks_per_client > 1:
         raise UserError(
             f"{node.size} ranks on {socket.gethostname()} but {visible} GPUs; ranks of one client "
             "cannot share a GPU: start one rank per GPU."
@@ -295,17 +324,25 @@ def _start_distributed(slot: Any, local_rank: int, device: torch.device, minutes
     """
     import torch.distributed as dist
 
-    one_node = len(set(slot.allgather(socket.gethostname()))) == 1
+    hosts = slot.allgather(socket.gethostname())
+    one_node = len(set(hosts)) == 1
     if one_node and device.type == "cpu":
         # Laptops and containers often cannot resolve their own name; loopback always works.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    host = slot.bcast("127.0.0.1" if one_node else socket.gethostname(), root=0)
     timeout = timedelta(minutes=minutes)
     make_store: Any = dist.TCPStore  # type: ignore[attr-defined]
-    store = None
+    store, host, port = None, "", 0
     if slot.rank == 0:
-        store = make_store(host, 0, slot.size, True, timeout, wait_for_workers=False)
-    port = slot.bcast(store.port if store else None, root=0)
+        other = next((own for own in hosts if own != hosts[0]), "")
+        host = "127.0.0.1" if one_node else way_to(other)
+        listener = listen_at(host, 0)
+        port = listener[1] if listener else 0
+        store = make_store(
+            host, port, slot.size, True, timeout, wait_for_workers=False,
+            master_listen_fd=listener[0] if listener else None,
+        )  # fmt: skip
+        port = store.port
+    host, port = slot.bcast((host, port), root=0)
     if store is None:
         store = make_store(host, port, slot.size, False, timeout)
     os.environ.update(

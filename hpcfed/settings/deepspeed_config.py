@@ -10,6 +10,7 @@ from typing import Any
 
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Config
+from hpcfed.settings.shipped import folder
 
 _RULED = {
     "train_batch_size": "local.batch_size",
@@ -27,16 +28,15 @@ def zero_stage(settings: dict[str, Any]) -> int:
 
 
 def locate(name: str) -> Path:
-    """The JSON file: as given, or beside the package, so that a run may start in any folder."""
-    beside = Path(__file__).resolve().parent.parent.parent / name
-    for path in (Path(name), beside):
-        if path.is_file():
-            return path
-    shipped = ", ".join(f"ds_configs/{p.name}" for p in sorted(beside.parent.glob("*.json")))
-    raise UserError(
-        f"deepspeed: the file {name!r} does not exist"
-        + (f"; there are: {shipped}." if shipped else ".")
-    )
+    """The JSON file: as given, or the one that hpcfed ships under the name ds_configs/..., so that
+    a run may start in any folder."""
+    own, shipped = Path(name), folder("ds_configs")
+    if own.is_file():
+        return own
+    if own.parent == Path(shipped.name) and (shipped / own.name).is_file():
+        return shipped / own.name
+    names = ", ".join(f"ds_configs/{path.name}" for path in sorted(shipped.glob("*.json")))
+    raise UserError(f"deepspeed: the file {name!r} does not exist; there are: {names}.")
 
 
 def load(config: Config) -> dict[str, Any]:

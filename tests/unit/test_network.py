@@ -1,0 +1,63 @@
+"""Sockets of the job's own network: what a store listens at, and what is refused."""
+
+import socket
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from hpcfed.cluster.network import listen_at, way_to
+
+
+def listening(port: int) -> set[str]:
+    """Local addresses, as the kernel writes them, that listen at a port."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with open(table) as lines:
+            for line in list(lines)[1:]:
+                place, state = line.split()[1], line.split()[3]
+                address, number = place.split(":")
+                if state == "0A" and int(number, 16) == port:
+                    found.add(address)
+    return found
+
+
+def test_a_store_listens_at_one_address():
+    descriptor, port = listen_at("127.0.0.1", 0)
+    store = dist.TCPStore(
+        "127.0.0.1", port, 1, True, timedelta(seconds=5), master_listen_fd=descriptor
+    )
+    store.set("key", "value")
+    other = dist.TCPStore("127.0.0.1", port, 1, False, timedelta(seconds=5))
+    assert other.get("key") == b"value"
+    assert listening(port) == {"0100007F"}
+
+
+def test_a_port_in_use_is_no_way_out():
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
+        listen_at("127.0.0.1", taken.getsockname()[1])
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_addresses_that_are_not_here(host):
+    """A translated address, a name that does not resolve: the store listens everywhere, as torch
+    would have it."""
+    assert listen_at(host, 0) is None
+
+
+def test_a_name_of_the_loopback_is_no_network(monkeypatch):
+    """As Debian's 127.0.1.1 for a host's own name: others could not reach it."""
+    place = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: place)
+    assert listen_at("node7", 0) is None
+    assert way_to("node8") == socket.gethostname()
+
+
+def test_the_way_to_another_host(monkeypatch):
+    """The address of the interface that packets to it leave by."""
+    names = {"node8": "127.0.0.1", "nowhere": "255.255.255.255"}
+    known = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *rest, **more: known(names[host], *rest, **more)
+    )
+    assert way_to("nowhere") == socket.gethostname(), "no such way"
