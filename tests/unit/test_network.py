@@ -1,5 +1,6 @@
 """Sockets of the job's own network: what a store listens at, and what is refused."""
 
+import errno
 import socket
 from datetime import timedelta
 
@@ -53,11 +54,31 @@ def test_a_name_of_the_loopback_is_no_network(monkeypatch):
     assert way_to("node8") == socket.gethostname()
 
 
-def test_the_way_to_another_host(monkeypatch):
-    """The address of the interface that packets to it leave by."""
-    names = {"node8": "127.0.0.1", "nowhere": "255.255.255.255"}
-    known = socket.getaddrinfo
-    monkeypatch.setattr(
-        socket, "getaddrinfo", lambda host, *rest, **more: known(names[host], *rest, **more)
-    )
-    assert way_to("nowhere") == socket.gethostname(), "no such way"
+@pytest.mark.parametrize(
+    ("answer", "found"), [("10.1.2.3", "10.1.2.3"), ("127.0.0.1", ""), (None, "")]
+)
+def test_the_way_to_another_host(monkeypatch, answer, found):
+    """The address of the interface that packets to it leave by, if there is one; else a name."""
+
+    class Probe:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def connect(self, place):
+            assert place == ("10.1.2.9", 9)
+            if answer is None:
+                raise OSError(errno.ENETUNREACH, "no way")
+
+        def getsockname(self):
+            return (answer, 40000)
+
+    place = [(socket.AF_INET, socket.SOCK_DGRAM, 17, "", ("10.1.2.9", 9))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: place)
+    monkeypatch.setattr(socket, "socket", Probe)
+    assert way_to("node8") == (found or socket.gethostname())

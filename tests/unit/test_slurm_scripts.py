@@ -110,10 +110,9 @@ def test_a_line_of_a_sweep(slurm, tmp_path):
              "grid": {"federation.rounds": [4, 5]}}
         )
     )  # fmt: skip
-    slurm.add(
-        "srun",
-        f'[[ $1 != --mpi=list ]] || {{ echo pmix; exit; }}; printf "%s\\0" "$@" >{tmp_path}/got',
-    )
+    got = tmp_path / "got"
+    write = f'printf "%s\\0" "$@" >{got}'
+    slurm.add("srun", f"[[ $1 != --mpi=list ]] || {{ echo pmix; exit; }}; {write}")
     code, printed = slurm.run(
         "slurm/sweep.sh", str(file), "federation.rounds=3", SLURM_ARRAY_TASK_ID="1"
     )

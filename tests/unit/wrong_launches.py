@@ -1,7 +1,7 @@
 """Launches that cannot be: what is wrong, the command line, and the sentence that it ends with.
 
-`tests/unit/test_wrong_launches.py` runs them, each in an empty folder that holds FILES, on a machine
-without a GPU and without Slurm; `sbatch` there is tests/unit/fake_slurm.py. {clone} is this checkout.
+`tests/unit/test_wrong_launches.py` runs them, each in a folder that holds FILES and nothing else,
+without Slurm; `sbatch` there is tests/unit/fake_slurm.py. {clone} is this checkout.
 """
 
 # Name -> content of the files that lie where the command is given.
