@@ -42,14 +42,9 @@ def write(target: Path) -> list[Path]:
 
 def _placed(text: str, place: Path) -> str:
     """The text of a file that lies in `place`."""
-    defaults = {"PYTHON": sys.executable, "SCRIPTS": str(place / "slurm")}
-    for variable, value in defaults.items():
-        text = re.sub(
-            rf"^{variable}=\$\{{{variable}:-[^}}]*\}}",
-            lambda _, own=value, name=variable: f"{name}=${{{name}:-{shlex.quote(own)}}}",
-            text,
-            flags=re.MULTILINE,
-        )
+    for name, value in {"PYTHON": sys.executable, "SCRIPTS": str(place / "slurm")}.items():
+        line = f"{name}=${{{name}:-{shlex.quote(value)}}}"
+        text = re.sub(rf"^{name}=\$\{{{name}:-.*?\}}", line.replace("\\", r"\\"), text, flags=re.M)
     return re.sub(
         r"\bdeepspeed: (ds_configs/[\w.-]+)",
         lambda found: f"deepspeed: {json.dumps(str(place / found[1]))}",

@@ -10,6 +10,7 @@ submitit starts them: on Slurm as a job array, each job of so many nodes and tas
 has got to is read from its run directory, so any process may ask, at any time.
 """
 
+import argparse
 import fcntl
 import itertools
 import json
@@ -21,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpcfed.app.run import run_command
+from hpcfed.app.sweep_file import CLUSTER, asks_for_gpus, checked
 from hpcfed.cluster import launcher
 from hpcfed.errors import UserError
 from hpcfed.rounds.preflight import check_options
@@ -28,24 +31,10 @@ from hpcfed.settings.resolve import Resolved, as_text, leaves, read_file, resolv
 from hpcfed.storage.files import write_json
 from hpcfed.storage.paths import MANIFEST, SUMMARY
 
-EXECUTORS = ("slurm", "local", "debug")
 POLL_SECONDS = 2.0
 LOG_LINES = 8
 
 LOGS, JOBS = "logs", "jobs.json"
-
-# What a description may hold, and its defaults.
-_KEYS: dict[str, Any] = {
-    "source": "",
-    "folder": "",
-    "executor": "slurm",
-    "overrides": {},
-    "grid": {},
-    "list": [],
-    "cluster": {},
-}
-# `cluster`, with defaults; what begins with slurm_ is submitit's own and goes to it as it is.
-_CLUSTER = {"nodes": 1, "tasks_per_node": 1, "cpus_per_task": 1, "timeout_min": 60}
 
 
 @dataclass(frozen=True)
@@ -53,21 +42,24 @@ class Job:
     """What submitit runs: on Slurm in each task of the job, which is one MPI rank; elsewhere once,
     to start the ranks."""
 
-    words: tuple[str, ...]
+    words: tuple[str, ...]  # the source and overrides
     ranks: int  # 0: this process is a rank already
     turn: str = ""  # a file whose lock says whose turn it is, where jobs share a machine
 
     def __call__(self) -> None:
         if self.ranks == 0:
-            from hpcfed.app.cli import main
-
-            code = main(self.words, listen=False)
+            options = argparse.Namespace(
+                source=self.words[0], overrides=list(self.words[1:]), ranks=None, resume=True,
+                live=False,
+            )  # fmt: skip
+            code = run_command(options, listen=False)
         else:
             with open(self.turn, "w") as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX)
-                code = launcher.start(self.ranks, list(self.words))
+                words = ["run", *self.words, "--resume", "--no-live"]
+                code = launcher.start(self.ranks, words)
         if code:
-            raise RuntimeError(f"hpcfed {' '.join(self.words)} ended with code {code}")
+            raise RuntimeError(f"hpcfed run {' '.join(self.words)} ended with code {code}")
 
     def checkpoint(self) -> Any:
         """Called in task 0's signal handler, where nothing can be agreed on with other ranks: the
@@ -97,14 +89,14 @@ class Sweep:
 
     def __init__(self, description: Mapping[str, Any], name: str = "the sweep") -> None:
         """Raises UserError for whatever a run would be refused for before it reads data."""
-        spec = _checked(description, name)
+        spec = checked(description, name)
         self.source: str = spec["source"]
         self.folder = Path(spec["folder"])
         self.executor: str = spec["executor"]
-        self._cluster: dict[str, Any] = {**_CLUSTER, **spec["cluster"]}
+        self._cluster: dict[str, Any] = {**CLUSTER, **spec["cluster"]}
         self.nodes: int = self._cluster["nodes"]
         self.tasks_per_node: int = self._cluster["tasks_per_node"]
-        fixed = {"cluster.device": "cuda"} if _asks_for_gpus(spec) else {}
+        fixed = {"cluster.device": "cuda"} if asks_for_gpus(spec) else {}
         fixed |= dict(leaves(spec["overrides"]))
         self.varied = dict(_varied(spec))
         self.runs = {
@@ -227,7 +219,7 @@ class Sweep:
         return self.nodes * self.tasks_per_node
 
     def _job(self, name: str) -> Job:
-        words = ("run", self.source, *self.runs[name], "--resume", "--no-live")
+        words = (self.source, *self.runs[name])
         if self.executor == "slurm":
             return Job(words, 0)
         return Job(words, self._tasks(), str((self.folder / "turn").absolute()))
@@ -267,63 +259,6 @@ def mpi_type() -> str:
     return name
 
 
-def _asks_for_gpus(spec: Mapping[str, Any]) -> bool:
-    """Whether Slurm is to give its jobs GPUs, so that a run that sees none must not train."""
-    return spec["executor"] == "slurm" and any(
-        key.startswith(("gpus_per_node", "slurm_gpus"))
-        or (key == "slurm_gres" and "gpu" in str(value))
-        for key, value in spec["cluster"].items()
-    )
-
-
-def _checked(description: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The description with defaults. Raises UserError for what it may not hold."""
-    unknown = sorted(set(description) - set(_KEYS))
-    if unknown:
-        raise UserError(f"{name}: unknown key {unknown[0]!r}; legal here: {', '.join(_KEYS)}.")
-    spec = {**_KEYS, **description}
-    for key, default in _KEYS.items():
-        if not isinstance(spec[key], type(default)):
-            wanted = {"str": "a text", "dict": "keys and values", "list": "a list"}
-            raise UserError(
-                f"{name}: {key} must be {wanted[type(default).__name__]}, not {spec[key]!r}."
-            )
-    for key in ("source", "folder"):
-        if not spec[key]:
-            raise UserError(f"{name}: {key} is missing; see docs/sweeps.md.")
-    if spec["executor"] not in EXECUTORS:
-        raise UserError(
-            f"{name}: executor is {spec['executor']!r}; choose one of: {', '.join(EXECUTORS)}."
-        )
-    for key, values in spec["grid"].items():
-        if not isinstance(values, list) or not values:
-            raise UserError(f"{name}: grid.{key} must be a list of values, not {values!r}.")
-    if not all(isinstance(item, dict) for item in spec["list"]):
-        raise UserError(f"{name}: each item of list must be keys and values.")
-    for part in (spec["overrides"], spec["grid"], *spec["list"]):
-        wrong = next((key for key in part if not isinstance(key, str)), None)
-        if wrong is not None:
-            raise UserError(f"{name}: {wrong!r} is no option; write section.key.")
-        if "output" in part:
-            raise UserError(
-                f"{name}: output is not a sweep's to set, since each run needs its own: it is "
-                "folder/<name of the run>; leave it out, and set folder."
-            )
-    for key in spec["cluster"]:
-        if key not in _CLUSTER and not key.startswith(("slurm_", "gpus_per_node", "mem_gb")):
-            raise UserError(
-                f"{name}: unknown key cluster.{key}; legal here: {', '.join(_CLUSTER)}, "
-                "gpus_per_node, mem_gb, and submitit's own, which begin with slurm_."
-            )
-    for key in _CLUSTER:
-        value = spec["cluster"].get(key, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(
-                f"{name}: cluster.{key} is {value!r}; it must be a whole number, at least 1."
-            )
-    return spec
-
-
 def _varied(spec: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name -> what is varied: each item of the list with each point of the grid."""
     seen: dict[str, int] = {}
@@ -343,10 +278,10 @@ def _words(values: Mapping[str, Any]) -> list[str]:
 
 def _joined(words: Sequence[str], later: Sequence[str]) -> list[str]:
     """Overrides of which the later win, each key once. Raises UserError for another output."""
-    values = dict(word.split("=", 1) if "=" in word else (word, None) for word in [*words, *later])
+    values = {word.partition("=")[0]: word for word in [*words, *later]}
     if any(word.startswith("output=") for word in later):
         raise UserError("output cannot be set for a run of a sweep: it is where its table looks.")
-    return [key if value is None else f"{key}={value}" for key, value in values.items()]
+    return list(values.values())
 
 
 def _job_state(logs: Path, job: Mapping[str, str], tasks: int) -> str:

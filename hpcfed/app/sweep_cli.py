@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hpcfed.app.sweep import EXECUTORS, Status, Sweep
+from hpcfed.app.sweep import Status, Sweep
+from hpcfed.app.sweep_file import EXECUTORS
 from hpcfed.errors import UserError
 from hpcfed.settings.resolve import read_file
 

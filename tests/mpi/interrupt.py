@@ -15,7 +15,7 @@ from typing import Any
 import hpcfed.cluster.stop
 import hpcfed.rounds.federation
 import hpcfed.storage.run
-from hpcfed.app import cli
+from hpcfed.app import cli, run
 from hpcfed.cluster.collectives import MaskedSum
 from hpcfed.engine.engine import Engine
 from hpcfed.storage.run import RunDirectory
@@ -56,5 +56,5 @@ Still = partial(hpcfed.cluster.stop.Stop, clock=lambda: 0.0)
 
 if __name__ == "__main__":
     setattr(*arm(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]))
-    cli.Stop = Still  # type: ignore[attr-defined, assignment]
+    run.Stop = Still  # type: ignore[attr-defined]
     sys.exit(cli.main(sys.argv[5:]))

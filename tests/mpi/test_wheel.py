@@ -50,24 +50,22 @@ def installed(tmp_path_factory):
 
 def test_runs_and_sweeps(installed, data, tmp_path):
     """`hpcfed run demo`, made small, and a sweep: with the JSON of the package, and scripts."""
-    small = [
-        *(own for own in COMMON if not own.startswith("model.")),
-        f"model.name={data}/bert-classifier", f"data.root={data}", "method=lora-fedavg",
-        "federation.rounds=1", "evaluation.every=1",
-    ]  # fmt: skip
+    values = dict(own.split("=", 1) for own in COMMON if own != "model.dropout=0")
+    values |= {"model.name": f"{data}/bert-classifier", "data.root": str(data)}
+    values |= {"method": "lora-fedavg", "federation.rounds": "1", "evaluation.every": "1"}
+    small = [f"{key}={value}" for key, value in values.items()]
     printed = installed("run", "demo", *small, "--ranks", "2", cwd=tmp_path)
     assert "2 ranks = 1 slot x 2 ZeRO ranks" in printed
     run = json.loads((tmp_path / "runs" / "demo" / "run.json").read_text())
     assert run["deepspeed"]["zero_optimization"]["stage"] == 2, "ds_configs/zero2.json"
-    overrides = dict(own.split("=", 1) for own in small)
+    overrides = {key: yaml.safe_load(value) for key, value in values.items()}
     (tmp_path / "sweep.yaml").write_text(
         yaml.safe_dump(
             {
                 "source": "demo",
                 "folder": "runs/small",
                 "executor": "local",
-                "overrides": {key: yaml.safe_load(value) for key, value in overrides.items()}
-                | {"cluster.ranks_per_client": 1},
+                "overrides": overrides | {"cluster.ranks_per_client": 1},
                 "grid": {"seed": [7]},
             }
         )

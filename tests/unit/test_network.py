@@ -24,12 +24,14 @@ def listening(port: int) -> set[str]:
 
 
 def test_a_store_listens_at_one_address():
-    descriptor, port = listen_at("127.0.0.1", 0)
-    store = dist.TCPStore(
-        "127.0.0.1", port, 1, True, timedelta(seconds=5), master_listen_fd=descriptor
-    )
+    make_store = dist.TCPStore  # type: ignore[attr-defined]
+    listener = listen_at("127.0.0.1", 0)
+    assert listener is not None
+    descriptor, port = listener
+    place, wait = ("127.0.0.1", port, 1), timedelta(seconds=5)
+    store = make_store(*place, True, wait, master_listen_fd=descriptor)
     store.set("key", "value")
-    other = dist.TCPStore("127.0.0.1", port, 1, False, timedelta(seconds=5))
+    other = make_store(*place, False, wait)
     assert other.get("key") == b"value"
     assert listening(port) == {"0100007F"}
 

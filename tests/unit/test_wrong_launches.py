@@ -1,5 +1,6 @@
 """Launches that cannot be get one sentence, exit code 2, and leave nothing."""
 
+import os
 import re
 from pathlib import Path
 
@@ -52,3 +53,16 @@ def test_it_is_refused(place, tmp_path, monkeypatch, capsys, words, sentence):
     assert re.search(sentence, said), said
     assert "Traceback" not in said
     assert content(place) == before and not (place / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "doctor"])
+def test_many_ranks_if_that_is_meant(monkeypatch, command):
+    started = []
+    monkeypatch.setattr(launcher, "start", lambda ranks, words: started.append((ranks, words)) or 0)
+    most = launcher.RANKS_PER_CORE * len(os.sched_getaffinity(0))
+    most -= most % 2  # whole clients of the demo
+    source = ["demo", "output=nowhere/x"] if command == "run" else []
+    for words in (["--ranks", str(most)], ["--ranks", str(10 * most), "--oversubscribe"]):
+        assert cli.main([command, *source, *words]) == 0
+    assert [ranks for ranks, _ in started] == [most, 10 * most]
+    assert not any("--oversubscribe" in words for _, words in started)
