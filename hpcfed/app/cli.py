@@ -34,16 +34,18 @@ _EPILOG = """examples:
   hpcfed doctor --ranks 2                           whether this machine can
 """
 
-_PROVENANCE = """
+_PROVENANCE = """List the presets: methods, and a setting to try them in.
+
 fibecfed: of the paper only the abstract and second-hand accounts of its equations could be had. The
 paper's: difficulty by Fisher information, easy batches first with a growing share, shared layers by
-their sensitivity to noise, `lossless`, sparse updates by Fisher information with momentum. Ours: the
+their sensitivity to noise, `lossless`, sparse updates by Fisher information with momentum. Ours:
 two warm-up rounds, where difficulties come from, the pace's shape, the noise's size and norm, the
-shares of 0.5, momentum 0.9. fedpeptao: the published code was read; fedpeptao-published is as the code
-has it, fedpeptao has our layer score and server.
-Learning rates tuned on trec and mr with MiniLM (benchmarks/README.md): fibecfed 4e-3, p-tuning-v2 and
-fedpeptao 0.04; lora-fedavg was best at 2e-3, and has the default 4e-3 unless told. All others are
-starting points, not tuned."""
+shares of 0.5, momentum 0.9. fedpeptao: the published code was read; fedpeptao-published is as the
+code has it, fedpeptao has another layer score and server, chosen on validation data.
+
+"rate tuned": by a table of benchmarks/README.md, on trec and mr with MiniLM (fibecfed 4e-3,
+p-tuning-v2 and fedpeptao 0.04, lora-fedavg 2e-3). All other rates are starting points, not tuned.
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,7 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "presets",
         help="list the presets",
-        description="List the presets: methods, and a setting to try them in.",
+        description=_PROVENANCE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     option = commands.add_parser(
         "options",
@@ -189,7 +192,6 @@ def main(
         if options.command == "presets":
             width = max(map(len, presets()))
             print("\n".join(f"{name:<{width}}  {text}" for name, text in presets().items()))
-            print(_PROVENANCE)
             return 0
         if options.command == "options":
             print("\n".join(listing(options.words)))
