@@ -20,9 +20,6 @@ _FORWARDED = (
 )  # fmt: skip
 
 
-# Ranks of one host pass messages through memory: they need no port on every interface of it.
-_ONE_HOST = {"OMPI_MCA_btl": "^tcp", "PRTE_MCA_oob_tcp_disable_ipv6_family": "1"}
-
 # More ranks than this a core only wait for each other.
 RANKS_PER_CORE = 8
 
@@ -71,8 +68,9 @@ def command(
         for name in names:
             flags += ["-x", name]
     extra = {"OMPI_MCA_mpi_yield_when_idle": "1"}
-    if not hosts:
-        extra |= {name: own for name, own in _ONE_HOST.items() if name not in os.environ}
+    if not hosts and "OMPI_MCA_btl" not in os.environ:
+        # Ranks of one host pass messages through memory; else each listens on every interface.
+        extra["OMPI_MCA_btl"] = "^tcp"
     if os.geteuid() == 0:
         for stem in ("OMPI", "PRTE"):
             extra |= {f"{stem}_ALLOW_RUN_AS_ROOT": "1", f"{stem}_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

@@ -56,5 +56,5 @@ Still = partial(hpcfed.cluster.stop.Stop, clock=lambda: 0.0)
 
 if __name__ == "__main__":
     setattr(*arm(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]))
-    run.Stop = Still  # type: ignore[attr-defined]
+    run.Stop = Still  # type: ignore[attr-defined, assignment]
     sys.exit(cli.main(sys.argv[5:]))

@@ -58,7 +58,12 @@ def test_it_is_refused(place, tmp_path, monkeypatch, capsys, words, sentence):
 @pytest.mark.parametrize("command", ["run", "doctor"])
 def test_many_ranks_if_that_is_meant(monkeypatch, command):
     started = []
-    monkeypatch.setattr(launcher, "start", lambda ranks, words: started.append((ranks, words)) or 0)
+
+    def start(ranks, words):
+        started.append((ranks, words))
+        return 0
+
+    monkeypatch.setattr(launcher, "start", start)
     most = launcher.RANKS_PER_CORE * len(os.sched_getaffinity(0))
     most -= most % 2  # whole clients of the demo
     source = ["demo", "output=nowhere/x"] if command == "run" else []
