@@ -84,6 +84,14 @@ def test_a_comment_is_kept(slurm):
     assert len(slurm.calls("scontrol")) and slurm.comment.startswith("grant 12, of Ann; failures=9")
 
 
+def test_lost_nodes_of_the_life_before_are_named(slurm):
+    slurm.run(SCRIPT, STEP_CODE="1", SLURM_JOB_NODELIST="n7")
+    slurm.add("sinfo", "echo down*")
+    assert "lost: n7 is down" in slurm.run(SCRIPT)[1]
+    slurm.comment = "without a trace of ours, nodes=n9"
+    assert "lost" not in slurm.run(SCRIPT)[1]
+
+
 def test_a_job_without_a_comment(slurm, tmp_path):
     assert slurm.run(SCRIPT)[0] == 0
     assert slurm.comment == "hpcfed failures=0 nodes=n[1-2]"
