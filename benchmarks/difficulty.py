@@ -78,7 +78,7 @@ def score(federation: Federation) -> tuple[Floats, Floats]:
     for k, rows in enumerate(federation.setup.rows):
         batches = form_batches(rows.train, tokens.lengths, 8, generator(0, "batches", k))
         fisher += fisher_traces(engine, batches, tokens)
-        losses += engine.predict(batches, tokens)[-1]
+        losses += engine.predict(batches, tokens)[0][-1]
     return fisher, losses
 
 

@@ -29,9 +29,11 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run what is not complete; print, save and draw the rounds."""
     options = parse(words)
     results = {}
+    given = dict(word.split("=", 1) for word in [*SETTING, *options.overrides])
+    setting = [f"{key}={value}" for key, value in given.items()]  # no key twice
     for method in options.methods.split(","):
         output = options.folder / Path(method).stem
-        own = [*SETTING, *options.overrides, f"method={method}", f"output={output}"]
+        own = [*setting, f"method={method}", f"output={output}"]
         results[method] = hpcfed.run(SOURCE, own, ranks=options.ranks or None, resume=True)
     rows = [row for method, result in results.items() for row in rounds(method, result)]
     show(rows)

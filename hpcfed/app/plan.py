@@ -66,7 +66,7 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
     ranks, per_client = nodes * gpus, config.cluster.ranks_per_client
     if not 0 < gigabytes < float("inf"):
         raise UserError(f"--memory is {gigabytes:g}; it must be above 0, in GB.")
-    preflight.check_options(config, ranks)
+    preflight.check_options(resolved, ranks)
     check_hosts({"a node": gpus}, per_client)
     settings = deepspeed_config.load(config)
     task = sources.load(config)
@@ -84,7 +84,7 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
         )
     slots = ranks // per_client
     yield (
-        f"{config.method} on {config.task.name}: {config.federation.clients} clients, "
+        f"{config.method} on {config.task.name}: {len(rows)} clients, "
         f"{config.federation.per_round} a round, {config.federation.rounds} rounds"
     )
     yield (
@@ -244,9 +244,7 @@ def _lane_lines(
 ) -> Iterator[str]:
     """Which slot runs which clients, by tokens of their rows."""
     for round_number in range(min(ROUNDS_SHOWN, config.federation.rounds)):
-        sampled = sampling.sample(
-            config.seed, round_number, config.federation.clients, config.federation.per_round
-        )
+        sampled = sampling.sample(config.seed, round_number, len(rows), config.federation.per_round)
         costs = {k: int(tokens.lengths[rows[k].train].sum()) for k in sampled}
         lanes = sampling.spread(costs, slots)
         loads = [sum(costs[k] for k in lane) for lane in lanes]

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from hpcfed.cluster import launcher, rejoin
 from hpcfed.cluster.stop import INTERRUPTED, Stop
 from hpcfed.cluster.topology import connect_world, deepspeed_process, launched_rank, restarted
-from hpcfed.errors import UserError
+from hpcfed.errors import RunError, UserError, reason
 from hpcfed.rounds import preflight
+from hpcfed.settings.reading import given_once
 from hpcfed.settings.resolve import Resolved, resolve
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def run_command(
     """
     started = time.monotonic() if started is None else started
     try:
+        given_once(options.overrides)
         resolved = resolve(options.source, options.overrides)
         on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
         live = on_terminal if options.live is None else options.live
@@ -57,7 +59,7 @@ def refuse(error: UserError, rank: int, faults: list[UserError] | None) -> int:
     if faults is not None:
         faults.append(error)
     elif rank == 0:
-        print(f"hpcfed: {error}", file=sys.stderr, flush=True)
+        print("hpcfed:", " ".join(str(error).split("\n")), file=sys.stderr, flush=True)
     return 2
 
 
@@ -75,7 +77,12 @@ def _start(resolved: Resolved, options: argparse.Namespace, live: bool) -> int:
     resume = options.resume or restarted()
     if not (resume and preflight.is_complete(resolved.config)):
         preflight.check(resolved, options.ranks, resume)
-    return launcher.start(options.ranks, _words(options, live))
+    grace = resolved.config.cluster.grace_seconds
+    code = launcher.start(options.ranks, _words(options, live), grace)
+    last_words = launcher.farewell(code)
+    if last_words:
+        print(f"hpcfed: {last_words}.", file=sys.stderr, flush=True)
+    return code
 
 
 def _words(options: argparse.Namespace, live: bool) -> list[str]:
@@ -130,17 +137,39 @@ def _take_part(
         refuse(error, world.rank, faults)
         world.comm.Barrier()
         return 2
-    except BaseException:
+    except RunError as error:  # raised on all ranks alike
+        _close(setup)
+        if world.rank == 0:
+            print(f"hpcfed: {error}", file=sys.stderr, flush=True)
+        world.comm.Barrier()
+        return 1
+    except BaseException as error:
         # A rank that dies alone would leave the others waiting in a collective for ever.
         if world.size > 1:
-            logging.getLogger("hpcfed").exception("rank %d failed; the job ends", world.rank)
-            sys.stderr.flush()
+            if not isinstance(error, KeyboardInterrupt):
+                logging.getLogger("hpcfed").exception("rank %d failed:", world.rank)
+            print(
+                f"hpcfed: rank {world.rank} failed {world.watch.what} ({reason(error)}), and the "
+                "job ends; what is committed is kept: go on with --resume.",
+                file=sys.stderr,
+                flush=True,
+            )
             world.comm.Abort(1)
-        if setup is not None:  # the process may live on, and resume the run
-            setup.directory.close()
-            setup.engine.close()
+        _close(setup)  # the process may live on, and resume the run
+        if isinstance(error, KeyboardInterrupt) and listen:
+            print("hpcfed: interrupted; go on with --resume.", file=sys.stderr, flush=True)
+            return INTERRUPTED
         raise
+    finally:
+        world.watch.stop()
     return 0
+
+
+def _close(setup: "Setup | None") -> None:
+    """Give back what a run that ended early holds."""
+    if setup is not None:
+        setup.directory.close()
+        setup.engine.close()
 
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ from hpcfed.app.sweep_file import CLUSTER, asks_for_gpus, checked
 from hpcfed.cluster import launcher
 from hpcfed.errors import UserError
 from hpcfed.rounds.preflight import check_options
-from hpcfed.settings.resolve import Resolved, as_text, leaves, read_file, resolve
+from hpcfed.settings.reading import given_once, read_file
+from hpcfed.settings.resolve import Resolved, as_text, leaves, resolve
 from hpcfed.storage.files import write_json
 from hpcfed.storage.paths import MANIFEST, SUMMARY
 
@@ -105,7 +106,7 @@ class Sweep:
         }
         for run in self.runs:
             try:
-                check_options(self.resolved(run).config, self._tasks())
+                check_options(self.resolved(run), self._tasks())
             except UserError as error:
                 raise UserError(f"{name}, run {run}: {error}") from None
 
@@ -117,7 +118,9 @@ class Sweep:
 
     def resolved(self, run: str, overrides: Sequence[str] = ()) -> Resolved:
         """The configuration of a run. Raises UserError as `hpcfed.settings.resolve.resolve`."""
-        return resolve(self.source, _joined(self.runs[run], overrides))
+        words = _joined(self.runs[run], overrides)
+        given_once(words)
+        return resolve(self.source, words)
 
     def line(self, number: int, overrides: Sequence[str] = ()) -> list[str]:
         """The words after `hpcfed run` of run `number`, from 0, for a job array of one's own.

@@ -8,7 +8,7 @@ from typing import Any
 from hpcfed.app.sweep import Status, Sweep
 from hpcfed.app.sweep_file import EXECUTORS
 from hpcfed.errors import UserError
-from hpcfed.settings.resolve import read_file
+from hpcfed.settings.reading import read_file
 
 _EPILOG = """examples:
   hpcfed sweep submit my-sweep.yaml                          as a job array of Slurm

@@ -1,6 +1,7 @@
 """mpiexec, as `hpcfed run --ranks N` starts it on this machine, and others on several hosts."""
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
-from hpcfed.cluster.stop import SIGNALS
+from hpcfed.cluster.stop import INTERRUPTED, heard, say_stopping
 from hpcfed.errors import UserError
 
 # Variables that ranks on other hosts get too: what they start with.
@@ -77,23 +78,62 @@ def command(
     return [mpiexec, *flags, "-n", str(ranks), *program], extra
 
 
-def start(ranks: int, arguments: list[str]) -> int:
-    """Run `hpcfed ARGUMENTS` on `ranks` MPI ranks; returns their exit code."""
+def start(ranks: int, arguments: list[str], grace: float = 0.0) -> int:
+    """Run `hpcfed ARGUMENTS` on `ranks` MPI ranks; returns their exit code.
+
+    grace: seconds that a round has to end after Ctrl-C, to be told.
+    """
     program = [sys.executable, "-m", "hpcfed", *arguments]
     argv, extra = command(find_mpiexec(), ranks, program)
-    with subprocess.Popen(argv, env={**os.environ, **extra}) as process, forwarding(process):
+    # In a group of its own, since mpiexec kills the ranks when a terminal's Ctrl-C reaches it.
+    process = subprocess.Popen(
+        argv,
+        env={**os.environ, **extra},
+        stdin=subprocess.DEVNULL,
+        process_group=0,
+        preexec_fn=_end_with_parent,
+    )
+    with process, forwarding(process, grace):
         return process.wait()
 
 
+def _end_with_parent() -> None:
+    """Have the kernel send TERM to this process, which is about to be mpiexec, when its parent
+    dies: SIGKILL leaves nobody to forward it. Without effect where there is no prctl."""
+    with contextlib.suppress(OSError, AttributeError):
+        set_death_signal = 1
+        ctypes.CDLL(None).prctl(set_death_signal, int(signal.SIGTERM))
+
+
+def farewell(code: int) -> str | None:
+    """What to say about ranks that ended with this code and cannot have said it all."""
+    if code in (0, 2, INTERRUPTED):
+        return None
+    return (
+        f"the ranks ended with code {code} before the run was complete; its last committed round "
+        "is kept: go on with --resume"
+    )
+
+
 @contextlib.contextmanager
-def forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Pass signals that ask to stop on to mpiexec, which passes them on to the ranks."""
+def forwarding(process: subprocess.Popen[bytes], grace: float = 0.0) -> Iterator[None]:
+    """Pass signals that ask to stop on to mpiexec, which passes them on to the ranks; a second
+    Ctrl-C ends them."""
+    interrupted = False
 
     def forward(number: int, frame: FrameType | None) -> None:
-        # On TERM mpiexec would kill the ranks, and they could not end their round.
-        process.send_signal(signal.SIGUSR1 if number == signal.SIGTERM else number)
+        nonlocal interrupted
+        if number == signal.SIGINT and interrupted:
+            process.send_signal(signal.SIGTERM)
+            return
+        if number == signal.SIGINT:
+            interrupted = True
+            say_stopping(grace)
+        # On TERM, HUP or INT mpiexec would kill the ranks, and they could not end their round.
+        itself = number in (signal.SIGUSR1, signal.SIGUSR2)
+        process.send_signal(number if itself else signal.SIGUSR1)
 
-    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    before = {number: signal.signal(number, forward) for number in heard()}
     try:
         yield
     finally:

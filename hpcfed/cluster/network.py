@@ -4,6 +4,33 @@ import contextlib
 import errno
 import ipaddress
 import socket
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+
+def open_store(comm: Any, hosts: Sequence[str], timeout: timedelta) -> tuple[Any, tuple[str, int]]:
+    """A key-value store that the first rank of `comm` serves on a port that the system chose: the
+    store (None on the others), and where it can be reached. hosts: of `comm`, each once, the first
+    rank's first."""
+    store, place = None, ("", 0)
+    if comm.Get_rank() == 0:
+        host = "127.0.0.1" if len(hosts) == 1 else way_to(hosts[1])
+        store = make_store(host, 0, comm.Get_size(), True, timeout)
+        place = (host, store.port)
+    return store, comm.bcast(place, root=0)
+
+
+def make_store(host: str, port: int, size: int, serves: bool, timeout: timedelta) -> Any:
+    """torch's TCPStore; the one that serves listens at its host's address alone, if it can."""
+    import torch.distributed as dist
+
+    listener = listen_at(host, port) if serves else None
+    descriptor, port = listener or (None, port)
+    make: Any = dist.TCPStore  # type: ignore[attr-defined]
+    return make(
+        host, port, size, serves, timeout, wait_for_workers=False, master_listen_fd=descriptor
+    )
 
 
 def way_to(host: str) -> str:

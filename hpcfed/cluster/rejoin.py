@@ -19,8 +19,8 @@ from types import FrameType
 from typing import Any
 
 from hpcfed.cluster import launcher
-from hpcfed.cluster.network import listen_at
-from hpcfed.cluster.stop import SIGNALS
+from hpcfed.cluster.network import make_store
+from hpcfed.cluster.stop import heard
 from hpcfed.cluster.topology import Launched, check_hosts, forget_launcher
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Cluster
@@ -46,21 +46,11 @@ def take_part(process: Launched, cluster: Cluster, arguments: list[str]) -> int:
 
 
 def _meet(process: Launched, seconds: float) -> Any:
-    import torch.distributed as dist
-
-    make_store: Any = dist.TCPStore  # type: ignore[attr-defined]
     where = f"{process.address}:{process.port}"
     first = process.rank == 0
     try:
-        listener = listen_at(process.address, process.port) if first else None
         return make_store(
-            process.address,
-            process.port,
-            process.size,
-            first,
-            timedelta(seconds=seconds),
-            wait_for_workers=False,
-            master_listen_fd=listener[0] if listener else None,
+            process.address, process.port, process.size, first, timedelta(seconds=seconds)
         )
     except (RuntimeError, ValueError, OSError) as error:  # torch's own derive from RuntimeError
         reason = str(error).splitlines()[0]
@@ -151,7 +141,7 @@ def _follow(store: Any, process: Launched) -> int:
     def note(number: int, frame: FrameType | None) -> None:
         asked.append(number)
 
-    for number in SIGNALS:
+    for number in heard():
         signal.signal(number, note)
     told = False
     try:

@@ -25,7 +25,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpcfed.cluster.network import listen_at, way_to
+from hpcfed.cluster.network import make_store, open_store
+from hpcfed.cluster.watch import Watch, Watched, patience
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Cluster
 
@@ -48,10 +49,11 @@ AFTER_INIT = 1.0  # seconds
 class World:
     """All MPI ranks of the job, before they are split into slots."""
 
-    comm: Any  # mpi4py.MPI.Comm
+    comm: Any  # mpi4py.MPI.Comm, watched
     mpi: Any  # the mpi4py.MPI module
     rank: int
     size: int
+    watch: Watch
 
     @contextlib.contextmanager
     def agreement(self, what: str) -> Iterator[None]:
@@ -61,6 +63,7 @@ class World:
         RuntimeError naming the rank elsewhere. The block must hold no collective of its own.
         """
         failure: BaseException | None = None
+        self.watch.doing(what)
         try:
             yield
         except Exception as error:
@@ -104,9 +107,15 @@ class Topology:
         return self.rank_in_slot == 0
 
 
+# The world that this process has joined: there is one, for good.
+_worlds: list[World] = []
+
+
 def connect_world() -> World:
     """Start MPI and join the world. Raises UserError without an MPI library, or where a launcher
     started several processes that MPI does not see as one world."""
+    if _worlds:
+        return _worlds[0]
     if "native" in os.environ.get("PMIX_SECURITY_MODE", ""):
         # Slurm offers munge first; an MPI from PyPI has no munge and says so at length.
         os.environ.setdefault("PMIX_MCA_psec", "native")
@@ -135,7 +144,9 @@ def connect_world() -> World:
                     "with srun --mpi=pmix, or with hpcfed run --ranks N, using the MPI library "
                     f"that mpi4py loads ({MPI.Get_library_version().split(',')[0].strip()})."
                 )
-    return World(comm, MPI, comm.rank, comm.size)
+    watch = Watch(comm.rank, comm.size)
+    _worlds.append(World(Watched(comm, watch), MPI, comm.rank, comm.size, watch))
+    return _worlds[0]
 
 
 def launched_rank() -> int:
@@ -231,7 +242,9 @@ def connect_slots(world: World, cluster: Cluster) -> Topology:
             f"cluster.device is {cluster.device}, but these processes compute on "
             f"{_joined[0].device.type} since their first run; start new ones."
         )
-    check_hosts(Counter(world.comm.allgather(socket.gethostname())), per_client)
+    hosts = Counter(world.comm.allgather(socket.gethostname()))
+    check_hosts(hosts, per_client)
+    _watch(world, list(hosts), cluster.timeout_minutes)
     slot_index, rank_in_slot = divmod(world.rank, per_client)
     node = world.comm.Split_type(world.mpi.COMM_TYPE_SHARED)
     threads = _threads(node, cluster)
@@ -239,8 +252,8 @@ def connect_slots(world: World, cluster: Cluster) -> Topology:
     if _joined:
         node.Free()
         return replace(_joined[0], threads=threads)
-    slot = world.comm.Split(slot_index, rank_in_slot)
-    across = world.comm.Split(rank_in_slot, slot_index)
+    slot = Watched(world.comm.Split(slot_index, rank_in_slot), world.watch)
+    across = Watched(world.comm.Split(rank_in_slot, slot_index), world.watch)
     with world.agreement("choosing devices"):
         device, local_rank = _device(node, cluster)
     _start_distributed(slot, local_rank, device, cluster.timeout_minutes)
@@ -250,6 +263,23 @@ def connect_slots(world: World, cluster: Cluster) -> Topology:
         Topology(world, slots, slot_index, slot, across, rank_in_slot, per_client, device, threads)
     )
     return _joined[0]
+
+
+# Kept by rank 0: a store lives as long as the object that serves it.
+_stores: list[Any] = []
+
+
+def _watch(world: World, hosts: list[str], minutes: float) -> None:
+    """Have all ranks watch that something moves, over a store that rank 0 keeps."""
+    wait = patience(minutes)
+    if not _stores:
+        _stores.append(open_store(world.comm, hosts, wait))
+    store, (host, port) = _stores[0]
+
+    def connect() -> Any:
+        return make_store(host, port, world.size, False, wait) if store is None else store
+
+    world.watch.start(minutes, connect)
 
 
 def check_hosts(hosts: Mapping[str, int], per_client: int) -> None:
@@ -324,25 +354,13 @@ def _start_distributed(slot: Any, local_rank: int, device: torch.device, minutes
     """
     import torch.distributed as dist
 
-    hosts = slot.allgather(socket.gethostname())
-    one_node = len(set(hosts)) == 1
+    hosts = list(dict.fromkeys(slot.allgather(socket.gethostname())))
+    one_node = len(hosts) == 1
     if one_node and device.type == "cpu":
         # Laptops and containers often cannot resolve their own name; loopback always works.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     timeout = timedelta(minutes=minutes)
-    make_store: Any = dist.TCPStore  # type: ignore[attr-defined]
-    store, host, port = None, "", 0
-    if slot.rank == 0:
-        other = next((own for own in hosts if own != hosts[0]), "")
-        host = "127.0.0.1" if one_node else way_to(other)
-        listener = listen_at(host, 0)
-        port = listener[1] if listener else 0
-        store = make_store(
-            host, port, slot.size, True, timeout, wait_for_workers=False,
-            master_listen_fd=listener[0] if listener else None,
-        )  # fmt: skip
-        port = store.port
-    host, port = slot.bcast((host, port), root=0)
+    store, (host, port) = open_store(slot, hosts, timeout)
     if store is None:
         store = make_store(host, port, slot.size, False, timeout)
     os.environ.update(

@@ -28,3 +28,17 @@ def score(predicted: Ids, true: Ids, metric: Metric, positive: int) -> dict[str,
     spread = math.sqrt(float(tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     matthews = (tp * tn - fp * fn) / spread if spread else 0.0
     return {**result, "matthews": matthews, "score": matthews}
+
+
+def sampling_error(
+    correct: npt.NDArray[np.bool_], owners: npt.NDArray[np.int64], clients: int
+) -> float:
+    """Standard error of the accuracy over the rows of a sample of clients, for that over all
+    `clients`: of a ratio estimator under sampling without replacement (Cochran, Sampling
+    Techniques, 2.11 and 6.4). correct, owners: (rows,), whether it is right and whose it is."""
+    _, each = np.unique(owners, return_inverse=True)
+    rows, right = np.bincount(each), np.bincount(each, weights=correct)
+    drawn = len(rows)
+    rest = right - right.sum() / rows.sum() * rows
+    variance = (1 - drawn / clients) * drawn / (drawn - 1) * (rest**2).sum()
+    return float(np.sqrt(variance) / rows.sum())

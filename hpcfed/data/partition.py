@@ -29,11 +29,12 @@ class ClientRows:
 
 
 def partition(task: TaskData, config: Config) -> list[ClientRows]:
-    """The rows of each of `federation.clients` clients, each with at least one training row.
+    """The rows of each of `federation.clients` clients, each with at least one training row; if
+    it is null, of as many as the data name.
 
     Raises UserError where the data cannot be shared out as asked.
     """
-    clients = config.federation.clients
+    clients = _number(task, config)
     if clients > len(task.train):
         raise UserError(
             f"federation.clients is {clients} but task {task.name!r} has {len(task.train)} "
@@ -41,9 +42,9 @@ def partition(task: TaskData, config: Config) -> list[ClientRows]:
         )
     rng = generator(config.seed, "partition")
     if config.data.partition.kind == "natural":
-        train, test = _natural(task, clients, rng)
+        train, test = _natural(task, rng)
     else:
-        fractions, priors = _shape(task, config, rng)
+        fractions, priors = _shape(task, clients, config, rng)
         train = _draw(task.train, fractions, priors, rng, at_least=1)
         test = _draw(task.test, fractions, priors, rng, at_least=0)
     result = []
@@ -58,9 +59,41 @@ def partition(task: TaskData, config: Config) -> list[ClientRows]:
     return result
 
 
-def _shape(task: TaskData, config: Config, rng: np.random.Generator) -> tuple[Floats, Floats]:
+def _number(task: TaskData, config: Config) -> int:
+    """K, the number of clients, counted if it is null. Raises UserError where it does not fit the
+    data."""
+    spec, kind = config.federation, config.data.partition.kind
+    if kind != "natural":
+        if spec.clients is None:
+            raise UserError(
+                f"federation.clients is null, but with data.partition.kind={kind} there is nothing "
+                "to count; give a number."
+            )
+        return spec.clients
+    if task.train.owners is None:
+        raise UserError(
+            "data.partition.kind=natural needs data.partition.column, the column that names the "
+            "client, and data that have one."
+        )
+    named = len(set(task.train.owners))
+    if spec.clients not in (None, named):
+        raise UserError(
+            f"The column names {named} clients in the training rows; "
+            f"set federation.clients={named}, or null."
+        )
+    if spec.per_round > named:
+        raise UserError(
+            f"federation.per_round is {spec.per_round} but the training rows name {named} clients; "
+            "no more can be sampled than there are."
+        )
+    return named
+
+
+def _shape(
+    task: TaskData, clients: int, config: Config, rng: np.random.Generator
+) -> tuple[Floats, Floats]:
     """Fraction of the rows (K,) and class prior (K, classes) of each client."""
-    spec, clients = config.data.partition, config.federation.clients
+    spec = config.data.partition
     classes = len(task.labels)
     frequencies = np.bincount(task.train.labels, minlength=classes) / len(task.train)
     fractions = np.full(clients, 1 / clients)
@@ -122,36 +155,44 @@ def _sizes(total: int, fractions: Floats, at_least: int) -> Ids:
     return sizes + at_least
 
 
-def _natural(task: TaskData, clients: int, rng: np.random.Generator) -> tuple[list[Ids], list[Ids]]:
-    if task.train.owners is None or task.test.owners is None:
-        raise UserError(
-            "data.partition.kind natural needs data.partition.column, the column that names the "
-            "client, in both train and test rows."
-        )
-    names = sorted(set(task.train.owners))
-    if len(names) != clients:
-        raise UserError(
-            f"The column names {len(names)} clients in the training rows; "
-            f"set federation.clients={len(names)}."
-        )
-    stranger = next((name for name in task.test.owners if name not in set(names)), None)
-    if stranger is not None:
-        raise UserError(f"Test rows belong to {stranger!r}, a client without training rows.")
-    train, test = np.array(task.train.owners), np.array(task.test.owners)
-    return (
-        [np.flatnonzero(train == name) for name in names],
-        [np.flatnonzero(test == name) for name in names],
-    )
+def _natural(task: TaskData, rng: np.random.Generator) -> tuple[list[Ids], list[Ids]]:
+    """Rows of the clients that the rows name, in the order of their names. Test rows that name no
+    client are dealt out by the sizes and label priors of the training rows."""
+    owners = task.train.owners or []
+    place = {name: client for client, name in enumerate(_names(owners))}
+    train = _by_owner(owners, place)
+    if task.test.owners is not None:
+        return train, _by_owner(task.test.owners, place)
+    held = [np.bincount(task.train.labels[rows], minlength=len(task.labels)) for rows in train]
+    sizes = np.array([len(rows) for rows in train])
+    priors = np.array(held) / sizes[:, None]
+    return train, _draw(task.test, sizes / len(task.train), priors, rng, at_least=0)
+
+
+def _names(owners: list[str]) -> list[str]:
+    """The clients' names; a client's number is its name's place."""
+    return sorted(set(owners))
+
+
+def _by_owner(owners: list[str], place: dict[str, int]) -> list[Ids]:
+    """Row numbers of each client, in order."""
+    found: list[list[int]] = [[] for _ in place]
+    for row, owner in enumerate(owners):
+        found[place[owner]].append(row)
+    return [np.array(rows, dtype=np.int64) for rows in found]
 
 
 def summary(task: TaskData, rows: list[ClientRows]) -> dict[str, object]:
-    """Clients x classes: how many rows of each class every client holds in each split."""
+    """Clients x classes: how many rows of each class every client holds in each split; and the
+    names of natural clients."""
     width = len(task.labels)
 
     def table(split: Split, picks: list[Ids]) -> list[list[int]]:
         return [np.bincount(split.labels[ids], minlength=width).tolist() for ids in picks]
 
+    names = {} if task.train.owners is None else {"clients": _names(task.train.owners)}
     return {
+        **names,
         "labels": list(task.labels),
         "train": table(task.train, [r.train for r in rows]),
         "validation": table(task.train, [r.validation for r in rows]),

@@ -1,34 +1,25 @@
-"""Rows from where they are (hub, folder of JSONL or CSV, built-in corpus) into one `TaskData`.
+"""Rows from where they are (hub, folder, built-in corpus) into one `TaskData`.
 
-Every fault of the data is found here, before any training, with file and line.
+Every fault of the data is found here, before any training, with its place.
 """
 
-import csv
-import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hpcfed.data import corpus
+from hpcfed.data import corpus, folders, tables
+from hpcfed.data.rows import Row, listed
 from hpcfed.data.tasks import TASKS, HubSource, Metric
 from hpcfed.errors import UserError
 from hpcfed.rng import generator
 from hpcfed.settings.config import Columns, Config
 
-
-@dataclass(frozen=True)
-class Row:
-    """One labelled example; `where` is its place in the source, for messages."""
-
-    text: str
-    text_pair: str | None
-    label: str
-    owner: str | None
-    where: str
+_WHOLE = re.compile(r"[+-]?[0-9]{1,4000}")  # no longer text is read as a number
 
 
 @dataclass(frozen=True)
@@ -46,6 +37,8 @@ class Split:
 
 @dataclass(frozen=True)
 class TaskData:
+    """labels: in order, by value if all of them are whole numbers, else as texts."""
+
     name: str
     labels: tuple[str, ...]
     metric: Metric
@@ -56,151 +49,118 @@ class TaskData:
 
 def load(config: Config) -> TaskData:
     """The task's rows. Raises UserError for missing, empty or malformed data."""
-    name, root = config.task.name, config.data.root
-    owner = config.data.partition.column if config.data.partition.kind == "natural" else None
+    check_options(config)
+    name, data = config.task.name, config.data
+    owner = data.partition.column if data.partition.kind == "natural" else None
+    test: list[Row] | None
     if name == corpus.NAME:
         train, test = (_corpus_rows(split) for split in corpus.generate())
-    elif root is not None:
-        train, test = (
-            list(read_file(_find(Path(root) / name, split), config.data.columns, owner))
-            for split in ("train", "test")
-        )
+    elif data.root is not None:
+        train, test = folders.read(Path(data.root) / name, data, owner)
     elif name in TASKS:
-        train, test = from_hub(TASKS[name].hub, owner)
+        train, test = tables.from_hub(TASKS[name].hub, data.test is not None, owner)
+    elif "/" in name:
+        own = HubSource(name, data.subset, data.splits.train, data.splits.test, data.columns)
+        train, test = tables.from_hub(own, data.test is not None, owner)
     else:
         raise UserError(
             f"Unknown task {name!r}: name one of {', '.join([*TASKS, corpus.NAME])}, "
-            f"or set data.root to a folder that holds {name}/train.jsonl and {name}/test.jsonl."
+            f"or set data.root to a folder that holds {name}/train.jsonl and {name}/test.jsonl, "
+            "or name a hub id, owner/name."
         )
+    if not train:
+        raise UserError(f"The train split of task {name!r} is empty.")
+    if test is None:
+        train, test = _hold_out(train, config)
     return _assemble(name, train, test, config)
+
+
+def check_options(config: Config) -> None:
+    """Raises UserError for names of tasks, splits or columns that cannot be."""
+    name, data = config.task.name, config.data
+    parts = name.split("/")
+    if len(parts) > 2 or not all(map(_is_plain, parts)):
+        raise UserError(
+            f"task.name is {name!r}; it must be a plain name, of a folder in data.root, or a hub "
+            "id, owner/name."
+        )
+    for option, split in (("train", data.splits.train), ("test", data.splits.test)):
+        if "/" in split or not _is_plain(split):
+            raise UserError(f"data.splits.{option} is {split!r}; it must be a plain name.")
+    if data.splits.train == data.splits.test:
+        raise UserError(
+            f"data.splits.train and data.splits.test are both {data.splits.train!r}; rows to train "
+            "on are no test: name another split, or hold rows out with data.test."
+        )
+    columns = [(option, getattr(data.columns, option)) for option in ("text", "text_pair", "label")]
+    for i, (option, column) in enumerate(columns):
+        for other, same in columns[:i]:
+            if column == same:
+                raise UserError(
+                    f"data.columns.{other} and data.columns.{option} are both {column!r}; name a "
+                    "column for each."
+                )
+    if data.test is not None and name == corpus.NAME:
+        raise UserError(f"data.test holds out training rows, but task {name!r} has test rows.")
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and name.isprintable()
 
 
 def _corpus_rows(split: Iterable[tuple[str, str]]) -> list[Row]:
     return [Row(text, None, label, None, corpus.NAME) for text, label in split]
 
 
-def _find(folder: Path, split: str) -> Path:
-    for suffix in (".jsonl", ".csv"):
-        path = folder / f"{split}{suffix}"
-        if path.is_file():
-            return path
-    raise UserError(
-        f"No data: {folder / split}.jsonl (or .csv) does not exist; check data.root and task.name."
-    )
-
-
-def read_file(path: Path, columns: Columns, owner: str | None = None) -> Iterator[Row]:
-    """Rows of a .jsonl or .csv file. Raises UserError naming file and line of the first fault."""
-    with path.open(encoding="utf-8", newline="") as stream:
-        records = _jsonl(stream, path) if path.suffix == ".jsonl" else _csv(stream, path)
-        try:
-            for number, record in records:
-                yield _row(record, columns, owner, f"{path}, line {number}")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text ({error.reason}).") from None
-
-
-def _jsonl(stream: Iterable[str], path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}).") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: each line must be a JSON object.")
-        yield number, record
-
-
-def _csv(stream: Iterable[str], path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    reader = csv.DictReader(stream, strict=True)
-    try:
-        for record in reader:
-            if None in record or None in record.values():
-                raise UserError(
-                    f"{path}, line {reader.line_num}: "
-                    f"expected {len(reader.fieldnames or ())} columns as in the header."
-                )
-            yield reader.line_num, record
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: malformed CSV ({error}).") from None
-
-
-def _row(record: Mapping[str, Any], columns: Columns, owner: str | None, where: str) -> Row:
-    for column in (columns.text, columns.label, *([owner] if owner else [])):
-        if column not in record:
-            raise UserError(
-                f"{where}: no {column!r} (there are: {', '.join(map(str, record))}); "
-                "data.columns says which column is which."
-            )
-    text, pair, label = (record.get(c) for c in (columns.text, columns.text_pair, columns.label))
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: {columns.text!r} must be a non-empty text, not {text!r}.")
-    if pair is not None and not isinstance(pair, str):
-        raise UserError(f"{where}: {columns.text_pair!r} must be a text, not {pair!r}.")
-    if not isinstance(label, (str, int)) or label == "":
+def _hold_out(rows: list[Row], config: Config) -> tuple[list[Row], list[Row]]:
+    """(train, test): test is a share of the rows, drawn by the seed; no label and no client loses
+    its last training row by it."""
+    share = config.data.test
+    assert share is not None
+    left = Counter(kind for row in rows for kind in _kinds(row))
+    wanted, held = max(1, int(len(rows) * share)), set[int]()
+    for i in generator(config.seed, "held out").permutation(len(rows)).tolist():
+        if len(held) < wanted and all(left[kind] > 1 for kind in _kinds(rows[i])):
+            left.subtract(_kinds(rows[i]))
+            held.add(i)
+    if not held:
         raise UserError(
-            f"{where}: {columns.label!r} must be a text or whole number, not {label!r}."
+            f"data.test={share:g} can hold out no row of task {config.task.name!r}: each of its "
+            f"{len(rows)} rows is the last of its label or client; add a test split."
         )
-    return Row(text, pair, str(label), str(record[owner]) if owner else None, where)
-
-
-def from_hub(source: HubSource, owner: str | None = None) -> tuple[list[Row], list[Row]]:
-    """Train and test rows of a hub data set. Raises UserError where the hub cannot be reached."""
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(source.path, source.config)
-    except Exception as error:  # the library raises a dozen unrelated types for "not reachable"
-        raise UserError(
-            f"Could not load {source.path} from the Hugging Face hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:120]}); set data.root to a folder with the data."
-        ) from None
     return (
-        rows_from_hub(loaded[source.train], source, owner),
-        rows_from_hub(loaded[source.test], source, owner),
+        [row for i, row in enumerate(rows) if i not in held],
+        [row for i, row in enumerate(rows) if i in held],
     )
 
 
-def rows_from_hub(dataset: Any, source: HubSource, owner: str | None = None) -> list[Row]:
-    """Rows of one `datasets.Dataset`: columns and labels mapped to ours."""
-    label_feature = dataset.features[source.label]
-    rows = []
-    for index, record in enumerate(dataset):
-        label = record[source.label]
-        if (
-            isinstance(label, int)
-            and not isinstance(label, bool)
-            and hasattr(label_feature, "names")
-        ):
-            label = label_feature.int2str(label)
-        columns = {
-            "text": record[source.text],
-            "label": source.rename.get(label, label),
-            **({"text_pair": record[source.text_pair]} if source.text_pair else {}),
-            **({owner: record[owner]} if owner and owner in record else {}),
-        }
-        rows.append(_row(columns, Columns(), owner, f"{source.path}, row {index}"))
-    return rows
+def _kinds(row: Row) -> list[tuple[str, str | bool | None]]:
+    """What a test row has that training rows must have too."""
+    return [("label", row.label), ("owner", row.owner)]
 
 
 def _assemble(name: str, train: list[Row], test: list[Row], config: Config) -> TaskData:
-    for split, rows in (("train", train), ("test", test)):
-        if not rows:
-            raise UserError(f"The {split} split of task {name!r} is empty.")
-    limit = config.task.max_train
-    if limit is not None and limit < len(train):
-        chosen = generator(config.seed, "max_train").permutation(len(train))[:limit]
-        train = [train[i] for i in np.sort(chosen)]
-    labels = tuple(sorted({row.label for row in train}))
+    if not test:
+        raise UserError(f"The test split of task {name!r} is empty.")
+    _check_kinds_of_labels(train + test)
+    _check_pairs(train, test, config.data.columns)
+    contents = [Counter((r.text, r.text_pair, r.label) for r in rows) for rows in (train, test)]
+    if contents[0] == contents[1]:
+        raise UserError(
+            f"The train and test splits of task {name!r} hold the same rows ({train[0].where}; "
+            f"{test[0].where}); rows to train on are no test: give other test rows, or hold out "
+            "training rows with data.test."
+        )
+    whole, train = train, _at_most(train, config)
+    _check_owners(whole, train, test)
+    labels = _in_order({str(row.label) for row in train})
     if len(labels) < 2:
         raise UserError(f"Task {name!r}: all training rows have the label {labels[0]!r}.")
-    unseen = next((row for row in test if row.label not in labels), None)
+    unseen = next((row for row in test if str(row.label) not in labels), None)
     if unseen is not None:
         raise UserError(
-            f"{unseen.where}: test label {unseen.label!r} never occurs in the training rows "
-            f"(there: {', '.join(labels)})."
+            f"{unseen.where}: test label {str(unseen.label)!r} never occurs in the training rows "
+            f"(there: {listed(labels)})."
         )
     spec = TASKS.get(name)
     positive = spec.positive if spec and spec.positive in labels else labels[-1]
@@ -215,9 +175,77 @@ def _assemble(name: str, train: list[Row], test: list[Row], config: Config) -> T
     )
 
 
+def _check_kinds_of_labels(rows: list[Row]) -> None:
+    """Raises UserError where true and false stand beside 0, 1 or texts: they would be more classes
+    than are meant."""
+    truth = next((row for row in rows if isinstance(row.label, bool)), None)
+    other = next((row for row in rows if not isinstance(row.label, bool)), None)
+    if truth is not None and other is not None:
+        raise UserError(
+            f"{truth.where}: the label is {str(truth.label).lower()}, but {other.label!r} at "
+            f"{other.where}; write all labels alike, as texts, as numbers, or as true and false."
+        )
+
+
+def _check_pairs(train: list[Row], test: list[Row], columns: Columns) -> None:
+    """Raises UserError for a second text that is asked for and not there, or in one split only."""
+    first, second = (next((r for r in rows if r.text_pair), None) for rows in (train, test))
+    if first is None and columns.text_pair != Columns().text_pair:
+        raise UserError(
+            f"data.columns.text_pair is {columns.text_pair!r}, but no training row has one "
+            f"({train[0].where})."
+        )
+    if (first is None) != (second is None):
+        found, lacking = ("training", "test") if second is None else ("test", "training")
+        row = first or second
+        assert row is not None
+        raise UserError(
+            f"{row.where}: this {found} row has a second text, {columns.text_pair!r}, and no "
+            f"{lacking} row has one; give it in both splits, or in none."
+        )
+
+
+def _at_most(train: list[Row], config: Config) -> list[Row]:
+    """`task.max_train` of the rows, drawn by the seed. Raises UserError if a label is lost."""
+    limit = config.task.max_train
+    if limit is None or limit >= len(train):
+        return train
+    order = generator(config.seed, "max_train").permutation(len(train))
+    first: dict[str, int] = {}  # where in the order each label comes first
+    for place, i in enumerate(order.tolist(), 1):
+        first.setdefault(str(train[i].label), place)
+    lost = max(first, key=lambda label: first[label])
+    if first[lost] > limit:
+        raise UserError(
+            f"task.max_train={limit} draws no row of the label {lost!r}; with this seed "
+            f"task.max_train={first[lost]} is the least that draws all {len(first)} labels."
+        )
+    return [train[i] for i in np.sort(order[:limit])]
+
+
+def _check_owners(whole: list[Row], train: list[Row], test: list[Row]) -> None:
+    """Raises UserError for a test row of a client that has no training row. whole: the training
+    rows before task.max_train."""
+    known = {row.owner for row in train}
+    stranger = next((row for row in test if row.owner not in known | {None}), None)
+    if stranger is not None:
+        why = (
+            "task.max_train draws none of its training rows: raise it"
+            if any(row.owner == stranger.owner for row in whole)
+            else "no training row is its own: add one, or leave out its test rows"
+        )
+        raise UserError(f"{stranger.where}: the client {stranger.owner!r}: {why}.")
+
+
+def _in_order(labels: set[str]) -> tuple[str, ...]:
+    if all(map(_WHOLE.fullmatch, labels)):
+        return tuple(sorted(labels, key=lambda label: (int(label), label)))
+    return tuple(sorted(labels))
+
+
 def _columns(rows: list[Row], labels: tuple[str, ...]) -> Split:
     pairs = [row.text_pair or "" for row in rows] if any(row.text_pair for row in rows) else None
     owners = [row.owner or "" for row in rows] if rows[0].owner is not None else None
     index = {label: i for i, label in enumerate(labels)}
-    ids = np.array([index[row.label] for row in rows], dtype=np.int64)
+    ids = np.array([index[str(row.label)] for row in rows], dtype=np.int64)
     return Split([row.text for row in rows], pairs, ids, owners)

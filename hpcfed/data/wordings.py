@@ -82,10 +82,14 @@ def wording(config: Config, task: TaskData) -> Wording:
     if template is None and shipped is not None:
         template = shipped.ending if decoder else shipped.template
     verbalizer = config.task.verbalizer or (shipped.verbalizer if shipped else None)
+    missing = [
+        *(["task.template, as " + repr(_SINGLE_END if decoder else _SINGLE)] * (template is None)),
+        *(["task.verbalizer, as {" + f"{task.labels[0]}: word, ...}}"] * (verbalizer is None)),
+    ]
     if template is None or verbalizer is None:
         raise UserError(
-            f"model.head={config.model.head} needs a wording and task {task.name!r} has none: set "
-            "task.template, like '{a} . It was <mask> .', and task.verbalizer, label: word."
+            f"model.head={config.model.head} needs a wording, and task {task.name!r} brings none: "
+            f"set {' and '.join(missing)}."
         )
     parts = tuple(part for part in _FIELDS.split(template) if part)
     for field, wanted in ((GAP, True), ("{a}", True), ("{b}", task.train.pairs is not None)):

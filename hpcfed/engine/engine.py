@@ -5,8 +5,9 @@ wins; so `load` writes the master and the working copy, at every stage, and drop
 state. This is the only file that touches DeepSpeed's engine.
 """
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,15 @@ import torch
 from torch import nn
 
 from hpcfed.adapters.layout import AdapterLayout
-from hpcfed.cluster.collectives import sum_in_slot
 from hpcfed.cluster.stop import Stop
 from hpcfed.cluster.topology import Topology
-from hpcfed.data.batches import Floats, Ids, Tokens, split_batch
+from hpcfed.data.batches import Ids, Tokens, split_batch
 from hpcfed.engine.masters import Masters
+from hpcfed.engine.observer import Observer
 from hpcfed.engine.trained import Trained
-from hpcfed.importance.fisher import FisherSums, PerSampleGradients
+from hpcfed.errors import UserError, place, reason
+from hpcfed.faults import Rehearsal
+from hpcfed.importance.fisher import PerSampleGradients
 from hpcfed.importance.sensitivity import BlockWatch
 from hpcfed.model import Prepared
 from hpcfed.settings.config import Local
@@ -65,6 +68,8 @@ class Engine:
         self.checkpointing = prepared.checkpointing
         self._local = local
         self._stop = stop
+        self.rehearsal = Rehearsal.from_environment(topology.world.rank)
+        self._kinds: set[str] = set()  # of failures whose traceback was printed
         # Whether a step was left because the job has to stop; the same on all ranks of the slot.
         self.interrupted = False
         self.head = prepared.head
@@ -78,6 +83,7 @@ class Engine:
             self.owners.setdefault(trainable.owner, []).append(index)
         self.taps = PerSampleGradients(list(self.owners))
         self.precise = not settings.get("bf16", {}).get("enabled")
+        dtype = self.parameters[0].dtype
         self._deepspeed, *_ = deepspeed.initialize(
             model=adapted.network,
             model_parameters=self.parameters,
@@ -85,7 +91,20 @@ class Engine:
             config=settings,
             dist_init_required=False,
         )
+        # At stage 0 the ranks of a slot agree that backward came through before they add up
+        # gradients; later stages add them up while backward runs.
+        self._agrees = self.stage == 0 and topology.ranks_per_client > 1
+        if self._agrees:
+            self._deepspeed.enable_backward_allreduce = False
         self._masters = Masters(self.parameters, self._deepspeed, self.stage)
+        lowered = self._deepspeed.torch_autocast_enabled() or self._deepspeed.fp16_enabled()
+        masters = {master.dtype for master in self._masters.tensors()}
+        if lowered or {p.dtype for p in self.parameters} != {dtype} or masters != {torch.float32}:
+            self.close()
+            raise UserError(
+                "DeepSpeed would train in another precision than model.dtype and fp32 masters; "
+                "remove from its JSON what sets one."
+            )
 
     def load(
         self,
@@ -207,7 +226,7 @@ class Engine:
         torch.manual_seed(dropout_seed)
         self._deepspeed.train()
         result = Trained()
-        seen = _Observer(self, len(tokens)) if observe and len(batches) else None
+        seen = Observer(self, len(tokens)) if observe and len(batches) else None
         for batch in batches:
             micro_steps = self.micro_batches(batch)
             # DeepSpeed averages over the ranks: ranks / len(batch) makes it the batch's mean.
@@ -224,11 +243,11 @@ class Engine:
                     self.taps.listen(None)
                     self._discard(number > 0)
                     raise
-                self._deepspeed.backward(losses.sum() * scale, scale_wrt_gas=False)
+                self._backward(losses.sum() * scale)
                 if seen and len(rows):
                     seen.end(rows, losses)
                 result.loss_sum += losses.sum().item()
-            self._deepspeed.step()
+            self._step()
             result.samples += len(batch)
             result.steps += 1
         self.taps.listen(None)
@@ -237,6 +256,72 @@ class Engine:
             observed = seen.whole(result.rows, result.samples)
             result.losses, result.fisher, result.neurons = observed
         return result
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        """Raises ClientError if it fails where no rank waits for this one."""
+        problem = self._tried(lambda: self._deepspeed.backward(loss, scale_wrt_gas=False))
+        if self._agrees:
+            problem = self._first_problem(problem)
+            if not problem:
+                self._deepspeed.allreduce_gradients()
+        if problem:
+            self._recover()
+            raise ClientError(problem)
+
+    def _step(self) -> None:
+        """The optimizer's step. Raises ClientError if it fails where no rank waits for this one, or
+        was left out."""
+        skipped = self._deepspeed.skipped_steps
+        problem = self._tried(self._deepspeed.step)
+        if problem:
+            self._recover()
+        elif self._deepspeed.skipped_steps > skipped:  # the ranks of the slot agree on that
+            problem = "its gradient is not finite"
+        if problem:
+            self.taps.listen(None)
+            raise ClientError(problem)
+
+    def _tried(self, act: Callable[[], Any]) -> str:
+        """Why it failed, or ""; with other ranks that wait for this one in a collective of
+        DeepSpeed's, failures are raised, and end the job."""
+        try:
+            act()
+        except Exception as error:
+            if self.topology.ranks_per_client > 1 and not self._agrees:
+                raise
+            return self._told(error)
+        return ""
+
+    def _told(self, error: Exception) -> str:
+        """A failure in one line; the first of its kind also with its traceback, on this rank."""
+        kind = f"{type(error).__name__} {place(error)}"
+        if kind not in self._kinds:
+            self._kinds.add(kind)
+            logging.getLogger("hpcfed").warning(
+                "a client failed; of such failures only this first one is told in full:",
+                exc_info=error,
+            )
+        return reason(error)
+
+    def _recover(self) -> None:
+        """Out of a backward or a step that was left in the middle: forget what is half reduced,
+        counted or gathered. Values and optimizer state are spoiled, and overwritten by the next
+        load."""
+        self.taps.listen(None)
+        if self.stage == 0:
+            self._deepspeed.zero_grad()
+            return
+        optimizer = self._deepspeed.optimizer
+        if self.stage > 1:
+            optimizer.overlapping_partition_gradients_reduce_epilogue()
+        else:
+            optimizer.reduce_gradients()
+        optimizer.exit_backward()
+        if self.stage == 3:
+            coordinator = optimizer.parameter_offload.get_param_coordinator()
+            coordinator.release_and_reset_all(self.model)
+            coordinator.reset_step()
+        self._discard(accumulated=True)
 
     def micro_batches(self, batch: Ids) -> list[Ids]:
         """This rank's rows of the batch, micro-step by micro-step."""
@@ -258,12 +343,15 @@ class Engine:
         try:
             losses = self.head.losses(network, tokens, filled, self.topology.device)
             self.taps.end_forward()
+            if not probing:
+                losses = self.rehearsal.losses(losses, self.parameters[0])
             if not len(rows):
                 losses = losses * 0.0
             if not math.isfinite(losses.sum().item()):
                 problem = "the loss is not finite"
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
+            problem = self._told(error)
+        self.topology.world.watch.moves()
         if self._stop is not None and self._stop.must_drop:
             problem = _STOPPING
         problem = self._first_problem(problem)
@@ -308,9 +396,11 @@ class Engine:
         self._deepspeed.step()
 
     @torch.no_grad()
-    def predict(self, batches: Sequence[Ids], tokens: Tokens) -> npt.NDArray[np.float64]:
+    def predict(
+        self, batches: Sequence[Ids], tokens: Tokens
+    ) -> tuple[npt.NDArray[np.float64], str]:
         """(1 + columns, len(tokens)): 1 and what the head tells of each row of `batches`, zero
-        elsewhere.
+        elsewhere, and where a forward failed or told what is not finite; and why, or "".
 
         The ranks of the slot take the batches in turns; each returns its own rows only, so that
         the sum over ranks is the whole.
@@ -318,60 +408,30 @@ class Engine:
         self._deepspeed.eval()
         ranks, rank = self.topology.ranks_per_client, self.topology.rank_in_slot
         result = np.zeros((1 + len(self.head.columns), len(tokens)))
+        problem = ""
         for start in range(0, len(batches), ranks):
             mine = start + rank
             # Forward is collective under ZeRO-3: a rank without a batch repeats another's.
             rows = batches[mine if mine < len(batches) else start]
-            told = self.head.predict(self._deepspeed, tokens, rows, self.topology.device)
+            self.topology.world.watch.moves()
+            try:
+                told = self.head.predict(self._deepspeed, tokens, rows, self.topology.device).cpu()
+            except Exception as error:
+                problem = problem or self._told(error)
+                continue
             if mine < len(batches):
+                finite = torch.isfinite(told).all(0)
+                if not bool(finite.all()):
+                    problem = problem or "what it predicts is not finite"
+                    rows, told = rows[finite.numpy()], told[:, finite]
                 result[0, rows] = 1
-                result[1:, rows] = told.cpu().numpy()
-        return result
+                result[1:, rows] = told.numpy()
+        return result, problem
 
     def close(self) -> None:
         """Free the engine, and undo what ZeRO-3 leaves behind in the process."""
         self._deepspeed.destroy()
         nn.functional.linear = _LINEAR
-
-
-class _Observer:
-    """What training passes tell about its samples, on one rank."""
-
-    def __init__(self, engine: Engine, rows: int) -> None:
-        self._engine = engine
-        layout = engine.layout
-        axes = [layout.entries[indices[0]].neuron_axis for indices in engine.owners.values()]
-        self._sums = FisherSums(axes, engine.topology.device)
-        self._losses, self._fisher = np.zeros(rows), np.zeros(rows)
-
-    def forget(self, batch: Ids) -> None:
-        """These rows are about to be trained on, on some rank."""
-        self._losses[batch] = self._fisher[batch] = 0
-
-    def begin(self, rows: int, scale: float) -> None:
-        """Before the forward of this many rows, whose losses enter with this factor."""
-        self._sums.batch(max(rows, 1), scale)
-        self._engine.taps.listen(self._sums)
-
-    def end(self, rows: Ids, losses: torch.Tensor) -> None:
-        """After the backward."""
-        self._losses[rows] = losses.detach().cpu().numpy()
-        self._fisher[rows] = self._sums.trace.cpu().numpy()
-
-    def whole(self, rows: Ids, samples: int) -> tuple[Floats, Floats, torch.Tensor]:
-        """Added up over the ranks of the slot: losses, Fisher traces, mean Fisher per neuron."""
-        layout = self._engine.layout
-        neurons = torch.zeros(layout.neurons[-1].stop)
-        for total, indices in zip(self._sums.neurons, self._engine.owners.values(), strict=True):
-            if total is not None:
-                neurons[layout.neurons[indices[0]]] = total.cpu() / samples
-        whole = np.concatenate([self._losses[rows], self._fisher[rows], neurons.double().numpy()])
-        whole = sum_in_slot(whole, self._engine.topology)
-        self._losses[rows], self._fisher[rows] = (
-            whole[: len(rows)],
-            whole[len(rows) : 2 * len(rows)],
-        )
-        return self._losses, self._fisher, torch.from_numpy(whole[2 * len(rows) :]).float()
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], local: Local) -> torch.optim.Optimizer:

@@ -1,14 +1,37 @@
 """Which clients take part in a round, and which slot runs which of them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
 
 from hpcfed.rng import generator
 
 
-def sample(seed: int, round_number: int, clients: int, per_round: int) -> list[int]:
-    """Clients of a round, uniformly without replacement, ascending."""
+def sample(
+    seed: int,
+    round_number: int,
+    clients: int,
+    per_round: int,
+    earlier: Sequence[Collection[int]] = (),
+) -> list[int]:
+    """Clients of a round, uniformly without replacement, ascending. earlier: its draws that came to
+    nothing."""
+    if earlier:
+        rng = generator(seed, "sample again", round_number, len(earlier))
+        return again(rng, clients, per_round, earlier)
     rng = generator(seed, "sample", round_number)
     return sorted(int(k) for k in rng.choice(clients, per_round, replace=False))
+
+
+def again(
+    rng: np.random.Generator, clients: int, number: int, earlier: Sequence[Collection[int]]
+) -> list[int]:
+    """Another draw, ascending: of those that were in no earlier one as long as there are some, the
+    rest of all the others."""
+    tried = sorted(set().union(*earlier))
+    others = np.setdiff1d(np.arange(clients), tried)
+    ordered = [*rng.permutation(others), *rng.permutation(tried)]
+    return sorted(int(k) for k in ordered[:number])
 
 
 def spread(costs: Mapping[int, int], slots: int) -> list[list[int]]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpcfed.adapters.layout import HEAD, AdapterLayout
+from hpcfed.errors import RunError
 from hpcfed.round import Round
 from hpcfed.rounds.tally import Tally
 from hpcfed.state import RunState
@@ -35,11 +36,17 @@ class Account:
         # Sample passes and seconds of selecting and scoring, which the next round's record carries.
         self._passes = 0
         self._pending: dict[str, float] = {}
+        self._redrawn: list[dict[str, Any]] = []
 
     def before_the_round(self, passes: int, **seconds: float) -> None:
         """What choosing layers, or scoring everyone, has cost."""
         self._passes += passes
         self._pending |= seconds
+
+    def redrawn(self, record: dict[str, Any]) -> None:
+        """A draw of clients of which too few came through, which the next round's record carries;
+        `record` has counted it."""
+        self._redrawn.append({key: value for key, value in record.items() if key != "round"})
 
     def record(
         self,
@@ -75,6 +82,7 @@ class Account:
         totals.up += up * FP32_BYTES
         totals.down += down * FP32_BYTES
         totals.wire += traffic.wire
+        redrawn, self._redrawn = self._redrawn, []
         return {
             "round": now.number + 1,
             "clients": list(now.clients),
@@ -92,6 +100,7 @@ class Account:
                 "up_without_head": (up - updates * head) * FP32_BYTES,
             },
             "seconds": {**seconds, "evaluate": 0.0},
+            **({"redrawn": redrawn} if redrawn else {}),
         }
 
     def evaluated(self, seconds: float, record: dict[str, Any] | None = None) -> None:
@@ -115,3 +124,14 @@ class Account:
             },
             "failures": totals.failures,
         }
+
+
+def too_few(record: dict[str, Any], draws: int, needed: int) -> RunError:
+    """What ends a run whose round came to nothing, so many times. record: of the last draw."""
+    client, why = next(iter(record["failed"].items()))
+    return RunError(
+        f"Round {record['round']} has come to nothing: in {draws} draws of "
+        f"{len(record['clients'])} clients fewer than {needed} (federation.min_clients) came "
+        f"through; client {client}: {why}. What is committed is kept: mend the cause and go on "
+        "with --resume."
+    )

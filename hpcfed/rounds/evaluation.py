@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from hpcfed.cluster.collectives import sum_over_ranks
@@ -16,27 +17,32 @@ from hpcfed.cluster.topology import Topology
 from hpcfed.data.batches import Floats, Ids, Tokens
 from hpcfed.data.sources import TaskData
 from hpcfed.engine.engine import Engine
+from hpcfed.errors import RunError, reason
 from hpcfed.policies.sampling import spread
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Metrics, and the first thing that the head tells of each evaluated row, as the predicted
-    class; rows ascending."""
+    class; rows ascending. left_out: clients of which rows could not be evaluated, and why; these
+    rows are in none of the others."""
 
     scores: dict[str, Any]
     rows: Ids
     told: Floats
+    left_out: dict[int, str]
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates models that are given as vectors of trainable values."""
+    """Evaluates models that are given as vectors of trainable values. needed: clients that must
+    come through."""
 
     engine: Engine
     task: TaskData
     topology: Topology
     batch_size: int
+    needed: int = 1
 
     def evaluate(
         self,
@@ -47,17 +53,49 @@ class Evaluator:
     ) -> Evaluation:
         """rows[k]: rows of client k. states: clients with values of their own; all others have
         the same model, vector_of(None), and their rows are evaluated together; without states this
-        is the global evaluation."""
+        is the global evaluation.
+
+        Raises RunError, on all ranks, if fewer clients than `needed` could be evaluated at all.
+        """
         results = np.zeros((1 + len(self.engine.head.columns), len(tokens)))
+        problems: dict[int | None, str] = {}
         alike = [rows[k] for k in range(len(rows)) if k not in states]
         if alike:
             batches = self._batches(np.concatenate(alike), tokens)
             mine = batches[self.topology.slot_index :: self.topology.slots]
-            self._run(mine, tokens, vector_of(None), results)
+            problems[None] = self._run(mine, tokens, vector_of, None, results)
         lanes = spread({k: len(rows[k]) for k in states if len(rows[k])}, self.topology.slots)
         for k in lanes[self.topology.slot_index]:
-            self._run(self._batches(rows[k], tokens), tokens, vector_of(k), results)
-        return self._score(np.sort(np.concatenate(list(rows))), tokens, results)
+            problems[k] = self._run(self._batches(rows[k], tokens), tokens, vector_of, k, results)
+        results = sum_over_ranks(results, self.topology)
+        left_out = self._left_out(rows, results[0] > 0, problems)
+        every = np.sort(np.concatenate(list(rows)))
+        seen = every[results[0, every] > 0]
+        told = results[1:, seen]
+        scores = self.engine.head.score(told, seen, tokens, self.task)
+        return Evaluation(scores, seen, told[0], left_out)
+
+    def _left_out(
+        self, rows: Sequence[Ids], seen: npt.NDArray[np.bool_], problems: dict[int | None, str]
+    ) -> dict[int, str]:
+        """Clients with rows that nobody has seen, and why; the same on all ranks."""
+        short = [k for k, own in enumerate(rows) if not seen[own].all()]
+        if not short:
+            return {}
+        told: dict[int | None, str] = {}
+        for part in self.topology.world.comm.allgather(problems):
+            told |= {k: text for k, text in part.items() if text}
+        left_out = {k: told.get(k) or told.get(None) or "not evaluated by any slot" for k in short}
+        clients = sum(len(own) > 0 for own in rows)
+        able = sum(bool(seen[own].any()) for own in rows)
+        if able < min(self.needed, clients):
+            k, why = next(iter(left_out.items()))
+            raise RunError(
+                f"Of {clients} clients {able} could be evaluated, and {self.needed} must be "
+                f"(federation.min_clients); client {k}: {why}. What is committed is kept: mend the "
+                "cause and go on with --resume."
+            )
+        return left_out
 
     def _batches(self, rows: Ids, tokens: Tokens) -> list[Ids]:
         ordered = rows[np.argsort(tokens.lengths[rows], kind="stable")]
@@ -67,18 +105,22 @@ class Evaluator:
         self,
         batches: list[Ids],
         tokens: Tokens,
-        vector: torch.Tensor,
-        results: np.ndarray[Any, np.dtype[np.float64]],
-    ) -> None:
-        if batches:
-            self.engine.load(vector)
-            results += self.engine.predict(batches, tokens)
-
-    def _score(
-        self, rows: Ids, tokens: Tokens, results: np.ndarray[Any, np.dtype[np.float64]]
-    ) -> Evaluation:
-        seen, *told = sum_over_ranks(results, self.topology)[:, rows]
-        if not seen.all():
-            raise RuntimeError(f"{int((seen == 0).sum())} rows were not evaluated by any slot")
-        scores = self.engine.head.score(np.stack(told), rows, tokens, self.task)
-        return Evaluation(scores, rows, told[0])
+        vector_of: Callable[[int | None], torch.Tensor],
+        client: int | None,
+        results: Floats,
+    ) -> str:
+        """Add what these batches come to; why some could not be evaluated, or ""."""
+        if not batches:
+            return ""
+        self.topology.world.watch.doing(
+            "evaluating" if client is None else f"evaluating client {client}"
+        )
+        try:
+            self.engine.rehearsal.enter("evaluate", client=client)
+            vector = vector_of(client)
+        except Exception as error:
+            return reason(error)
+        self.engine.load(vector)
+        told, problem = self.engine.predict(batches, tokens)
+        results += told
+        return problem

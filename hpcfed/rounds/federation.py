@@ -6,6 +6,7 @@ state of client k + shared values -> slot's engine -> batches -> local steps -> 
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from hpcfed.engine.engine import StopError
 from hpcfed.policies import sampling
 from hpcfed.policies.sharing import Sharing
 from hpcfed.round import Outcome, Round
-from hpcfed.rounds.account import Account, Traffic
+from hpcfed.rounds.account import Account, Traffic, too_few
 from hpcfed.rounds.exchange import Exchange
 from hpcfed.rounds.local import LocalRounds
 from hpcfed.rounds.progress import Progress
@@ -29,6 +30,9 @@ from hpcfed.rounds.tally import Tally
 from hpcfed.state import KINDS, PERSONAL
 from hpcfed.storage.states import ClientStates
 
+# A round is drawn again so many times before the run ends.
+REDRAWS = 3
+
 
 class Federation:
     """All rounds of one run, on all ranks."""
@@ -38,6 +42,7 @@ class Federation:
         self.state = setup.state
         self.layout = setup.prepared.adapted.layout
         self._config, self._topology = setup.config, setup.topology
+        self._needed = setup.config.federation.min_clients
         self.client_states = {
             kind: ClientStates(
                 kind, self.state.clients[kind], setup.directory, setup.topology.is_root
@@ -56,6 +61,10 @@ class Federation:
     def run(self, progress: Progress) -> dict[str, Any] | None:
         """Run all rounds that are left, save the shared adapter, and return summary.json's content;
         None if a signal asked to stop before: then the run can be resumed."""
+        with self._topology.world.watch.strictly():
+            return self._run(progress)
+
+    def _run(self, progress: Progress) -> dict[str, Any] | None:
         config, state = self._config, self.state
         progress.start(self.setup.opening())
         stopping = False
@@ -69,6 +78,7 @@ class Federation:
             if record is None:
                 break
             self.setup.stop.trained()
+            self._enter("evaluate", f"validating round {state.rounds}", state.rounds)
             self.results.validate(record)
             self.commit(record)
             progress.round(record)
@@ -87,6 +97,7 @@ class Federation:
         """After the warm-up: choose the shared layers; score the clients, if all are scored now."""
         config, state, setup = self._config, self.state, self.setup
         clock = time.monotonic()
+        self._enter("select", "choosing the shared layers")
         selection = select(
             config, setup.engine, setup.rows, setup.train_tokens, setup.prepared.initial,
             state.values,
@@ -102,9 +113,28 @@ class Federation:
 
     def round(self, progress: Progress) -> tuple[dict[str, Any] | None, bool]:
         """The next round: sample, train, exchange, server step. Returns its metrics, None if it was
-        dropped because the job has to stop, and whether the job has to stop."""
+        dropped because the job has to stop, and whether the job has to stop.
+
+        A draw of which fewer than federation.min_clients come through is dropped, and others are
+        drawn. Raises RunError, on all ranks, after REDRAWS of them.
+        """
+        earlier: list[tuple[int, ...]] = []
+        while True:
+            now = self.next_round(earlier)
+            record, stopping = self._draw(now, progress)
+            if record is None or len(record["failed"]) <= len(now.clients) - self._needed:
+                return record, stopping
+            progress.redraws(record, self._needed)
+            self.account.redrawn(record)
+            earlier.append(now.clients)
+            if stopping:
+                return None, True
+            if len(earlier) > REDRAWS:
+                raise too_few(record, len(earlier), self._needed)
+
+    def _draw(self, now: Round, progress: Progress) -> tuple[dict[str, Any] | None, bool]:
+        """A round with these clients; the server's step is made if enough come through."""
         clock = time.monotonic()
-        now = self.next_round()
         costs = {k: self.local.cost(k, now) for k in now.clients}
         lane = sampling.spread(costs, self._topology.slots)[self._topology.slot_index]
         # Before the exchange: after it the first rank may replace the files that say so.
@@ -115,16 +145,22 @@ class Federation:
         if tally.left:
             return None, True
         seconds |= dict(zip(Tally.SECONDS, map(float, tally.longest), strict=True))
-        self.exchange.step(now, mean, tally)
+        succeeded = tally.succeeded if len(tally.succeeded) >= self._needed else []
+        if succeeded:
+            self.exchange.step(now, mean, tally)
         record = self._record(now, tally, sizes, wire, seconds)
-        self.local.accept(now, tally.succeeded)
-        self.exchange.accept(now, tally.succeeded)
+        self.local.accept(now, succeeded)
+        self.exchange.accept(now, succeeded)
+        for states in self.client_states.values():
+            states.reject(now.number, [k for k in now.clients if k not in succeeded])
         return record, tally.asked
 
-    def next_round(self) -> Round:
-        """The round that comes next."""
+    def next_round(self, earlier: Sequence[tuple[int, ...]] = ()) -> Round:
+        """The round that comes next. earlier: its draws of clients that came to nothing."""
         spec, round_number = self._config.federation, self.state.rounds
-        sampled = sampling.sample(self._config.seed, round_number, spec.clients, spec.per_round)
+        sampled = sampling.sample(
+            self._config.seed, round_number, len(self.setup.rows), spec.per_round, earlier
+        )
         warm = round_number < self._config.curriculum.warmup
         split = self.sharing.split(round_number, warm, self.state.chosen)
         return Round(round_number, warm, tuple(sampled), split)
@@ -160,6 +196,7 @@ class Federation:
         and the seconds it took, without waiting for the slot that took longest."""
         clock = time.monotonic()
         stop, engine = self.setup.stop, self.setup.engine
+        self._enter("exchange", f"the exchange of round {now.number + 1}")
         # Losses were summed per rank, and signals may not have reached every rank. And from here on
         # every rank of the slot may read the files that its first rank has written, and, after the
         # exchange, every rank of every slot.
@@ -200,12 +237,20 @@ class Federation:
     def commit(self, record: dict[str, Any]) -> None:
         """From here on a resumed run begins with the next round."""
         state = self.state
+        self._enter("commit", f"committing round {state.rounds}", state.rounds)
         state.seconds.total, state.seconds.tail = self.seconds_so_far, self.setup.stop.tail
         if self._topology.is_root:
             self.setup.directory.record(record)
             self.setup.directory.commit(state)
+            self.setup.engine.rehearsal.committed(self.setup.directory.tensors(state))
         for states in self.client_states.values():
             states.sweep()
+
+    def _enter(self, phase: str, what: str, round_number: int | None = None) -> None:
+        """This rank begins a phase; round_number: from 1, None: of the round that comes next."""
+        self._topology.world.watch.doing(what)
+        number = self.state.rounds + 1 if round_number is None else round_number
+        self.setup.engine.rehearsal.enter(phase, number)
 
     @property
     def seconds_so_far(self) -> float:

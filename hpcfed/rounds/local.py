@@ -103,6 +103,8 @@ class LocalRounds:
         """
         config, engine, round_number = self._config, self._engine, now.number
         done = Outcome()
+        engine.topology.world.watch.doing(f"training client {client} in round {round_number + 1}")
+        engine.rehearsal.enter("train", round_number + 1, client)
         state = self._personal.load(client) if not now.warm else None
         old = state["fisher"] if state and "fisher" in state else None
         trainable = sparsity.trainable(engine.layout, old, config.sparsity.keep, now.personal)
@@ -212,7 +214,9 @@ class LocalRounds:
         sizes = {k: len(rows.train) for k, rows in enumerate(self._rows)}
         passes = np.zeros(len(sizes))
         for k in sampling.spread(sizes, topology.slots)[topology.slot_index]:
+            topology.world.watch.doing(f"scoring client {k} before round {state.rounds + 1}")
             try:
+                engine.rehearsal.enter("score", state.rounds + 1, k)
                 engine.load(state.values)
                 difficulty = self._score(k)
             except ClientError:

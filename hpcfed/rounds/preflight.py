@@ -4,10 +4,12 @@ starts and before anything is written."""
 import json
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpcfed import faults
 from hpcfed.data import partition, sources
 from hpcfed.data.partition import ClientRows
 from hpcfed.data.sources import TaskData
@@ -15,7 +17,7 @@ from hpcfed.data.wordings import wording
 from hpcfed.errors import UserError
 from hpcfed.settings import deepspeed_config, plugins
 from hpcfed.settings.config import Config
-from hpcfed.settings.resolve import Resolved, changed
+from hpcfed.settings.resolve import Resolved, changed, refuse_without_effect
 from hpcfed.storage.paths import CONFIG, LIVES, PARTITION, SUMMARY
 
 # What another life of a run may have otherwise: none of it changes a bit of the result but threads,
@@ -50,10 +52,12 @@ def check(resolved: Resolved, ranks: int, resume: bool = False) -> Checked:
     Raises UserError for the first fault found.
     """
     config = resolved.config
-    check_options(config, ranks)
+    faults.parse(os.environ.get(faults.VARIABLE, ""))
+    check_options(resolved, ranks)
+    check_threads(config)
     settings = deepspeed_config.load(config)
     output = output_folder(config)
-    begun = resume and output.exists()
+    begun = resume and _exists(output)
     if begun:
         _check_unchanged(config, output)
     else:
@@ -67,14 +71,22 @@ def check(resolved: Resolved, ranks: int, resume: bool = False) -> Checked:
     return Checked(resolved, settings, output, task, rows, begun)
 
 
-def check_options(config: Config, ranks: int) -> None:
-    """Raises UserError for options that no run on `ranks` MPI ranks can have."""
+def check_options(resolved: Resolved, ranks: int) -> None:
+    """Raises UserError for options that no run on `ranks` MPI ranks can have, or that have no
+    effect."""
+    config = resolved.config
     check_ranks(ranks, config.cluster.ranks_per_client)
+    sources.check_options(config)
     spec = config.federation
-    if spec.per_round > spec.clients:
+    if spec.clients is not None and spec.per_round > spec.clients:
         raise UserError(
             f"federation.per_round is {spec.per_round} but federation.clients is {spec.clients}; "
             "no more can be sampled than there are."
+        )
+    if spec.min_clients > spec.per_round:
+        raise UserError(
+            f"federation.min_clients is {spec.min_clients} but federation.per_round is "
+            f"{spec.per_round}; no more can come through than are sampled."
         )
     if config.curriculum.warmup >= spec.rounds:
         raise UserError(
@@ -86,13 +98,36 @@ def check_options(config: Config, ranks: int) -> None:
             "layers.keep=lossless needs model.dtype=fp32: bf16 rounds away the small steps that "
             "curvature is taken from; give a share."
         )
+    if ".." in Path(config.task.name).parts or Path(config.task.name).is_absolute():
+        raise UserError(
+            f"task.name is {config.task.name!r}, which leads out of data.root; give the name of a "
+            "folder in it."
+        )
+    output_folder(config)
     _check_choices(config)
+    refuse_without_effect(resolved)
+
+
+def check_threads(config: Config) -> None:
+    """Raises UserError for more threads than this machine has cores, or none."""
+    cores = os.cpu_count() or 1
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if config.cluster.threads is not None:
+        threads, name = config.cluster.threads, "cluster.threads"
+    elif given.isdecimal():
+        threads, name = int(given[:10]), "OMP_NUM_THREADS"
+    else:
+        return
+    if not 1 <= threads <= cores:
+        raise UserError(
+            f"{name} is {threads}, and this machine has {cores} cores; give 1 to {cores} threads."
+        )
 
 
 def is_complete(config: Config) -> bool:
     """Whether the run directory holds a finished run. Raises UserError if it is another one."""
     output = output_folder(config)
-    if not (output / SUMMARY).is_file():
+    if not os.path.isfile(output / SUMMARY):
         return False
     _check_unchanged(config, output)
     return True
@@ -223,7 +258,7 @@ def check_ranks(ranks: int, ranks_per_client: int) -> None:
 def output_folder(config: Config) -> Path:
     """The run directory."""
     known = {
-        "{task}": config.task.name,
+        "{task}": config.task.name.replace("/", "-"),  # of a hub id
         "{method}": Path(config.method).stem,
         "{seed}": str(config.seed),
     }
@@ -236,13 +271,32 @@ def output_folder(config: Config) -> Path:
     return Path("".join(known.get(part, part) for part in parts))
 
 
+def _exists(path: Path) -> bool:
+    """Raises UserError for a place that this user may not look into."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UserError(
+            f"The run directory {path} cannot be looked for ({error.strerror}); give another one "
+            "with output=..."
+        ) from None
+    return True
+
+
 def _check_new(path: Path) -> None:
     """Raises UserError if the run directory exists, or could not be made."""
-    if path.exists():
+    if _exists(path):
         raise UserError(
             f"The run directory {path} exists already; give another one with output=..., "
             "remove it, or let its run go on with --resume."
         )
-    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK) or not parent.is_dir():
-        raise UserError(f"The run directory {path} cannot be made: {parent} is not writable.")
+    parent = next(p for p in path.absolute().parents if _exists(p))
+    try:  # what os.access allows may still be refused, as in /proc
+        os.rmdir(tempfile.mkdtemp(".new", f".{path.name}.", parent))
+    except OSError as error:
+        raise UserError(
+            f"The run directory {path} cannot be made in {parent} ({error.strerror}); give "
+            "another one with output=..."
+        ) from None

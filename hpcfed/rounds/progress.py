@@ -110,11 +110,21 @@ class Progress:
             text += " " * 19
         took = sum(record["seconds"].values())
         text += f"  up {self._up / 1e6:8.2f} MB  {took:6.1f} s  {_clock(left)} left"
-        for client, reason in record["failed"].items():
-            text += f"\n  client {client} failed and was left out: {reason}"
+        text += _failed(record)
+        for client, reason in record.get("not_evaluated", {}).items():
+            text += f"\n  client {client} was not evaluated as a whole: {reason}"
         if self._bar is not None:
             self._bar.update(done * len(record["clients"]) - self._bar.n)
         self._say(text)
+
+    def redraws(self, record: dict[str, Any], needed: int) -> None:
+        """A draw of the round's clients came to nothing."""
+        if not self._speaks:
+            return
+        came = len(record["clients"]) - len(record["failed"])
+        text = f"round {record['round']:>3}/{self._rounds}  {came} of {len(record['clients'])} "
+        text += f"clients came through, {needed} must (federation.min_clients): others are drawn"
+        self._say(text + _failed(record))
 
     def interrupted(self, rounds: int) -> None:
         """The job has to stop; so many rounds are committed."""
@@ -165,6 +175,15 @@ class Progress:
             self._terminal.flush()
         else:
             print(text, flush=True)
+
+
+def _failed(record: dict[str, Any]) -> str:
+    """A line for each client that failed."""
+    lines = [
+        f"\n  client {client} failed and was left out: {reason}"
+        for client, reason in record["failed"].items()
+    ]
+    return "".join(lines)
 
 
 def _terminal() -> TextIO | None:

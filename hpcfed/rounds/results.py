@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from hpcfed.adapters.layout import HEAD
+from hpcfed.data import metrics
 from hpcfed.data.batches import Ids, Tokens
 from hpcfed.policies.sharing import Sharing
+from hpcfed.rng import generator
 from hpcfed.round import Round
 from hpcfed.rounds.account import Account
 from hpcfed.rounds.evaluation import Evaluation, Evaluator
@@ -34,8 +36,16 @@ class Results:
         self._personal, self._account = personal, account
         self._sharing, self._exchange = sharing, exchange
         self._evaluator = Evaluator(
-            setup.engine, setup.task, setup.topology, setup.config.evaluation.batch_size
+            setup.engine,
+            setup.task,
+            setup.topology,
+            setup.config.evaluation.batch_size,
+            setup.config.federation.min_clients,
         )
+        clients, number = len(setup.rows), setup.config.evaluation.clients
+        rng = generator(setup.config.seed, "evaluation")
+        sampled = number is not None and number < clients
+        self._asked = set(rng.choice(clients, number, replace=False)) if sampled else None
 
     def vector(
         self,
@@ -64,17 +74,24 @@ class Results:
         if not last and state.rounds % config.evaluation.every:
             return
         clock = time.monotonic()
-        rows = [r.validation for r in self._setup.rows]
+        rows = self._of_asked([r.validation for r in self._setup.rows])
         if sum(map(len, rows)):
             results = self._evaluate(
                 rows, self._setup.train_tokens, state.values, self._personal.files.current
             )
             record["validation"] = {name: result.scores for name, result in results.items()}
+            record |= _left_out(results)
             score = results["personal"].scores["score"]
             if state.best is None or score > state.best.score:
                 self._personal.pin()
                 state.best = Best(state.rounds - 1, score, state.values)
         self._account.evaluated(time.monotonic() - clock, record)
+
+    def _of_asked(self, rows: list[Ids]) -> list[Ids]:
+        """No rows of clients that are not in the sample for evaluation."""
+        if self._asked is None:
+            return rows
+        return [own if k in self._asked else own[:0] for k, own in enumerate(rows)]
 
     def _evaluate(
         self, rows: list[Ids], tokens: Tokens, values: torch.Tensor, files: Mapping[int, int]
@@ -86,15 +103,28 @@ class Results:
         personal = self._evaluator.evaluate(
             rows, tokens, apart, lambda k: self.vector(k, None, values, files)
         )
-        if not apart:
-            return {"personal": personal, "global": personal}
-        return {
-            "personal": personal,
-            "global": self._evaluator.evaluate(rows, tokens, {}, lambda _: values),
-        }
+        shared = personal
+        if apart:
+            shared = self._evaluator.evaluate(rows, tokens, {}, lambda _: values)
+        if self._asked is not None:
+            for result in (personal, shared):
+                self._add_error(result, rows, tokens)
+        return {"personal": personal, "global": shared}
+
+    def _add_error(self, result: Evaluation, rows: list[Ids], tokens: Tokens) -> None:
+        """To the accuracy of a sample of clients, its standard error."""
+        if "accuracy" not in result.scores:
+            return
+        owner = np.zeros(len(tokens), dtype=np.int64)
+        for k, own in enumerate(rows):
+            owner[own] = k
+        correct = result.told == tokens.labels[result.rows]
+        clients = len(rows)
+        error = metrics.sampling_error(correct, owner[result.rows], clients)
+        result.scores["accuracy_error"] = error
 
     def _test(self, values: torch.Tensor, files: Mapping[int, int]) -> dict[str, Evaluation]:
-        rows = [r.test for r in self._setup.rows]
+        rows = self._of_asked([r.test for r in self._setup.rows])
         return self._evaluate(rows, self._setup.test_tokens, values, files)
 
     def finish(self, seconds_so_far: Callable[[], float]) -> dict[str, Any]:
@@ -120,10 +150,12 @@ class Results:
             "seed": config.seed,
             "rounds": config.federation.rounds,
             "metric": setup.task.metric,
-            **self._of_classes(final),
+            **self._of_classes(final, results["global"].rows),
             "score": {name: result["score"] for name, result in final.items()},
             "test": final,
             "best": best,
+            **_left_out(results),
+            **({"evaluated_clients": len(self._asked)} if self._asked is not None else {}),
             **self._account.summary(),
             "seconds": {
                 "init": state.seconds.init,
@@ -137,11 +169,11 @@ class Results:
         setup.topology.world.comm.Barrier()
         return summary
 
-    def _of_classes(self, final: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def _of_classes(self, final: dict[str, dict[str, Any]], rows: Ids) -> dict[str, Any]:
         """What only classification has: accuracies, and that of always the largest class."""
         if not all("accuracy" in result for result in final.values()):
             return {}
-        labels = self._setup.test_tokens.labels
+        labels = self._setup.test_tokens.labels[rows]
         return {
             "accuracy": {name: result["accuracy"] for name, result in final.items()},
             "majority": float(np.bincount(labels).max() / len(labels)),
@@ -165,3 +197,9 @@ class Results:
             }
         )
         directory.save_summary(summary)
+
+
+def _left_out(results: dict[str, Evaluation]) -> dict[str, Any]:
+    """For a record: clients with rows that could not be evaluated, and why, if there are some."""
+    reasons = {str(k): why for result in results.values() for k, why in result.left_out.items()}
+    return {"not_evaluated": reasons} if reasons else {}

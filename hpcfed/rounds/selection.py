@@ -1,6 +1,6 @@
 """Which layers are shared, decided once, after the warm-up, by the clients that are probed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,15 @@ from hpcfed.data.batches import Floats, Ids, Tokens, form_batches
 from hpcfed.data.partition import ClientRows
 from hpcfed.engine.engine import ClientError, Engine
 from hpcfed.engine.probe import gradient, hessian_product
+from hpcfed.errors import RunError
 from hpcfed.importance.spectrum import STEPS, eigengap, lanczos, plateau, quadrature
 from hpcfed.policies import layers
-from hpcfed.policies.sampling import spread
+from hpcfed.policies.sampling import again, spread
 from hpcfed.rng import derive, generator
 from hpcfed.settings.config import Config
+
+# Clients are drawn again so many times where too few can be asked.
+REDRAWS = 3
 
 # Fraction of the layers where the rule for their number finds nothing.
 FIXED = 0.5
@@ -92,16 +96,16 @@ def select(
     record: dict[str, Any] = {}
     score = registry.SCORES[spec.score]
     if isinstance(score, layers.Measured):
-        probed = probe_clients(config, rows)
         size = score.samples or config.local.batch_size
-        batches = {k: first_batch(config, rows, tokens, k, size) for k in probed}
-        by_client = over_clients(
-            config, engine, rows, initial, probed, len(names),
-            lambda k: score.ask(engine, batches[k], tokens),
-        )  # fmt: skip
+
+        def ask(k: int) -> Floats:
+            return score.ask(engine, first_batch(config, rows, tokens, k, size), tokens)
+
+        by_client, probed = over_clients(config, engine, rows, initial, len(names), ask)
+        asked = [first_batch(config, rows, tokens, k, size) for k in probed]
         weights = np.array([len(rows[k].train) for k in by_client], dtype=np.float64)
         scores = np.average(np.array(list(by_client.values())), axis=0, weights=weights)
-        samples = score.passes * sum(map(len, batches.values()))
+        samples = score.passes * sum(map(len, asked))
         record = {
             "scores": dict(zip(names, scores.tolist(), strict=True)),
             "clients": {str(k): values.tolist() for k, values in by_client.items()},
@@ -121,8 +125,8 @@ def _fraction(
         return 1.0, 0, {}
     if spec.keep != "lossless":
         return spec.keep, 0, {"share": spec.keep}
-    packed = over_clients(
-        config, engine, rows, vector, probe_clients(config, rows), Estimate.SIZE,
+    packed, _ = over_clients(
+        config, engine, rows, vector, Estimate.SIZE,
         lambda k: _lossless(config, engine, rows, tokens, vector, k).pack(),
     )  # fmt: skip
     estimates = {k: Estimate.unpack(numbers) for k, numbers in packed.items()}
@@ -186,11 +190,16 @@ def _lossless(
     return estimate
 
 
-def probe_clients(config: Config, rows: list[ClientRows]) -> list[int]:
-    """The clients that are asked, drawn once."""
+def probe_clients(
+    config: Config, rows: list[ClientRows], earlier: Sequence[Collection[int]] = ()
+) -> list[int]:
+    """The clients that are asked, drawn once. earlier: draws of which too few could answer."""
     number = min(config.layers.probe_clients, len(rows))
-    drawn = generator(config.seed, "probe").choice(len(rows), number, replace=False)
-    return sorted(int(k) for k in drawn)
+    if not earlier:
+        drawn = generator(config.seed, "probe").choice(len(rows), number, replace=False)
+        return sorted(int(k) for k in drawn)
+    rng = generator(config.seed, "probe again", len(earlier))
+    return again(rng, len(rows), number, earlier)
 
 
 def first_batch(
@@ -207,32 +216,62 @@ def over_clients(
     engine: Engine,
     rows: list[ClientRows],
     vector: torch.Tensor,
+    size: int,
+    ask: Callable[[int], Floats],
+) -> tuple[dict[int, Floats], list[int]]:
+    """Ask clients, spread over the slots, for (size,) numbers each, at `vector`: the answers of
+    those that could, and all that were asked; the same on all ranks.
+
+    Others are asked, a few times, where fewer than federation.min_clients can answer. Raises
+    RunError, on all ranks, if it stays so, and StopError if the job has to stop.
+    """
+    earlier: list[list[int]] = []
+    while len(earlier) <= REDRAWS:
+        clients = probe_clients(config, rows, earlier)
+        able, reasons = _answers(engine, rows, vector, clients, size, ask)
+        earlier.append(clients)
+        if len(able) >= min(config.federation.min_clients, len(clients)):
+            return able, sorted({k for draw in earlier for k in draw})
+    client, why = next(iter(reasons.items()))
+    raise RunError(
+        f"The layers could not be chosen: in {len(earlier)} draws of {len(clients)} clients fewer "
+        f"than {config.federation.min_clients} (federation.min_clients) could be asked; client "
+        f"{client}: {why}. What is committed is kept: mend the cause, as with a smaller local.lr, "
+        "and go on with --resume."
+    )
+
+
+def _answers(
+    engine: Engine,
+    rows: list[ClientRows],
+    vector: torch.Tensor,
     clients: list[int],
     size: int,
     ask: Callable[[int], Floats],
-) -> dict[int, Floats]:
-    """Ask clients, spread over the slots, for (size,) numbers each, at `vector`; the same on all
-    ranks. Clients that fail are left out. Raises RuntimeError if all do, StopError on all ranks
-    if the job has to stop."""
+) -> tuple[dict[int, Floats], dict[int, str]]:
+    """What these clients answer, and why others could not; the same on all ranks."""
     topology = engine.topology
     answers = np.zeros((len(clients), size + 1))
+    reasons: dict[int, str] = {}
     lanes = spread({k: len(rows[k].train) for k in clients}, topology.slots)
     for k in lanes[topology.slot_index]:
+        topology.world.watch.doing(f"asking client {k} which layers matter")
         engine.load(vector)
         try:
             answer = ask(k)
-        except ClientError:
+        except ClientError as failure:
             if engine.interrupted:
                 break
+            reasons[k] = str(failure)
             continue
-        if topology.leads_slot and np.isfinite(answer).all():
+        if not np.isfinite(answer).all():
+            reasons[k] = "what it answers is not finite"
+        elif topology.leads_slot:
             answers[clients.index(k)] = [1, *answer]
     answers = sum_over_ranks(answers, topology)
     engine.leave_if_interrupted()
     able = {k: answer[1:] for k, answer in zip(clients, answers, strict=True) if answer[0]}
-    if not able:
-        raise RuntimeError(
-            "the layers could not be chosen: every client that was probed failed, or gave values "
-            "that are not finite; try a smaller local.lr, or layers.score=all"
-        )
-    return able
+    if len(able) < len(clients):
+        gathered = topology.world.comm.allgather(reasons)
+        reasons = {k: text for part in gathered for k, text in part.items()}
+    return able, reasons

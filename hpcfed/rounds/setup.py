@@ -27,7 +27,7 @@ from hpcfed.model import Prepared
 from hpcfed.objectives import heads
 from hpcfed.rounds.preflight import Checked
 from hpcfed.rounds.progress import Opening
-from hpcfed.settings import plugins
+from hpcfed.settings import deepspeed_config, plugins
 from hpcfed.settings.config import Config
 from hpcfed.settings.deepspeed_config import zero_stage
 from hpcfed.state import RunState, ServerState
@@ -65,7 +65,7 @@ class Setup:
         return Opening(
             what=f"{config.method} on {config.task.name}",
             training_rows=len(self.task.train),
-            clients=config.federation.clients,
+            clients=len(self.rows),
             per_round=config.federation.per_round,
             rounds=config.federation.rounds,
             model=config.model.name,
@@ -121,6 +121,8 @@ def _set_up(
     topology = topology or connect_slots(world, config.cluster)
     if zero_stage(settings) == 3 and topology.device.type == "cpu":
         keep_heap_small()
+    with world.agreement("checking the DeepSpeed configuration"):
+        deepspeed_config.verify(settings)
     with world.agreement("reading the tokenizer"):
         tokenizer = model.load_tokenizer(config)
         head = heads.build(config, task, tokenizer)

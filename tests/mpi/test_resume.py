@@ -1,13 +1,16 @@
 """A run that is killed, or asked to stop, at any instant ends with the bits of one that is not."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.mpi.variants import COMMON, FIBECFED
 from tests.same import assert_same, metrics
-from tests.support import mpiexec
+from tests.support import ROOT, mpiexec
 
 ROUNDS = 5
 INTERRUPTED = 75
@@ -197,4 +200,23 @@ def test_two_ranks_of_a_client_drop_the_round_together(worlds, data, tmp_path, s
     life(worlds, shape, data, out, *form, "--resume")
     runs = {"whole": [*words(data), form[1]]}
     worlds.call(shape, "tests.mpi.cases.runs:federate", folder=tmp_path, runs=runs)
+    assert_same(tmp_path / "whole", out)
+
+
+@pytest.mark.long
+def test_killed_at_forty_instants(worlds, data, tmp_path):
+    """SIGKILL at seeded instants of one run, 40 of them: the same bits as undisturbed."""
+    longer = {"federation.rounds": 400, "evaluation.every": 20, "curriculum.full_at": 0.1}
+    own = [word for word in words(data) if word.partition("=")[0] not in longer]
+    own += [f"{key}={value}" for key, value in longer.items()]
+    out = tmp_path / "killed"
+    line = ["run", "lora-fedavg", *own, f"output={out}"]
+    program = [sys.executable, str(ROOT / "tests" / "mpi" / "killed_often.py"), "40", "11", *line]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    rounds = json.loads(done.stdout.splitlines()[-1])
+    assert len(rounds) == 40 and rounds == sorted(rounds) and len(set(rounds)) > 20, rounds
+    runs = {"whole": own}
+    worlds.call((1, 1), "tests.mpi.cases.runs:federate", folder=tmp_path, runs=runs)
     assert_same(tmp_path / "whole", out)

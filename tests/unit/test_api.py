@@ -67,14 +67,16 @@ def test_a_result_is_read(tmp_path):
     assert [line["round"] for line in result.metrics] == [1, 2]
 
 
+WORDS = {"number": "1", "person": "no", "place": "null", "reason": "a: b", "time": "#"}
 VALUES = {
     "local.lr": 1e-05,
     "federation": {"rounds": 3, "clients": 5, "per_round": 2},
     "adapter.targets": ["query", "dense"],
     "data.root": None,
     "model.gradient_checkpointing": True,
-    "task": {"name": "questions", "verbalizer": {"1": "good", "no": "bad"}},
-    "layers.keep": "lossless",
+    "model.head": "cloze",
+    "task": {"name": "questions", "template": "{a} <mask>", "verbalizer": WORDS},
+    "layers": {"score": "first", "keep": "lossless"},
 }
 
 
@@ -90,7 +92,7 @@ def test_overrides_as_a_mapping_or_a_list(started, tmp_path):
     config = resolve("lora-fedavg", plain).config
     assert (config.local.lr, config.federation.per_round) == (1e-05, 2)
     assert config.adapter.targets == ("query", "dense") and config.data.root is None
-    assert config.task.verbalizer == {"1": "good", "no": "bad"} and config.layers.keep == "lossless"
+    assert config.task.verbalizer == WORDS and config.layers.keep == "lossless"
     assert Path(config.output) == tmp_path / "run" and config.model.gradient_checkpointing
 
 

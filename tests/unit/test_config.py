@@ -1,6 +1,7 @@
 """Resolution of configurations: sources, strictness, provenance."""
 
 import json
+import re
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,16 @@ import yaml
 from hpcfed.app.options import listing
 from hpcfed.errors import UserError
 from hpcfed.rounds.preflight import output_folder
-from hpcfed.settings.resolve import COMMAND_LINE, changed, describe, presets, resolve
+from hpcfed.settings.reading import given_once
+from hpcfed.settings.resolve import (
+    COMMAND_LINE,
+    changed,
+    describe,
+    options,
+    presets,
+    resolve,
+    without_effect,
+)
 
 
 def test_later_sources_win_and_are_named(tmp_path):
@@ -68,7 +78,7 @@ def test_what_describe_prints_resolves_to_the_same(tmp_path):
         ("local.epochs=true", ["local.epochs", "whole number"]),
         ("data.validation=0.95", ["at least 0 and at most 0.9"]),
         ("federation=3", ["federation", "section"]),
-        ("federation.clients=null", ["federation.clients", "not null"]),
+        ("federation.rounds=null", ["federation.rounds", "not null"]),
         ("model.dtype=fp8", ["model.dtype", "fp32, bf16"]),
         ("adapter.targets=[]", ["adapter.targets", "list of names"]),
         ("method=lora-fedavgg", ["lora-fedavgg", "did you mean 'lora-fedavg'"]),
@@ -112,8 +122,107 @@ def test_every_option_is_explained():
         "layers.keep", "server.momentum",
     ]  # fmt: skip
     assert "above 0" in " ".join(few) and "lossless" in " ".join(few)
-    with pytest.raises(UserError, match="contains 'momentun'"):
+    with pytest.raises(UserError, match=r"did you mean 'local\.momentum'"):
         list(listing(["momentun"]))
+
+
+def test_words_are_found_in_explanations_and_presets():
+    def found(*words):
+        return [line.split("=")[0] for line in listing(list(words)) if not line.startswith(" ")]
+
+    assert found("learning rate") == ["local.lr", "server.lr"]
+    assert found("Learning Rate") == found("learning rate")
+    assert "local.proximal" in found("fedprox") and "local.epochs" not in found("fedprox")
+    assert "local.proximal=0.0   (fedprox: 0.01)" in list(listing(["fedprox"]))
+    assert all(name.startswith("adapter.") for name in found("adapter"))
+    with pytest.raises(UserError, match="did you mean 'scaffold'"):
+        found("scafold")
+
+
+OPTIONS = dict(options())
+CONDITIONS = {spec.metadata["counts"] for spec in OPTIONS.values()} - {None}
+
+
+@pytest.fixture(scope="module")
+def configs():
+    """All presets, and some settings of each."""
+    settings = (
+        [],
+        ["task.name=mine", "data.root=x", "model.head=cloze", "data.partition.kind=natural"],
+        ["layers.score=first", "layers.keep=lossless"],
+        ["data.partition.kind=pathological"],
+        ["data.partition.kind=iid"],
+    )
+    return [resolve(preset, words).config for preset in presets() for words in settings]
+
+
+@pytest.mark.parametrize("when", sorted(CONDITIONS, key=lambda when: when.words))
+def test_a_condition_names_what_makes_it_hold(when, configs):
+    """It names options only; it holds somewhere, and somewhere not."""
+    named = re.findall(r"[a-z]+(?:\.[a-z_]+)+", when.words)
+    assert named and set(named) <= set(OPTIONS)
+    assert {when.holds(config) for config in configs} == {True, False}
+
+
+def without(source, *words):
+    return [key for key, _ in without_effect(resolve(source, words))]
+
+
+def test_what_has_no_effect_is_the_users_alone(tmp_path):
+    assert without("lora-fedavg", "server.lr=5") == ["server.lr"]
+    assert without("fedadam", "server.lr=5") == []
+    # A preset's, which another value switches off; what is as it would be anyway; in a setting.
+    assert without("fibecfed", "layers.score=all", "curriculum.pace=all") == []
+    assert without("fibecfed", "layers.score=all", "sparsity.keep=0.5") == []
+    assert without("fibecfed", "layers.score=all", "sparsity.keep=0.4") == ["sparsity.keep"]
+    assert without("lora-fedavg", "server.lr=1", "sparsity.keep=1", "adapter.targets=query") == []
+    assert without("p-tuning-v2", "adapter.targets=query") == ["adapter.targets"]
+    assert without("demo", "method=lora-fedavg") == []
+    # In a file of the user's it counts as on the command line; in a preset of the user's it is one.
+    text = "local: {lr: 0.1}\nserver: {lr: 5}\ncurriculum: {start: 0.1}\n"
+    file = tmp_path / "my.yaml"
+    file.write_text(f"method: lora-fedavg\n{text}")
+    assert without(str(file)) == ["curriculum.start", "server.lr"]
+    assert without(str(file), "server.optimizer=adam") == ["curriculum.start"]
+    assert without(str(file), "curriculum.pace=linear", "method=fedyogi") == []
+    file.write_text(f"base: lora-fedavg\n{text}")
+    assert without(str(file)) == []
+    assert without(str(file), "adapter.reduction=4") == ["adapter.reduction"]
+    assert without("demo", f"method={file}", "server.lr=5", "server.lr_decay=0.5") == [
+        "server.lr_decay"
+    ]
+    # A plug-in may read what it likes.
+    plugin = tmp_path / "mine.py"
+    plugin.write_text("import hpcfed\n")
+    assert without("lora-fedavg", "server.lr=5", f"plugins={plugin}") == []
+    resolve("lora-fedavg")
+
+
+def test_later_overrides_reach_into_what_earlier_ones_gave():
+    words = ["task.verbalizer={a: x, b: y}", "task.verbalizer.b=z"]
+    assert resolve("lora-fedavg", words).config.task.verbalizer == {"a": "x", "b": "z"}
+    assert resolve("lora-fedavg", [*words, "task.verbalizer={}"]).config.task.verbalizer == {}
+    assert resolve("lora-fedavg", [*words, "task.verbalizer=null"]).config.task.verbalizer is None
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["seed=1", "local.lr=2", "seed=1"], "seed"),
+        (["local={lr: 1}", "local.lr=2"], "local.lr"),
+        (["local.lr=2", "local={lr: 1, epochs: 2}"], "local.lr"),
+        (["task.verbalizer={a: x}", "task.verbalizer=null"], "task.verbalizer"),
+        (["local.lr=1", "local.lr.x=2"], "local.lr.x"),
+    ],
+)
+def test_an_override_is_given_once(words, key):
+    with pytest.raises(UserError, match=f"^{re.escape(key)} is given twice"):
+        given_once(words)
+
+
+def test_overrides_of_one_section_are_not_the_same():
+    given_once(["local.lr=1", "local={epochs: 2}", "task.verbalizer.a=x", "task.verbalizer.b=y"])
+    given_once(["local.lr=1", "server.lr=1", "local.lr_=1"])
 
 
 def test_the_documented_example_resolves(tmp_path):

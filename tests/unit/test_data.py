@@ -9,8 +9,9 @@ import pytest
 import sklearn.metrics
 import torch
 
-from hpcfed.data import corpus, metrics, partition, sources
+from hpcfed.data import corpus, files, metrics, partition, sources, tables
 from hpcfed.data.batches import POOL, Tokens, form_batches, split_batch, tokenize
+from hpcfed.data.rows import read as read_rows
 from hpcfed.data.tasks import TASKS
 from hpcfed.errors import UserError
 from hpcfed.model import load_tokenizer
@@ -26,6 +27,7 @@ def write_task(folder, train, test, name="own"):
 
 
 ROWS = [{"text": f"row {i}", "label": "xy"[i % 2]} for i in range(20)]
+TEST = [{"text": f"other {i}", "label": "xy"[i % 2]} for i in range(20)]
 
 
 # --- sources ---------------------------------------------------------------------------------
@@ -41,9 +43,9 @@ def test_own_jsonl_with_pairs_and_numbers_as_labels(tmp_path):
 
 def test_own_csv_with_named_columns(tmp_path):
     (tmp_path / "own").mkdir()
-    for split in ("train", "test"):
+    for split, rest in (("train", ""), ("test", "how,x\n")):
         (tmp_path / "own" / f"{split}.csv").write_text(
-            'question,kind\n"how, and when",x\nwhy,y\n', encoding="utf-8"
+            f'question,kind\n"how, and when",x\nwhy,y\n{rest}', encoding="utf-8"
         )
     columns = Columns(text="question", label="kind")
     config = Config(task=Task(name="own"), data=Data(root=str(tmp_path), columns=columns))
@@ -65,7 +67,7 @@ def test_own_csv_with_named_columns(tmp_path):
     ],
 )
 def test_malformed_lines_are_named(tmp_path, line, words):
-    config = write_task(tmp_path, ROWS, ROWS)
+    config = write_task(tmp_path, ROWS, TEST)
     path = tmp_path / "own" / "train.jsonl"
     path.write_text("\n".join([*path.read_text().splitlines()[:2], line]) + "\n")
     with pytest.raises(UserError) as caught:
@@ -75,14 +77,14 @@ def test_malformed_lines_are_named(tmp_path, line, words):
 
 
 def test_other_faults_of_the_data(tmp_path):
-    config = write_task(tmp_path, ROWS, ROWS)
+    config = write_task(tmp_path, ROWS, TEST)
     with pytest.raises(UserError, match=r"test label 'z' never occurs.*x, y"):
         sources.load(write_task(tmp_path, ROWS, [{"text": "a", "label": "z"}]))
     with pytest.raises(UserError, match="train split of task 'own' is empty"):
-        sources.load(write_task(tmp_path, [], ROWS))
+        sources.load(write_task(tmp_path, [], TEST))
     with pytest.raises(UserError, match="all training rows have the label"):
-        sources.load(write_task(tmp_path, ROWS[::2], ROWS[::2]))
-    with pytest.raises(UserError, match=r"train\.jsonl \(or \.csv\) does not exist"):
+        sources.load(write_task(tmp_path, ROWS[::2], TEST[::2]))
+    with pytest.raises(UserError, match=r"train\.jsonl \(or \.csv.*does not exist"):
         sources.load(replace(config, task=Task(name="other")))
     with pytest.raises(UserError, match="Unknown task 'other'"):
         sources.load(Config(task=Task(name="other")))
@@ -95,15 +97,23 @@ def test_csv_rows_of_another_width(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("text,label\na,x\nb\n")
     with pytest.raises(UserError, match=r"line 3: expected 2 columns"):
-        list(sources.read_file(path, Columns()))
+        read_rows(files.records(path), Columns())
 
 
 def test_max_train_is_a_seeded_draw(tmp_path):
-    config = write_task(tmp_path, ROWS, ROWS)
+    config = write_task(tmp_path, ROWS, TEST)
     few = replace(config, task=Task(name="own", max_train=6))
     one, two = sources.load(few), sources.load(few)
     assert len(one.train) == 6 and one.train.texts == two.train.texts
     assert one.train.texts != sources.load(replace(few, seed=1)).train.texts
+
+
+def read_saved(folder, source):
+    """Rows of a data set as it would come from the hub."""
+    records = tables.records(
+        datasets.load_from_disk(folder), "hub", source.columns, None, source.rename
+    )
+    return read_rows(records, source.columns)
 
 
 HUB_COLUMNS = {  # the columns and label types of each data set on the hub
@@ -126,11 +136,11 @@ def test_hub_columns_with_class_labels(name, tmp_path):
         {c: [v] * 2 for c, v in texts.items()} | {"label": [0, 1]}, features=features
     )
     saved.save_to_disk(tmp_path / name)
-    rows = sources.rows_from_hub(datasets.load_from_disk(tmp_path / name), TASKS[name].hub)
+    found = read_saved(tmp_path / name, TASKS[name].hub)
     rename = {"neg": "negative", "pos": "positive"}
-    assert [row.label for row in rows] == [rename.get(n, n) for n in names]
-    assert rows[0].text == "a"
-    assert rows[0].text_pair == ("b" if len(texts) == 2 else None)
+    assert [row.label for row in found] == [rename.get(n, n) for n in names]
+    assert found[0].text == "a"
+    assert found[0].text_pair == ("b" if len(texts) == 2 else None)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +157,9 @@ def test_hub_columns_with_class_labels(name, tmp_path):
 def test_hub_columns_with_other_labels(name, columns, labels, tmp_path):
     filled = {c: v if isinstance(v, list) else [v] * 2 for c, v in columns.items()}
     datasets.Dataset.from_dict(filled).save_to_disk(tmp_path / name)
-    rows = sources.rows_from_hub(datasets.load_from_disk(tmp_path / name), TASKS[name].hub)
-    assert [row.label for row in rows] == labels
+    found = read_saved(tmp_path / name, TASKS[name].hub)
+    assert [row.label for row in found] == labels
+    assert found[0].text == "a" and found[0].text_pair == ("b" if name == "boolq" else None)
 
 
 def test_a_hub_out_of_reach_says_what_to_do(monkeypatch):

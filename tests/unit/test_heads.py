@@ -1,5 +1,6 @@
 """Cloze and label words: wordings, gaps that are never cut, losses and predictions."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -65,8 +66,21 @@ def test_a_wording_that_does_not_fit_is_refused(head, task, words):
 
 
 def test_a_task_without_a_wording_is_told_how_to_write_one():
-    with pytest.raises(UserError, match=r"task\.template, like .* task\.verbalizer"):
-        wordings.wording(config(), data("own"))
+    """What is missing, and an example that the head would take."""
+    labels = {label: f"word{i}" for i, label in enumerate(data("own").labels)}
+    gap = "{a} . It was <mask>"
+    for head, own, missing in (
+        ("cloze", {}, r"set task\.template, as '(.*)' and task\.verbalizer, as \{\w+: word"),
+        ("label_words", {}, r"set task\.template, as '(.*)' and task\.verbalizer"),
+        ("label_words", {"verbalizer": labels}, r"none: set task\.template, as '([^']*)'\.$"),
+        ("label_words", {"template": gap}, r"none: set task\.verbalizer, as (.*)\.$"),
+    ):
+        with pytest.raises(UserError) as caught:
+            wordings.wording(config(head, **own), data("own"))
+        found = re.search(missing, str(caught.value))
+        assert found, caught.value
+        if "template" not in own:
+            wordings.wording(config(head, template=found[1], verbalizer=labels), data("own"))
 
 
 def test_words_must_be_single_tokens(tokenizer):

@@ -87,9 +87,9 @@ def test_deepspeed_settings_are_completed(tmp_path):
         ({"optimizer": {"type": "Adam"}}, ["optimizer", "local.optimizer"]),
         ({"fp16": {"enabled": True}}, ["fp16", "bf16"]),
         ({"bf16": {"enabled": True}}, ["bf16", "model.dtype"]),
-        ({"zero_optimization": {"stage": 4}}, ["stage", "0, 1, 2 or 3"]),
+        ({"zero_optimization": {"stage": 4}}, ["stage", "0, 1, 2, 3"]),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, ["zero_hpz"]),
-        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, ["nvme", "cpu"]),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["nvme", "cpu"]),
         ({"zero_optimization": 2}, ["object"]),
         ("[1]", ["JSON object"]),
         ('{"a": }', ["line 1", "not valid JSON"]),
@@ -115,3 +115,13 @@ def test_a_missing_deepspeed_json_lists_the_shipped_ones():
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "offload"])
 def test_shipped_deepspeed_files_hold_nothing_of_ours(name):
     assert deepspeed_config.load(Config(deepspeed=f"ds_configs/{name}.json"))
+
+
+def test_another_draw_takes_others_first():
+    first = sample(3, 0, 20, 5)
+    second = sample(3, 0, 20, 5, [first])
+    third = sample(3, 0, 20, 5, [first, second])
+    assert len({*first, *second, *third}) == 15 and second == sorted(second)
+    assert sample(3, 0, 20, 5, [first]) == second
+    everyone = sample(3, 0, 7, 5, [sample(3, 0, 7, 5)])
+    assert len(set(everyone)) == 5 and set(range(7)) - set(sample(3, 0, 7, 5)) <= set(everyone)

@@ -113,7 +113,7 @@ def test_a_rule_that_overlaps_or_leaves_out_is_refused():
 )  # fmt: skip
 def test_what_cannot_act_is_refused_in_one_sentence(words, told):
     with pytest.raises(UserError) as caught:
-        check_options(resolve("lora-fedavg", words).config, 1)
+        check_options(resolve("lora-fedavg", words), 1)
     said = str(caught.value)
     for word in told:
         assert word in said

@@ -2,9 +2,11 @@
 
 import os
 import signal
+from unittest.mock import Mock
 
 import pytest
 
+from hpcfed.cluster import launcher
 from hpcfed.cluster.stop import AFTER_TERM, MARGIN, SIGNALS, Stop
 
 
@@ -58,3 +60,41 @@ def test_the_slowest_commit_so_far_is_what_a_round_needs_after_its_training(cloc
         clock[0] += took
         stop.committed()
     assert stop.tail == 7
+
+
+def test_ctrl_c_asks_and_then_ends(clock, capfd):
+    stop = Stop(10, clock=lambda: clock[0])
+    stop.listen()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.asked and "has 10 s" in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_is_ignored_stays_ignored(clock):
+    """As HUP is under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = Stop(10)
+    stop.listen()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.asked and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize(
+    ("sent", "forwarded"),
+    [
+        ([signal.SIGUSR1], [signal.SIGUSR1]),
+        ([signal.SIGUSR2], [signal.SIGUSR2]),
+        ([signal.SIGTERM], [signal.SIGUSR1]),
+        ([signal.SIGHUP], [signal.SIGUSR1]),
+        ([signal.SIGINT, signal.SIGINT], [signal.SIGUSR1, signal.SIGTERM]),
+    ],
+)
+def test_what_mpiexec_gets(clock, capfd, sent, forwarded):
+    """TERM, HUP and INT would have it kill the ranks."""
+    process = Mock()
+    with launcher.forwarding(process, 7.0):
+        for number in sent:
+            os.kill(os.getpid(), number)
+    assert [call.args[0] for call in process.send_signal.call_args_list] == forwarded
+    assert ("has 7 s" in capfd.readouterr().err) == (signal.SIGINT in sent)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import numpy as np
@@ -12,6 +13,7 @@ from hpcfed.cluster.topology import Topology
 from hpcfed.data.batches import Tokens
 from hpcfed.data.wordings import Wording
 from hpcfed.engine.engine import Engine
+from hpcfed.errors import UserError
 from hpcfed.objectives.heads import Classifier, Cloze, Head, LabelWords
 from hpcfed.settings import deepspeed_config
 from hpcfed.settings.config import Config, Local
@@ -37,6 +39,19 @@ def check(topology: Topology, folder: Path, adapter: str, dtype: str, deepspeed:
     check_values(config, topology)
     check_leaks(config, topology)
     check_corrections(config, topology)
+
+
+def said_of(topology: Topology, folder: Path, settings: dict[str, Any]) -> str:
+    """What is said of an engine with these settings over a JSON of ours."""
+    words = [f"model.name={folder}", "deepspeed=ds_configs/zero2.json"]
+    config = resolve("lora-fedavg", words).config
+    complete = {**deepspeed_config.load(config), **settings}
+    prepared = model.prepare(config, LABELS, 0, complete, HEADS["classifier"])
+    try:
+        Engine(prepared, config.local, complete, topology).close()
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def build(config: Config, local: Local, topology: Topology) -> Engine:

@@ -30,6 +30,7 @@ from hpcfed.storage.paths import MANIFEST, METRICS
 from tests.mpi.cases.runs import build, clear
 from tests.mpi.interrupt import EVENTS, Still, arm
 from tests.same import assert_same
+from tests.support import line
 
 
 class Struck(BaseException):
@@ -235,7 +236,7 @@ def command(
         stack.enter_context(patch.object(cli, "Stop", Still))
         if strike is not None:
             stack.enter_context(patch.object(*arm(*strike)))
-        code = cli.main(words)
+        code = cli.main(line(words))
     gc.collect()
     return code, printed.getvalue()
 

@@ -22,6 +22,7 @@ from hpcfed.rounds.preflight import check
 from hpcfed.rounds.progress import Progress
 from hpcfed.rounds.setup import set_up
 from hpcfed.settings.resolve import resolve
+from tests.support import line
 
 
 def federate(
@@ -61,9 +62,9 @@ def build(
     topology: Topology, preset: str, overrides: list[str], resume: bool = False
 ) -> Federation:
     """A federation that is ready to run."""
-    resolved = resolve(
-        preset, [*overrides, f"cluster.ranks_per_client={topology.ranks_per_client}"]
-    )
+    form = f"cluster.ranks_per_client={topology.ranks_per_client}"
+    _, source, *words = line(["run", preset, *overrides, form])
+    resolved = resolve(source, words)
     checked = check(resolved, topology.world.size, resume)
     return Federation(set_up(checked, topology.world, time.monotonic(), topology))
 
@@ -109,7 +110,7 @@ def command_line(
             if not value:
                 os.environ.pop(name, None)
         try:
-            code = cli.main(words, listen=False)
+            code = cli.main(line(words), listen=False)
         except SystemExit as ended:
             code = int(ended.code or 0)
     return code, output.getvalue(), problems.getvalue()
