@@ -79,10 +79,11 @@ def test_runs_that_were_given_gpus_must_see_them(tmp_path, executor, cluster, de
 def test_a_line_keeps_any_value(tmp_path, capsys, value):
     """Through `hpcfed sweep line`, whose words end in NUL, and back."""
     file = tmp_path / "sweep.yaml"
-    file.write_text(yaml.safe_dump(description(tmp_path, overrides={"task.template": value})))
+    own = {"model.head": "cloze", "task.template": value}
+    file.write_text(yaml.safe_dump(description(tmp_path, overrides=own)))
     assert main(["sweep", "line", "0", str(file)]) == 0
     source, *words, end = capsys.readouterr().out.split("\0")
-    assert end == "" and len(words) == 2
+    assert end == "" and len(words) == 3
     assert resolve(source, words).config.task.template == value
 
 
