@@ -114,7 +114,8 @@ def test_a_line_of_a_sweep(slurm, tmp_path):
     file = tmp_path / "sweep.yaml"
     file.write_text(
         yaml.safe_dump(
-            {"source": "fibecfed", "folder": "runs/x", "overrides": {"model.head": "cloze", "task.template": text},
+            {"source": "fibecfed", "folder": "runs/x",
+             "overrides": {"model.head": "cloze", "task.template": text},
              "grid": {"federation.rounds": [4, 5]}}
         )
     )  # fmt: skip
