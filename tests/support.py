@@ -22,7 +22,8 @@ def line(words: Sequence[str]) -> list[str]:
     if words[:1] != ["run"]:
         return list(words)
     source, rest = words[1], words[2:]
-    given = {word.partition("=")[0]: word for word in rest if not word.startswith("-")}
+    flags = [word for word in rest if word.startswith("-") or "=" not in word]
+    given = {word.partition("=")[0]: word for word in rest if word not in flags}
     try:
         resolved = resolve(source, list(given.values()))
     except UserError:
@@ -30,7 +31,6 @@ def line(words: Sequence[str]) -> list[str]:
     else:
         dead = {key for key, _ in without_effect(resolved)}
     kept = [word for key, word in given.items() if key not in dead]
-    flags = [word for word in rest if word.startswith("-")]
     return ["run", source, *kept, *flags]
 
 
@@ -38,7 +38,7 @@ def on_ranks(ranks: int, program: str, *arguments: str) -> tuple[list[str], dict
     """The command line and the environment of tests/mpi/<program>, or `-m hpcfed`, on MPI ranks."""
     start = ["-m", program] if program == "hpcfed" else [str(ROOT / "tests" / "mpi" / program)]
     at = arguments.index("run") if "run" in arguments else len(arguments)
-    words = [*arguments[:at], *line(arguments[at:])]
+    words = [*arguments[:at], *line(list(arguments[at:]))]
     command, extra = launcher.command(
         launcher.find_mpiexec(), ranks, [sys.executable, *start, *words]
     )

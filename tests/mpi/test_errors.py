@@ -43,7 +43,7 @@ def refused(capsys):
         (["method=fedavgg"], ["'fedavgg'", "lora-fedavg"]),
         (["local.epochs=two"], ["local.epochs", "whole number"]),
         (["federation.per_round=9"], ["per_round is 9", "clients is 4"]),
-        (["curriculum.warmup=3"], ["warmup is 3", "rounds is 3"]),
+        (["curriculum.warmup=3", "curriculum.pace=linear"], ["warmup is 3", "rounds is 3"]),
         (["layers.keep=losless"], ["layers.keep", "a number or 'lossless'"]),
         (["curriculum.pace=sqr"], ["did you mean 'sqrt'"]),
         (["federation.clients=35", "federation.per_round=1"], ["35", "34 training rows"]),

@@ -12,6 +12,7 @@ from hpcfed.api import _words
 from hpcfed.cluster.topology import Topology
 from hpcfed.engine.engine import Engine
 from tests.mpi.cases.runs import clear
+from tests.support import line
 
 
 def runs(topology: Topology, source: str, runs: list[dict[str, Any]]) -> list[hpcfed.Result]:
@@ -68,7 +69,8 @@ def script(
     real, printed = hpcfed.run, io.StringIO()
 
     def small(source: str, given: Any, *, ranks: int | None, resume: bool) -> hpcfed.Result:
-        return real(source, [*_words(given), *_words(overrides)], resume=resume)
+        _, _, *words = line(["run", source, *_words(given), *_words(overrides)])
+        return real(source, words, resume=resume)
 
     with (
         contextlib.chdir(file.parent),
