@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcfed.app.cli import quiet
+from hpcfed.app.run import quiet
 from hpcfed.cluster.collectives import MaskedSum
 from hpcfed.cluster.topology import connect_slots, connect_world
 from hpcfed.settings.config import Cluster

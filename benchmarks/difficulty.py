@@ -18,7 +18,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from hpcfed import registry
-from hpcfed.app.cli import quiet
+from hpcfed.app.run import quiet
 from hpcfed.cluster.topology import connect_world
 from hpcfed.data.batches import Floats, form_batches
 from hpcfed.engine.probe import fisher_traces

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from hpcfed import model
-from hpcfed.app.cli import quiet
+from hpcfed.app.run import quiet
 from hpcfed.cluster.topology import connect_slots, connect_world
 from hpcfed.data.batches import Tokens
 from hpcfed.engine.engine import Engine

@@ -15,7 +15,7 @@ from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from hpcfed.app.cli import quiet
+from hpcfed.app.run import quiet
 from hpcfed.cluster.topology import connect_slots, connect_world
 from hpcfed.rounds import preflight
 from hpcfed.rounds.federation import Federation

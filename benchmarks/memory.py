@@ -23,7 +23,7 @@ import torch
 
 from hpcfed import model
 from hpcfed.app import plan
-from hpcfed.app.cli import quiet
+from hpcfed.app.run import quiet
 from hpcfed.cluster import launcher
 from hpcfed.cluster.topology import connect_slots, connect_world, keep_heap_small
 from hpcfed.data.batches import Tokens

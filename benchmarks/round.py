@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from hpcfed import model
-from hpcfed.app.cli import quiet
+from hpcfed.app.run import quiet
 from hpcfed.cluster.collectives import MaskedSum
 from hpcfed.cluster.topology import connect_world
 from hpcfed.data.batches import Ids

@@ -45,13 +45,15 @@ def run(
     *,
     ranks: int | None = None,
     resume: bool = False,
+    oversubscribe: bool = False,
 ) -> Result:
     """Run a federation and return its result.
 
     source: a preset's name or a YAML file. overrides: {"local.lr": 0.01} (nested mappings too) or
     ["local.lr=0.01"]. ranks: MPI ranks to start on this machine; None: this process is the only
     one, or one of the MPI world that started it, in which every rank calls this. resume: go on with
-    the run in the run directory, if there is one; a complete one is only read.
+    the run in the run directory, if there is one; a complete one is only read. oversubscribe: as
+    many ranks as that, however few the cores.
 
     Raises UserError for what the user can mend, and RuntimeError if the run stopped or failed.
     """
@@ -62,6 +64,7 @@ def run(
         return Result.read(folder)
     extra = [f"--ranks={ranks}"] if ranks is not None else []
     extra += ["--resume"] if resume else []
+    extra += ["--oversubscribe"] if oversubscribe else []
     faults: list[UserError] = []
     code = cli.main(["run", str(source), *words, *extra], listen=False, faults=faults)
     if faults:

@@ -4,6 +4,12 @@
 
 say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
 
+# What another life would not mend.
+refuse() {
+    say "$*"
+    exit 2
+}
+
 # Which of the job's nodes do not answer; all are asked at once.
 lost_nodes() {
     local node
@@ -21,12 +27,28 @@ requeue() {
     exit 1
 }
 
-# What passes from one life to the next lies in the job's comment, the one thing that a requeued job
-# keeps: how often it failed, and on which nodes it last ran.
-remembered() { squeue --noheader --jobs "$SLURM_JOB_ID" --format %k | sed -n "s/.*$1=\([^ ]*\).*/\1/p"; }
+# What passes from one life to the next stands at the end of the job's comment, the one thing that a
+# requeued job keeps: how often it failed, and on which nodes it last ran. What you gave as --comment
+# stays in front of it.
+comment() { squeue --noheader --jobs "$SLURM_JOB_ID" --format %k; }
+
+remembered() { # 1: failures, 2: nodes
+    comment | sed -n "s/.*hpcfed failures=\([^ ]*\) nodes=\([^ ]*\).*/\\$1/p"
+}
+
+failures() {
+    local known
+    known=$(remembered 1)
+    if [[ $known =~ ^[1-9][0-9]{0,3}$ ]]; then echo "$known"; else echo 0; fi
+}
 
 remember() { # failures, nodes
-    scontrol update "JobId=$SLURM_JOB_ID" "Comment=hpcfed failures=$1 nodes=$2"
+    local yours
+    yours=$(comment)
+    yours=${yours%%hpcfed failures=*}
+    yours=${yours%"${yours##*[![:space:]]}"} # no blanks at the end
+    [[ $yours != "(null)" ]] || yours=
+    scontrol update "JobId=$SLURM_JOB_ID" "Comment=${yours:+$yours }hpcfed failures=$1 nodes=$2"
 }
 
 # Another life after a failure, at most three times. Preempted and timed-out lives that have committed
@@ -34,19 +56,19 @@ remember() { # failures, nodes
 # too short for a round would be requeued for ever.
 requeue_after_failure() {
     local failures
-    failures=$(remembered failures)
-    if ((${failures:-0} >= 3)); then
+    failures=$(failures)
+    if ((failures >= 3)); then
         say "failed $((failures + 1)) times; not requeued again"
         exit 1
     fi
-    remember "$((${failures:-0} + 1))" "$SLURM_JOB_NODELIST"
+    remember "$((failures + 1))" "$SLURM_JOB_NODELIST"
     requeue
 }
 
 # Nodes of the life before that are down now; it may have had no time to say so.
 name_missing() {
     local node before
-    before=$(remembered nodes)
+    before=$(remembered 2)
     [[ -n $before ]] || return 0
     for node in $(scontrol show hostnames "$before"); do
         case $(sinfo --noheader --nodes "$node" --format %T) in
@@ -55,14 +77,38 @@ name_missing() {
     done
 }
 
+# Whether one of the words sets the option.
+is_set() { # option, words
+    local word option=$1
+    shift
+    for word; do [[ $word != "$option="* ]] || return 0; done
+    return 1
+}
+
+# What stands in front of a command that runs in the container, if there is one.
+within=()
+if [[ -n $CONTAINER ]]; then
+    command -v apptainer >/dev/null || refuse "CONTAINER is set, but there is no apptainer on $(hostname)"
+    [[ $CONTAINER == *://* || -e $CONTAINER ]] || refuse "CONTAINER is '$CONTAINER', which is not there"
+    within=(apptainer exec --bind "$PWD${BINDS:+,$BINDS}" --pwd "$PWD")
+    [[ $DEVICE == cpu ]] || within+=(--nv)
+    within+=("$CONTAINER")
+elif ! command -v "$PYTHON" >/dev/null; then
+    refuse "PYTHON is '$PYTHON', which is not there; give the python that hpcfed is installed in"
+fi
+
 # federate SOURCE ARGUMENTS...: `hpcfed run SOURCE ARGUMENTS...` on all of the job's tasks.
 federate() {
     local step code lost
-    local source=$1
+    local source=$1 life=${SLURM_RESTART_COUNT:-0}
     shift
-    say "life $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST: hpcfed run $source $*"
+    # Bash's arithmetic runs commands that it finds in a text, so only numbers may get there.
+    [[ $RANKS_PER_NODE =~ ^[1-9][0-9]{0,4}$ ]] ||
+        refuse "RANKS_PER_NODE is '$RANKS_PER_NODE'; it must be a whole number, at least 1"
+    [[ $life =~ ^[1-9][0-9]{0,4}$ ]] || life=0
+    say "life $((life + 1)) on $SLURM_JOB_NODELIST: hpcfed run $source $*"
     name_missing
-    remember "$(remembered failures)" "$SLURM_JOB_NODELIST"
+    remember "$(failures)" "$SLURM_JOB_NODELIST"
     local ranks=$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE))
     local cpus=$((SLURM_CPUS_ON_NODE / RANKS_PER_NODE))
     ((cpus)) || cpus=1
@@ -73,24 +119,25 @@ federate() {
     if [[ -n $HF_CACHE ]]; then
         export HF_HOME=$HF_CACHE HF_HUB_OFFLINE=1 # compute nodes rarely reach the hub
     fi
-    local command=("$PYTHON" -m hpcfed run "$source" "cluster.grace_seconds=$GRACE")
-    [[ -z $RANKS_PER_CLIENT ]] || command+=("cluster.ranks_per_client=$RANKS_PER_CLIENT")
+    local command=("${within[@]}" "$PYTHON" -m hpcfed run "$source")
+    is_set cluster.grace_seconds "$@" || command+=("cluster.grace_seconds=$GRACE")
+    is_set cluster.device "$@" || command+=("cluster.device=$DEVICE")
+    [[ -z $RANKS_PER_CLIENT ]] || is_set cluster.ranks_per_client "$@" ||
+        command+=("cluster.ranks_per_client=$RANKS_PER_CLIENT")
     command+=("$@" --no-live)
-    [[ -z $CONTAINER ]] || command=(apptainer exec --nv "$CONTAINER" "${command[@]}")
     case $LAUNCH in
         # A rank that dies alone would leave the others waiting: --wait ends the step.
         srun)
-            srun --mpi=pmix --wait=60 --ntasks="$ranks" --ntasks-per-node="$RANKS_PER_NODE" \
+            srun --mpi=list 2>&1 | grep -qwF -- "$MPI_TYPE" ||
+                refuse "MPI_TYPE is '$MPI_TYPE', which \`srun --mpi=list\` does not show; or use LAUNCH=mpirun"
+            srun --mpi="$MPI_TYPE" --wait=60 --ntasks="$ranks" --ntasks-per-node="$RANKS_PER_NODE" \
                 --cpus-per-task="$cpus" "${command[@]}" &
             ;;
         mpirun)
             PATH=$PATH:$(dirname "$PYTHON") # pip puts one beside python
             mpirun --bind-to none -n "$ranks" --map-by "ppr:$RANKS_PER_NODE:node" "${command[@]}" &
             ;;
-        *)
-            say "LAUNCH is '$LAUNCH'; it must be srun or mpirun"
-            exit 2
-            ;;
+        *) refuse "LAUNCH is '$LAUNCH'; it must be srun or mpirun" ;;
     esac
     step=$!
     # Slurm signals this shell; the ranks hear of it through their launcher.

@@ -12,7 +12,7 @@ import torch
 import transformers
 from xdist.scheduler import LoadScopeScheduling
 
-from hpcfed.app.cli import quiet
+from hpcfed.app.run import quiet
 from tests.support import DATASETS
 from tests.worlds import Worlds
 

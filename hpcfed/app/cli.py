@@ -1,31 +1,24 @@
 """The command line: parse, call, print."""
 
 import argparse
-import contextlib
-import gc
-import logging
 import os
 import sys
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from hpcfed.app import scripts, sweep_cli
 from hpcfed.app.options import listing
 from hpcfed.app.plot import draw
-from hpcfed.cluster import launcher, rejoin
-from hpcfed.cluster.stop import INTERRUPTED, Stop
-from hpcfed.cluster.topology import connect_world, deepspeed_process, launched_rank, restarted
-from hpcfed.errors import DiskError, RunError, UserError, reason
+from hpcfed.app.run import check_ranks, quiet, refuse, run_command
+from hpcfed.cluster import launcher
+from hpcfed.cluster.topology import connect_world, launched_rank
+from hpcfed.errors import UserError
 from hpcfed.rounds import preflight
 from hpcfed.settings import deepspeed_config
 from hpcfed.settings.reading import given_once
-from hpcfed.settings.resolve import Resolved, describe, presets, resolve
-
-if TYPE_CHECKING:
-    from hpcfed.rounds.setup import Setup
+from hpcfed.settings.resolve import describe, presets, resolve
 
 _EPILOG = """examples:
   hpcfed run demo --ranks 4                         a first run, nothing to download
@@ -38,8 +31,23 @@ _EPILOG = """examples:
   hpcfed options layers                             what the options of layers mean
   hpcfed config my.yaml local.lr=1e-3               what would run, and where each value is from
   hpcfed plan my.yaml --nodes 2 --gpus 4            what it would take, before it takes it
+  hpcfed sweep submit my-sweep.yaml                 many runs, as jobs of Slurm or here
+  hpcfed scripts my-cluster                         Slurm scripts and DeepSpeed JSON to edit
   hpcfed plot runs/*                                curves of their validation scores
   hpcfed doctor --ranks 2                           whether this machine can
+"""
+
+_PROVENANCE = """List the presets: methods, and a setting to try them in.
+
+fibecfed: of the paper only the abstract and second-hand accounts of its equations could be had. The
+paper's: difficulty by Fisher information, easy batches first with a growing share, shared layers by
+their sensitivity to noise, `lossless`, sparse updates by Fisher information with momentum. Ours:
+two warm-up rounds, where difficulties come from, the pace's shape, the noise's size and norm, the
+shares of 0.5, momentum 0.9. fedpeptao: the published code was read; fedpeptao-published is as the
+code has it, fedpeptao has another layer score and server, chosen on validation data.
+
+"rate tuned": by a table of benchmarks/README.md, on trec and mr with MiniLM (fibecfed 4e-3,
+p-tuning-v2 and fedpeptao 0.04, lora-fedavg 2e-3). All other rates are starting points, not tuned.
 """
 
 
@@ -62,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_source(run)
-    run.add_argument("--ranks", type=int, metavar="N", help="start N MPI ranks on this machine")
+    _add_ranks(run)
     run.add_argument(
         "--resume",
         action="store_true",
@@ -78,7 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "presets",
         help="list the presets",
-        description="List the presets: methods, and a setting to try them in.",
+        description=_PROVENANCE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     option = commands.add_parser(
         "options",
@@ -100,12 +109,12 @@ def build_parser() -> argparse.ArgumentParser:
     plan = commands.add_parser(
         "plan",
         help="what a run would take: memory by ZeRO stage, bytes a round, who runs when",
-        description="What a run would take on so many GPUs. Needs the data and the model's "
-        "config.json and tokenizer, but loads no weights and no GPU.",
+        description="What a run, or each run of a sweep, would take on so many GPUs. Needs the "
+        "data and the model's config.json and tokenizer, but loads no weights and no GPU.",
     )
     _add_source(plan)
-    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
-    plan.add_argument("--gpus", type=int, default=1, metavar="G", help="of a node; default: 1")
+    plan.add_argument("--nodes", type=int, metavar="N", help="default: 1, or the sweep's")
+    plan.add_argument("--gpus", type=int, metavar="G", help="of a node; default: 1, or the sweep's")
     plan.add_argument(
         "--memory", type=float, default=80.0, metavar="GB", help="of a GPU; default: 80"
     )
@@ -128,9 +137,27 @@ def build_parser() -> argparse.ArgumentParser:
         "ZeRO's operators, the run folder, a timed Allreduce. Start it as you would start a run: "
         "with srun, mpirun, or --ranks N. Exit code 1 if something has to be mended.",
     )
-    doctor.add_argument("--ranks", type=int, metavar="N", help="start N MPI ranks on this machine")
+    _add_ranks(doctor)
     doctor.add_argument("--folder", default="runs", help="where runs will lie; default: runs")
+    sweep_cli.add_parser(commands)
+    script = commands.add_parser(
+        "scripts",
+        help="copy the Slurm scripts, launch files, experiments and DeepSpeed JSON",
+        description="Copy slurm/, launch/ and ds_configs/ into a folder of yours, to be edited "
+        "there; they work from any folder, with the python that runs this.",
+    )
+    script.add_argument("folder", type=Path, metavar="DIR", help="made if it is not there")
     return parser
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=int, metavar="N", help="start N MPI ranks on this machine")
+    parser.add_argument(
+        "--oversubscribe",
+        action="store_true",
+        help=f"with --ranks: more than {launcher.RANKS_PER_CORE} ranks a core, which is refused "
+        "else",
+    )
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -159,7 +186,7 @@ def main(
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
     options, rest = parser.parse_known_args(words)
-    no_overrides = options.command in ("presets", "options", "plot", "doctor")
+    no_overrides = options.command not in ("run", "config", "plan")
     if any(word.startswith("-") or no_overrides for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse stops collecting overrides at the first option
@@ -178,59 +205,50 @@ def main(
             draw(options.folders, options.output)
             print(f"{options.output} shows {len(options.folders)} runs")
             return 0
-        given_once(options.overrides)
-        resolved = resolve(options.source, options.overrides)
+        if options.command == "sweep":
+            return sweep_cli.call(options)
+        if options.command == "scripts":
+            print("\n".join(str(options.folder / file) for file in scripts.write(options.folder)))
+            return 0
+        if options.command == "plan":
+            return _plan(options)
         if options.command == "config":
+            given_once(options.overrides)
+            resolved = resolve(options.source, options.overrides)
             preflight.check_options(resolved, resolved.config.cluster.ranks_per_client)
             deepspeed_config.load(resolved.config)
             print(describe(resolved))
             return 0
-        if options.command == "plan":
-            return _plan(resolved, options)
-        on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
-        live = on_terminal if options.live is None else options.live
-        if options.ranks is not None:
-            return _start(resolved, options, live)
     except UserError as error:
-        return _refuse(error, launched_rank(), faults)  # all ranks find the same fault
+        return refuse(error, launched_rank(), faults)  # all ranks find the same fault
     except BrokenPipeError:  # a reader, as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    process = deepspeed_process()
-    if process is None:
-        return _take_part(resolved, options, live, started, listen, faults)
-    quiet()
-    try:
-        return rejoin.take_part(process, resolved.config.cluster, _words(options, live))
-    except UserError as error:  # each process has seen something else
-        return _refuse(error, 0, faults)
+    return run_command(options, started, listen, faults)
 
 
-def _refuse(error: UserError, rank: int, faults: list[UserError] | None) -> int:
-    """Exit code 2; the first rank says why, unless the caller does."""
-    if faults is not None:
-        faults.append(error)
-    elif rank == 0:
-        print("hpcfed:", " ".join(str(error).split("\n")), file=sys.stderr, flush=True)
-    return 2
-
-
-def _plan(resolved: Resolved, options: argparse.Namespace) -> int:
-    if options.nodes < 1 or options.gpus < 1:
+def _plan(options: argparse.Namespace) -> int:
+    if any(given is not None and given < 1 for given in (options.nodes, options.gpus)):
         raise UserError("--nodes and --gpus must be at least 1.")
+    given_once(options.overrides)
+    sweep = sweep_cli.describes_sweep(options.source)
+    resolved = None if sweep else resolve(options.source, options.overrides)
     quiet()
     from hpcfed.app.plan import plan
 
-    for line in plan(resolved, options.nodes, options.gpus, options.memory):
-        print(line)
+    if resolved is None:
+        lines = sweep_cli.plan(options)
+    else:
+        lines = plan(resolved, options.nodes or 1, options.gpus or 1, options.memory)
+    for line in lines:
+        print(line, flush=True)
     return 0
 
 
 def _examine(options: argparse.Namespace) -> int:
     """The doctor, on this rank or on ranks of its own; exit code 1 if something is to be mended."""
     if options.ranks is not None:
-        if options.ranks < 1:
-            raise UserError(f"--ranks is {options.ranks}; it must be at least 1.")
+        check_ranks(options)
         return launcher.start(options.ranks, ["doctor", f"--folder={options.folder}"])
     quiet()
     from hpcfed.cluster.doctor import examine
@@ -243,142 +261,3 @@ def _examine(options: argparse.Namespace) -> int:
             print(finding.line(), flush=True)
     world.comm.Barrier()
     return 1 if bad else 0
-
-
-def _start(resolved: Resolved, options: argparse.Namespace, live: bool) -> int:
-    """Check what can be checked without MPI, then start the ranks."""
-    if options.ranks < 1:
-        raise UserError(f"--ranks is {options.ranks}; it must be at least 1.")
-    resume = options.resume or restarted()
-    if not (resume and preflight.is_complete(resolved.config)):
-        preflight.check(resolved, options.ranks, resume)
-    grace = resolved.config.cluster.grace_seconds
-    code = launcher.start(options.ranks, _words(options, live), grace)
-    last_words = launcher.farewell(code)
-    if last_words:
-        print(f"hpcfed: {last_words}.", file=sys.stderr, flush=True)
-    return code
-
-
-def _words(options: argparse.Namespace, live: bool) -> list[str]:
-    """The command line of each rank."""
-    words = ["run", options.source, *options.overrides, "--live" if live else "--no-live"]
-    return [*words, "--resume"] if options.resume else words
-
-
-def _take_part(
-    resolved: Resolved,
-    options: argparse.Namespace,
-    live: bool,
-    started: float,
-    listen: bool,
-    faults: list[UserError] | None,
-) -> int:
-    """This process as one rank of the MPI world."""
-    stop = Stop(resolved.config.cluster.grace_seconds)
-    if listen:
-        stop.listen()
-    quiet()
-    try:
-        world = connect_world()
-    except UserError as error:
-        return _refuse(error, 0, faults)
-    setup: Setup | None = None
-    try:
-        resume = options.resume or restarted()
-        with world.agreement("looking for the run directory"):
-            complete = resume and preflight.is_complete(resolved.config)
-        if complete:
-            if world.rank == 0:
-                print(f"the run in {preflight.output_folder(resolved.config)}/ is complete")
-            return 0
-        with world.agreement("checking the configuration"):
-            checked = preflight.check(resolved, world.size, resume)
-        with _lasting():
-            import peft  # with most of transformers  # noqa: F401
-
-            from hpcfed.rounds.federation import Federation
-            from hpcfed.rounds.progress import Progress
-            from hpcfed.rounds.setup import set_up
-
-        setup = set_up(checked, world, started, stop=stop)
-        before = setup.state.rounds
-        summary = Federation(setup).run(Progress(speaks=world.rank == 0, live=live))
-        if summary is None:
-            world.comm.Barrier()
-            # A scheduler that starts it again and again must see whether it gets anywhere.
-            return INTERRUPTED if setup.state.rounds > before else 1
-        if world.rank == 0:
-            print(f"everything lies in {checked.output}/")
-    except DiskError as error:  # of this rank alone
-        fault = error.then("and go on with --resume: what is committed is whole")
-        _refuse(fault, 0, faults)
-        if world.size > 1:
-            world.comm.Abort(2)
-        _close(setup)
-        return 2
-    except UserError as error:  # raised on all ranks alike
-        _refuse(error, world.rank, faults)
-        world.comm.Barrier()
-        return 2
-    except RunError as error:  # raised on all ranks alike
-        _close(setup)
-        if world.rank == 0:
-            print(f"hpcfed: {error}", file=sys.stderr, flush=True)
-        world.comm.Barrier()
-        return 1
-    except BaseException as error:
-        # A rank that dies alone would leave the others waiting in a collective for ever.
-        if world.size > 1:
-            if not isinstance(error, KeyboardInterrupt):
-                logging.getLogger("hpcfed").exception("rank %d failed:", world.rank)
-            print(
-                f"hpcfed: rank {world.rank} failed {world.watch.what} ({reason(error)}), and the "
-                "job ends; what is committed is kept: go on with --resume.",
-                file=sys.stderr,
-                flush=True,
-            )
-            world.comm.Abort(1)
-        _close(setup)  # the process may live on, and resume the run
-        if isinstance(error, KeyboardInterrupt) and listen:
-            print("hpcfed: interrupted; go on with --resume.", file=sys.stderr, flush=True)
-            return INTERRUPTED
-        raise
-    finally:
-        world.watch.stop()
-    return 0
-
-
-def _close(setup: "Setup | None") -> None:
-    """Give back what a run that ended early holds."""
-    if setup is not None:
-        setup.directory.close()
-        setup.engine.close()
-
-
-@contextlib.contextmanager
-def _lasting() -> Iterator[None]:
-    """What is imported here stays: the garbage collector neither looks for garbage in it meanwhile,
-    which takes a seventh of the time, nor ever again."""
-    if "torch" in sys.modules:  # a second run of this process, or a program of its own
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-        gc.freeze()
-    finally:
-        gc.enable()
-
-
-def quiet() -> None:
-    """Third-party chatter off, unless the user asked for it."""
-    # Deprecations between transformers, PEFT, DeepSpeed and torch; not ours, and not the user's.
-    for module in ("transformers", "torch.distributed"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its sockets look up names in vain

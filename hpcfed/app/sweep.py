@@ -10,43 +10,33 @@ submitit starts them: on Slurm as a job array, each job of so many nodes and tas
 has got to is read from its run directory, so any process may ask, at any time.
 """
 
+import argparse
 import fcntl
 import itertools
 import json
+import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpcfed.app.run import run_command
+from hpcfed.app.sweep_file import CLUSTER, asks_for_gpus, checked
 from hpcfed.cluster import launcher
 from hpcfed.errors import UserError
 from hpcfed.rounds.preflight import check_options
 from hpcfed.settings.reading import given_once, read_file
-from hpcfed.settings.resolve import as_text, resolve
+from hpcfed.settings.resolve import Resolved, as_text, leaves, resolve
 from hpcfed.storage.checks import DamageError, read_object
 from hpcfed.storage.files import write_json
 from hpcfed.storage.paths import MANIFEST, SUMMARY
 
-EXECUTORS = ("slurm", "local", "debug")
 POLL_SECONDS = 2.0
 LOG_LINES = 8
 
 LOGS, JOBS = "logs", "jobs.json"
-
-# What a description may hold, and its defaults.
-_KEYS: dict[str, Any] = {
-    "source": "",
-    "folder": "",
-    "executor": "slurm",
-    "overrides": {},
-    "grid": {},
-    "list": [],
-    "cluster": {},
-}
-# `cluster`, with defaults; what begins with slurm_ is submitit's own and goes to it as it is.
-_CLUSTER = {"nodes": 1, "tasks_per_node": 1, "cpus_per_task": 1, "timeout_min": 60}
 
 
 @dataclass(frozen=True)
@@ -54,21 +44,24 @@ class Job:
     """What submitit runs: on Slurm in each task of the job, which is one MPI rank; elsewhere once,
     to start the ranks."""
 
-    words: tuple[str, ...]
+    words: tuple[str, ...]  # the source and overrides
     ranks: int  # 0: this process is a rank already
     turn: str = ""  # a file whose lock says whose turn it is, where jobs share a machine
 
     def __call__(self) -> None:
         if self.ranks == 0:
-            from hpcfed.app.cli import main
-
-            code = main(self.words, listen=False)
+            options = argparse.Namespace(
+                source=self.words[0], overrides=list(self.words[1:]), ranks=None, resume=True,
+                live=False,
+            )  # fmt: skip
+            code = run_command(options, listen=False)
         else:
             with open(self.turn, "w") as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX)
-                code = launcher.start(self.ranks, list(self.words))
+                words = ["run", *self.words, "--resume", "--no-live"]
+                code = launcher.start(self.ranks, words)
         if code:
-            raise RuntimeError(f"hpcfed {' '.join(self.words)} ended with code {code}")
+            raise RuntimeError(f"hpcfed run {' '.join(self.words)} ended with code {code}")
 
     def checkpoint(self) -> Any:
         """Called in task 0's signal handler, where nothing can be agreed on with other ranks: the
@@ -98,21 +91,23 @@ class Sweep:
 
     def __init__(self, description: Mapping[str, Any], name: str = "the sweep") -> None:
         """Raises UserError for whatever a run would be refused for before it reads data."""
-        spec = _checked(description, name)
+        spec = checked(description, name)
         self.source: str = spec["source"]
         self.folder = Path(spec["folder"])
         self.executor: str = spec["executor"]
-        self._cluster: dict[str, Any] = {**_CLUSTER, **spec["cluster"]}
-        fixed = _words(spec["overrides"])
+        self._cluster: dict[str, Any] = {**CLUSTER, **spec["cluster"]}
+        self.nodes: int = self._cluster["nodes"]
+        self.tasks_per_node: int = self._cluster["tasks_per_node"]
+        fixed = {"cluster.device": "cuda"} if asks_for_gpus(spec) else {}
+        fixed |= dict(leaves(spec["overrides"]))
         self.varied = dict(_varied(spec))
         self.runs = {
-            run: [*fixed, *_words(values), f"output={self.folder / run}"]
+            run: _words({**fixed, **dict(leaves(values)), "output": str(self.folder / run)})
             for run, values in self.varied.items()
         }
-        for run, words in self.runs.items():
+        for run in self.runs:
             try:
-                given_once(words)
-                check_options(resolve(self.source, words), self._tasks())
+                check_options(self.resolved(run), self._tasks())
             except UserError as error:
                 raise UserError(f"{name}, run {run}: {error}") from None
 
@@ -122,14 +117,23 @@ class Sweep:
         tree = read_file(Path(path))
         return Sweep(tree if executor is None else {**tree, "executor": executor}, str(path))
 
-    def line(self, number: int) -> list[str]:
-        """The words after `hpcfed run` of run `number`, from 0, for a job array of one's own."""
+    def resolved(self, run: str, overrides: Sequence[str] = ()) -> Resolved:
+        """The configuration of a run. Raises UserError as `hpcfed.settings.resolve.resolve`."""
+        words = _joined(self.runs[run], overrides)
+        given_once(words)
+        return resolve(self.source, words)
+
+    def line(self, number: int, overrides: Sequence[str] = ()) -> list[str]:
+        """The words after `hpcfed run` of run `number`, from 0, for a job array of one's own.
+
+        overrides: key=value, which win over the sweep's.
+        """
         if not 0 <= number < len(self.runs):
             raise UserError(
                 f"There is no run {number}: the sweep has {len(self.runs)}, numbered from 0; use "
                 f"--array=0-{len(self.runs) - 1}."
             )
-        return [self.source, *list(self.runs.values())[number]]
+        return [self.source, *_joined(list(self.runs.values())[number], overrides)]
 
     def submit(self) -> list[str]:
         """Submit what has failed or was never submitted; returns the names."""
@@ -214,10 +218,10 @@ class Sweep:
         return json.loads(file.read_text()) if file.is_file() else {}
 
     def _tasks(self) -> int:
-        return int(self._cluster["nodes"] * self._cluster["tasks_per_node"])
+        return self.nodes * self.tasks_per_node
 
     def _job(self, name: str) -> Job:
-        words = ("run", self.source, *self.runs[name], "--resume", "--no-live")
+        words = (self.source, *self.runs[name])
         if self.executor == "slurm":
             return Job(words, 0)
         return Job(words, self._tasks(), str((self.folder / "turn").absolute()))
@@ -225,6 +229,8 @@ class Sweep:
     def _make_executor(self) -> Any:
         import submitit
 
+        if self.executor != "slurm":
+            launcher.check_number(self._tasks(), "cluster.nodes x cluster.tasks_per_node", "")
         try:
             executor = submitit.AutoExecutor(self.folder / LOGS, cluster=self.executor)
         except RuntimeError:
@@ -234,8 +240,10 @@ class Sweep:
             ) from None
         given = dict(self._cluster)
         if self.executor == "slurm":
-            # Ranks find each other by PMIx.
-            given["slurm_srun_args"] = ["--mpi=pmix", *given.get("slurm_srun_args", [])]
+            # How ranks find each other.
+            arguments = given.get("slurm_srun_args", [])
+            if not any(str(word).startswith("--mpi") for word in arguments):
+                given["slurm_srun_args"] = [f"--mpi={mpi_type()}", *arguments]
             given.setdefault("slurm_job_name", self.folder.name)
         else:
             # One process a job, which starts all ranks; it waits for its turn, and that counts.
@@ -245,43 +253,12 @@ class Sweep:
         return executor
 
 
-def _checked(description: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The description with defaults. Raises UserError for what it may not hold."""
-    unknown = sorted(set(description) - set(_KEYS))
-    if unknown:
-        raise UserError(f"{name}: unknown key {unknown[0]!r}; legal here: {', '.join(_KEYS)}.")
-    spec = {**_KEYS, **description}
-    for key, default in _KEYS.items():
-        if not isinstance(spec[key], type(default)):
-            wanted = {"str": "a text", "dict": "keys and values", "list": "a list"}
-            raise UserError(
-                f"{name}: {key} must be {wanted[type(default).__name__]}, not {spec[key]!r}."
-            )
-    for key in ("source", "folder"):
-        if not spec[key]:
-            raise UserError(f"{name}: {key} is missing; see launch/experiments/small.yaml.")
-    if spec["executor"] not in EXECUTORS:
-        raise UserError(
-            f"{name}: executor is {spec['executor']!r}; choose one of: {', '.join(EXECUTORS)}."
-        )
-    for key, values in spec["grid"].items():
-        if not isinstance(values, list) or not values:
-            raise UserError(f"{name}: grid.{key} must be a list of values, not {values!r}.")
-    if not all(isinstance(item, dict) for item in spec["list"]):
-        raise UserError(f"{name}: each item of list must be keys and values.")
-    for key in spec["cluster"]:
-        if key not in _CLUSTER and not key.startswith(("slurm_", "gpus_per_node", "mem_gb")):
-            raise UserError(
-                f"{name}: unknown key cluster.{key}; legal here: {', '.join(_CLUSTER)}, "
-                "gpus_per_node, mem_gb, and submitit's own, which begin with slurm_."
-            )
-    for key in _CLUSTER:
-        value = spec["cluster"].get(key, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(
-                f"{name}: cluster.{key} is {value!r}; it must be a whole number, at least 1."
-            )
-    return spec
+def mpi_type() -> str:
+    """What srun is given as --mpi: the variable MPI_TYPE, as for the scripts in slurm/."""
+    name = os.environ.get("MPI_TYPE") or "pmix"
+    if not re.fullmatch(r"\w+", name):
+        raise UserError(f"MPI_TYPE is {name!r}; it must be a name that `srun --mpi=list` shows.")
+    return name
 
 
 def _varied(spec: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -299,6 +276,14 @@ def _varied(spec: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def _words(values: Mapping[str, Any]) -> list[str]:
     """Overrides, as the command line takes them."""
     return [f"{key}={as_text(value)}" for key, value in values.items()]
+
+
+def _joined(words: Sequence[str], later: Sequence[str]) -> list[str]:
+    """Overrides of which the later win, each key once. Raises UserError for another output."""
+    values = {word.partition("=")[0]: word for word in [*words, *later]}
+    if any(word.startswith("output=") for word in later):
+        raise UserError("output cannot be set for a run of a sweep: it is where its table looks.")
+    return list(values.values())
 
 
 def _job_state(logs: Path, job: Mapping[str, str], tasks: int) -> str:

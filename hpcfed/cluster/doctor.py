@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from hpcfed.cluster import launcher
-from hpcfed.cluster.topology import World
+from hpcfed.cluster.topology import World, no_gpu
 from hpcfed.errors import UserError
 
 ALLREDUCE_MB = 64
@@ -30,15 +30,17 @@ ALLREDUCE_TIMES = 5
 
 @dataclass(frozen=True)
 class Finding:
-    """A check's outcome. mend: what to do; empty if all is well."""
+    """A check's outcome. mend: what to do; empty if all is well. note: it may be meant so, but
+    must not go unseen."""
 
     what: str
     answer: str
     mend: str = ""
+    note: bool = False
 
     def line(self) -> str:
         """For people."""
-        mark = "MEND" if self.mend else "ok  "
+        mark = "MEND" if self.mend else "NOTE" if self.note else "ok  "
         return f"{mark}  {self.what:<14} {self.answer}" + (f"; {self.mend}" if self.mend else "")
 
 
@@ -120,14 +122,26 @@ def _devices(world: World) -> Finding:
     def ask() -> str:
         import torch
 
-        if not torch.cuda.is_available():
-            return f"no GPU, {len(os.sched_getaffinity(0))} CPU cores"
+        missing = no_gpu()
+        if missing:
+            cores = len(os.sched_getaffinity(0))
+            return f"NO GPU IS SEEN ({missing}): runs compute on {cores} CPU cores"
         names = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         return ", ".join(f"{count} x {name}" for name, count in names.items())
 
+    def granted() -> bool:
+        """Whether Slurm has given this job GPUs, or the driver shows some."""
+        slurm = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")
+        given = any(os.environ.get(name, "0") not in ("", "0") for name in slurm)
+        return given or Path("/dev/nvidia0").exists()
+
     answers = _everywhere(world, ask)
+    blind = any("NO GPU" in answer for answer in answers)
+    there = any(world.comm.allgather(granted()))
     mend = "hosts differ: a round takes as long as the slowest" if len(answers) > 1 else ""
-    return Finding("devices", _listed(answers), mend)
+    if blind and there:
+        mend = "there are GPUs here: mend it, or train on the CPU with cluster.device=cpu"
+    return Finding("devices", _listed(answers), mend, note=blind)
 
 
 def _backend(world: World) -> Finding:

@@ -21,6 +21,22 @@ _FORWARDED = (
 )  # fmt: skip
 
 
+# More ranks than this a core only wait for each other.
+RANKS_PER_CORE = 8
+
+
+def check_number(ranks: int, what: str = "--ranks", mend: str = ", or say --oversubscribe") -> None:
+    """Raises UserError for a number of ranks that this machine would choke on. what: where the
+    number was given; mend: how to insist."""
+    cores = len(os.sched_getaffinity(0))
+    if ranks > RANKS_PER_CORE * cores:
+        raise UserError(
+            f"{what} is {ranks}, but this machine gives {cores} core{'s'[: cores > 1]}, and more "
+            f"than {RANKS_PER_CORE} ranks a core only wait for each other; start at most "
+            f"{RANKS_PER_CORE * cores}{mend}."
+        )
+
+
 def find_mpiexec() -> str:
     """mpiexec beside this python (the PyPI wheel puts it there), else on the PATH."""
     beside = Path(sys.executable).parent / "mpiexec"
@@ -53,6 +69,9 @@ def command(
         for name in names:
             flags += ["-x", name]
     extra = {"OMPI_MCA_mpi_yield_when_idle": "1"}
+    if not hosts and "OMPI_MCA_btl" not in os.environ:
+        # Ranks of one host pass messages through memory; else each listens on every interface.
+        extra["OMPI_MCA_btl"] = "^tcp"
     if os.geteuid() == 0:
         for stem in ("OMPI", "PRTE"):
             extra |= {f"{stem}_ALLOW_RUN_AS_ROOT": "1", f"{stem}_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 from hpcfed.cluster import launcher
+from hpcfed.cluster.network import make_store
 from hpcfed.cluster.stop import heard
 from hpcfed.cluster.topology import Launched, check_hosts, forget_launcher
 from hpcfed.errors import UserError
@@ -45,21 +46,13 @@ def take_part(process: Launched, cluster: Cluster, arguments: list[str]) -> int:
 
 
 def _meet(process: Launched, seconds: float) -> Any:
-    import torch.distributed as dist
-
-    make_store: Any = dist.TCPStore  # type: ignore[attr-defined]
     where = f"{process.address}:{process.port}"
     first = process.rank == 0
     try:
         return make_store(
-            process.address,
-            process.port,
-            process.size,
-            first,
-            timedelta(seconds=seconds),
-            wait_for_workers=False,
+            process.address, process.port, process.size, first, timedelta(seconds=seconds)
         )
-    except (RuntimeError, ValueError) as error:  # torch's own errors derive from RuntimeError
+    except (RuntimeError, ValueError, OSError) as error:  # torch's own derive from RuntimeError
         reason = str(error).splitlines()[0]
         if first:
             raise UserError(

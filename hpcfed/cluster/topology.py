@@ -25,6 +25,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpcfed.cluster.network import make_store, open_store
 from hpcfed.cluster.watch import Watch, Watched, patience
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Cluster
@@ -218,20 +219,32 @@ def connect_slots(world: World, cluster: Cluster) -> Topology:
     """Split the world into slots and start each slot's torch.distributed world; a second run of
     the same process gets the same slots.
 
-    Raises UserError, on all ranks, for ranks that hosts cannot hold, and for a second run with
-    another number of ranks per client.
+    Raises UserError, on all ranks, where cluster.device asks for a GPU and a rank sees none, for
+    ranks that hosts cannot hold, and for a second run with another number of ranks per client, or
+    another device.
     """
     import torch
 
+    with world.agreement("looking for a GPU"):
+        if cluster.device == "cuda" and (missing := no_gpu()):
+            raise UserError(
+                f"cluster.device=cuda, but {socket.gethostname()} shows no GPU ({missing}); mend "
+                "that, or train on the CPU with cluster.device=cpu."
+            )
     per_client = cluster.ranks_per_client
     if _joined and _joined[0].ranks_per_client != per_client:
         raise UserError(
             f"cluster.ranks_per_client is {per_client}, but these processes are joined in clients "
             f"of {_joined[0].ranks_per_client} ranks since their first run; start new ones."
         )
+    if _joined and cluster.device not in ("auto", _joined[0].device.type):
+        raise UserError(
+            f"cluster.device is {cluster.device}, but these processes compute on "
+            f"{_joined[0].device.type} since their first run; start new ones."
+        )
     hosts = Counter(world.comm.allgather(socket.gethostname()))
     check_hosts(hosts, per_client)
-    _watch(world, len(hosts) == 1, cluster.timeout_minutes)
+    _watch(world, list(hosts), cluster.timeout_minutes)
     slot_index, rank_in_slot = divmod(world.rank, per_client)
     node = world.comm.Split_type(world.mpi.COMM_TYPE_SHARED)
     threads = _threads(node, cluster)
@@ -242,7 +255,7 @@ def connect_slots(world: World, cluster: Cluster) -> Topology:
     slot = Watched(world.comm.Split(slot_index, rank_in_slot), world.watch)
     across = Watched(world.comm.Split(rank_in_slot, slot_index), world.watch)
     with world.agreement("choosing devices"):
-        device, local_rank = _device(node, per_client)
+        device, local_rank = _device(node, cluster)
     _start_distributed(slot, local_rank, device, cluster.timeout_minutes)
     slots = world.size // per_client
     node.Free()
@@ -256,35 +269,17 @@ def connect_slots(world: World, cluster: Cluster) -> Topology:
 _stores: list[Any] = []
 
 
-def _watch(world: World, one_host: bool, minutes: float) -> None:
+def _watch(world: World, hosts: list[str], minutes: float) -> None:
     """Have all ranks watch that something moves, over a store that rank 0 keeps."""
     wait = patience(minutes)
     if not _stores:
-        _stores.append(_open_store(world.comm, one_host, wait))
+        _stores.append(open_store(world.comm, hosts, wait))
     store, (host, port) = _stores[0]
 
     def connect() -> Any:
-        return _make_store(host, port, world.size, False, wait) if store is None else store
+        return make_store(host, port, world.size, False, wait) if store is None else store
 
     world.watch.start(minutes, connect)
-
-
-def _open_store(comm: Any, one_host: bool, timeout: timedelta) -> tuple[Any, tuple[str, int]]:
-    """A key-value store that the first rank of `comm` serves on a port that the system chose: the
-    store (None on the others), and where it can be reached."""
-    host = comm.bcast("127.0.0.1" if one_host else socket.gethostname(), root=0)
-    store = None
-    if comm.Get_rank() == 0:
-        store = _make_store(host, 0, comm.Get_size(), True, timeout)
-    port = comm.bcast(store.port if store else None, root=0)
-    return store, (host, port)
-
-
-def _make_store(host: str, port: int, size: int, serves: bool, timeout: timedelta) -> Any:
-    import torch.distributed as dist
-
-    make: Any = dist.TCPStore  # type: ignore[attr-defined]
-    return make(host, port, size, serves, timeout, wait_for_workers=False)
 
 
 def check_hosts(hosts: Mapping[str, int], per_client: int) -> None:
@@ -313,18 +308,34 @@ def _threads(node: Any, cluster: Cluster) -> int:
     return max(1, len(cores) // node.size)
 
 
-def _device(node: Any, ranks_per_client: int) -> tuple[torch.device, int]:
+def no_gpu() -> str:
+    """Why torch sees no GPU, for messages; empty if it sees one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and hidden.strip() in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES is {hidden!r}"
+    if "SLURM_JOB_ID" in os.environ:
+        return "this Slurm job was given none, or has none in this step; ask with --gpus-per-node"
+    return "torch finds no device or driver; nvidia-smi says more"
+
+
+def _device(node: Any, cluster: Cluster) -> tuple[torch.device, int]:
     """The device of this rank, and the LOCAL_RANK that makes DeepSpeed choose the same one."""
     import torch
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if cluster.device == "cpu" or no_gpu():
+        os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu"), node.rank
     visible = torch.cuda.device_count()
     # With --gpus-per-task each rank sees one GPU, its own, and numbers it 0.
     views = node.allgather(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     own_gpu = visible == 1 and node.size > 1 and len(set(views)) == node.size
-    if not own_gpu and node.size > visible and ranks_per_client > 1:
+    if not own_gpu and node.size > visible and cluster.ranks_per_client > 1:
         raise UserError(
             f"{node.size} ranks on {socket.gethostname()} but {visible} GPUs; ranks of one client "
             "cannot share a GPU: start one rank per GPU."
@@ -343,14 +354,15 @@ def _start_distributed(slot: Any, local_rank: int, device: torch.device, minutes
     """
     import torch.distributed as dist
 
-    one_node = len(set(slot.allgather(socket.gethostname()))) == 1
+    hosts = list(dict.fromkeys(slot.allgather(socket.gethostname())))
+    one_node = len(hosts) == 1
     if one_node and device.type == "cpu":
         # Laptops and containers often cannot resolve their own name; loopback always works.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     timeout = timedelta(minutes=minutes)
-    store, (host, port) = _open_store(slot, one_node, timeout)
+    store, (host, port) = open_store(slot, hosts, timeout)
     if store is None:
-        store = _make_store(host, port, slot.size, False, timeout)
+        store = make_store(host, port, slot.size, False, timeout)
     os.environ.update(
         RANK=str(slot.rank),
         WORLD_SIZE=str(slot.size),

@@ -369,6 +369,11 @@ class Cluster:
     ranks_per_client: int = option(
         1, "MPI ranks (GPUs) of one client's DeepSpeed world", at_least=1
     )
+    device: Literal["auto", "cuda", "cpu"] = option(
+        "auto",
+        "what ranks compute on; auto: a GPU where one is seen, else the CPU; cuda: a run that sees "
+        "no GPU is refused; the Slurm scripts ask for it",
+    )
     threads: int | None = option(
         None,
         "CPU threads per rank; null = OMP_NUM_THREADS, else the node's cores / its ranks",
@@ -418,7 +423,11 @@ class Config:
     server: Server = field(default_factory=Server)
     collective: Collective = field(default_factory=Collective)
     cluster: Cluster = field(default_factory=Cluster)
-    deepspeed: str = option("ds_configs/zero0.json", "a plain DeepSpeed JSON file", path=True)
+    deepspeed: str = option(
+        "ds_configs/zero0.json",
+        "a plain DeepSpeed JSON file: yours, or one that hpcfed brings",
+        path=True,
+    )
     plugins: tuple[str, ...] = option(
         (),
         "Python files of your own that register parts of a method, see docs/add-a-method.md",

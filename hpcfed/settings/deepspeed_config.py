@@ -15,6 +15,7 @@ from hpcfed.settings import deepspeed_keys
 from hpcfed.settings.config import Config
 from hpcfed.settings.deepspeed_keys import Key
 from hpcfed.settings.reading import shown
+from hpcfed.settings.shipped import folder
 from hpcfed.settings.values import nearest
 
 _RULED = {
@@ -56,18 +57,17 @@ def zero_stage(settings: dict[str, Any]) -> int:
 
 
 def locate(name: str) -> Path:
-    """The JSON file: as given, or beside the package, so that a run may start in any folder."""
-    beside = Path(__file__).resolve().parent.parent.parent / name
-    for path in (Path(name), beside):
-        if os.path.isfile(path):
-            return path
-    if os.path.isdir(name):
+    """The JSON file: as given, or the one that hpcfed ships under the name ds_configs/..., so that
+    a run may start in any folder."""
+    own, shipped = Path(name), folder("ds_configs")
+    if os.path.isfile(own):
+        return own
+    if own.parent == Path(shipped.name) and os.path.isfile(shipped / own.name):
+        return shipped / own.name
+    if os.path.isdir(own):
         raise UserError(f"deepspeed: {name!r} is a folder; name a JSON file in it.")
-    shipped = ", ".join(f"ds_configs/{p.name}" for p in sorted(beside.parent.glob("*.json")))
-    raise UserError(
-        f"deepspeed: the file {name!r} does not exist"
-        + (f"; there are: {shipped}." if shipped else ".")
-    )
+    names = ", ".join(f"ds_configs/{path.name}" for path in sorted(shipped.glob("*.json")))
+    raise UserError(f"deepspeed: the file {name!r} does not exist; there are: {names}.")
 
 
 def load(config: Config) -> dict[str, Any]:

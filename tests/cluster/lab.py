@@ -90,8 +90,10 @@ class Lab:
         return output
 
     def submit(self, *words: str, **env: str) -> str:
-        """sbatch; returns the job's number."""
-        output = self.run("sbatch", *words, code=0, timeout=300, **env)
+        """sbatch, on nodes that have no GPUs; returns the job's number."""
+        output = self.run(
+            "sbatch", "--gpus-per-node=", *words, code=0, timeout=300, **{"DEVICE": "auto", **env}
+        )
         found = re.search(r"Submitted batch job (\d+)", output)
         assert found, output
         return found[1]

@@ -18,7 +18,7 @@ import hpcfed.cluster.stop
 import hpcfed.rounds.federation
 import hpcfed.storage.files
 import hpcfed.storage.run
-from hpcfed.app import cli
+from hpcfed.app import cli, run
 from hpcfed.cluster.collectives import MaskedSum
 from hpcfed.engine.engine import Engine
 from hpcfed.storage.run import RunDirectory
@@ -64,5 +64,5 @@ Still = partial(hpcfed.cluster.stop.Stop, clock=lambda: 0.0)
 
 if __name__ == "__main__":
     setattr(*arm(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]))
-    cli.Stop = Still  # type: ignore[attr-defined, assignment]
+    run.Stop = Still  # type: ignore[attr-defined, assignment]
     sys.exit(cli.main(sys.argv[5:]))

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from hpcfed.app import cli
+from hpcfed.app.run import quiet
 
 LOADED = ("torch", "deepspeed", "peft", "hpcfed.rounds.federation", "hpcfed.rounds.setup",
           "transformers.models.bert.modeling_bert")  # fmt: skip
@@ -39,7 +40,7 @@ def life(words: list[str]) -> int:
 def main() -> None:
     """Kill until there were enough, then let it end."""
     kills, rng, words = int(sys.argv[1]), random.Random(int(sys.argv[2])), sys.argv[3:]
-    cli.quiet()
+    quiet()
     for name in LOADED:
         importlib.import_module(name)
     (out,) = (Path(w.removeprefix("output=")) for w in words if w.startswith("output="))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from hpcfed.app import cli
 from tests.mpi.variants import overrides, write_data
@@ -89,6 +90,11 @@ def test_before_any_rank_is_started(refused, extra, words, data, tmp_path):
         (["model.name={out}/llama-classifier"], ["legal targets: down_proj"]),
         (["model.name={out}"], ["model.name", "could not load"]),
         (["cluster.ranks_per_client=2"], ["ranks_per_client"]),
+        *(
+            [(["cluster.device=cuda"], ["cluster.device=cuda", "shows no GPU (", "device=cpu"])]
+            if not torch.cuda.is_available()
+            else []
+        ),
     ],
 )
 def test_by_all_ranks_with_one_voice(worlds, data, tmp_path, shape, extra, words):

@@ -15,7 +15,7 @@ import traceback
 from multiprocessing.connection import Client
 from typing import Any
 
-from hpcfed.app.cli import quiet
+from hpcfed.app.run import quiet
 
 # What a first case would import.
 LATER = (

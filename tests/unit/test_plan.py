@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+import yaml
 
 from hpcfed import model
+from hpcfed.app.cli import main
 from hpcfed.app.plan import activation_bytes, memory, plan
 from hpcfed.errors import UserError
 from hpcfed.settings import deepspeed_config
@@ -93,6 +95,28 @@ def test_the_plan_says_what_to_use_instead():
         list(plan(resolve("lora-fedavg", words), 2, 3, 80.0))
     with pytest.raises(UserError, match="--memory is nan"):
         list(plan(resolve("lora-fedavg", words), 1, 4, float("nan")))
+
+
+def test_the_plan_of_a_sweep(tmp_path, capsys):
+    """Each run's, on the sweep's nodes and tasks unless told otherwise."""
+    file = tmp_path / "sweep.yaml"
+    federation = {"clients": 6, "per_round": 3}
+    file.write_text(
+        yaml.safe_dump(
+            {"source": "lora-fedavg", "folder": str(tmp_path / "runs"), "executor": "local",
+             "overrides": {"model.name": MODEL, "federation": federation},
+             "grid": {"local.batch_size": [4, 8]}, "cluster": {"nodes": 2, "tasks_per_node": 3}}
+        )
+    )  # fmt: skip
+    assert main(["plan", str(file), "task.max_length=24"]) == 0
+    one, two = capsys.readouterr().out.split("run batch_size=")[1:]
+    assert one.startswith("4\n") and two.startswith("8\n")
+    assert all("2 nodes x 3 = 6 ranks = 6 slots x 1" in own for own in (one, two))
+    assert "4 texts of 24 tokens" in one and "8 texts of 24 tokens" in two
+    assert main(["plan", str(file), "--nodes", "1", "--gpus", "1"]) == 0
+    assert capsys.readouterr().out.count("1 node x 1 = 1 ranks = 1 slot x 1") == 2
+    assert main(["plan", str(file), "task.name=nowhere", f"data.root={tmp_path}"]) == 2
+    assert f"hpcfed: {file}, run batch_size=4: " in capsys.readouterr().err
 
 
 def test_the_plan_gives_no_advice_that_a_run_refuses():

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hpcfed.app.cli import main
 from hpcfed.app.sweep import Sweep
 from hpcfed.errors import UserError
+from hpcfed.settings.resolve import resolve
 from tests.support import ROOT
 
 GOLDEN = Path(__file__).parent / "golden" / "sweep.sbatch"
@@ -35,6 +37,61 @@ def test_list_times_grid(tmp_path):
     assert sweep.line(7)[:3] == ["fibecfed", "task.name=trec", "method=fedpeptao"]
     with pytest.raises(UserError, match=r"no run 8.*--array=0-7"):
         sweep.line(8)
+
+
+def test_each_option_is_said_once(tmp_path):
+    """The list wins over the overrides, sections over sections; what comes later over both."""
+    sweep = Sweep(
+        description(
+            tmp_path,
+            overrides={"local": {"lr": 0.1, "epochs": 3}, "seed": 1},
+            list=[{"local.lr": 0.2}],
+        )
+    )
+    assert sweep.line(0) == [
+        "fibecfed", "local.lr=0.2", "local.epochs=3", "seed=1", f"output={tmp_path}/lr=0.2",
+    ]  # fmt: skip
+    assert sweep.line(0, ["seed=5", "local.clip=2"])[1:] == [
+        "local.lr=0.2", "local.epochs=3", "seed=5", f"output={tmp_path}/lr=0.2", "local.clip=2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("executor", "cluster", "device"),
+    [
+        ("slurm", {"gpus_per_node": 4}, "cuda"),
+        ("slurm", {"slurm_gpus_per_task": 1}, "cuda"),
+        ("slurm", {"slurm_gres": "gpu:2"}, "cuda"),
+        ("slurm", {"slurm_gres": "tmpfs:2", "slurm_partition": "gpu"}, "auto"),
+        ("local", {"gpus_per_node": 4}, "auto"),
+    ],
+)
+def test_runs_that_were_given_gpus_must_see_them(tmp_path, executor, cluster, device):
+    spec = description(tmp_path, executor=executor, cluster=cluster)
+    assert Sweep(spec).resolved("run").config.cluster.device == device
+    own = Sweep({**spec, "overrides": {"cluster": {"device": "cpu"}}})
+    assert own.resolved("run").config.cluster.device == "cpu"
+
+
+@pytest.mark.parametrize(
+    "value", ["a\nb", "'a'\n\n\"b\"", " a ", "a=b", "yes", "", "#", "{a: b}\t|"]
+)
+def test_a_line_keeps_any_value(tmp_path, capsys, value):
+    """Through `hpcfed sweep line`, whose words end in NUL, and back."""
+    file = tmp_path / "sweep.yaml"
+    own = {"model.head": "cloze", "task.template": value}
+    file.write_text(yaml.safe_dump(description(tmp_path, overrides=own)))
+    assert main(["sweep", "line", "0", str(file)]) == 0
+    source, *words, end = capsys.readouterr().out.split("\0")
+    assert end == "" and len(words) == 3
+    assert resolve(source, words).config.task.template == value
+
+
+@pytest.mark.parametrize("part", ["overrides", "grid", "list"])
+def test_output_is_the_sweeps(tmp_path, part):
+    values = {"overrides": {"output": "x"}, "grid": {"output": ["x"]}, "list": [{"output": "x"}]}
+    with pytest.raises(UserError, match="output is not a sweep's to set"):
+        Sweep(description(tmp_path, **{part: values[part]}))
 
 
 def test_one_run_and_equal_names(tmp_path):
@@ -126,6 +183,27 @@ def test_no_slurm_is_said_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"no srun here.*--executor local"):
         Sweep(description(tmp_path)).submit()
+
+
+@pytest.mark.parametrize(
+    ("variable", "arguments", "srun"),
+    [
+        ("", [], "--mpi=pmix"),
+        ("cray_shasta", ["--kill-on-bad-exit=1"], "--mpi=cray_shasta --kill-on-bad-exit=1"),
+        ("pmi2", ["--mpi=pmix_v4"], "--mpi=pmix_v4"),
+    ],
+)
+def test_the_kind_of_mpi(tmp_path, monkeypatch, variable, arguments, srun):
+    monkeypatch.setattr("shutil.which", lambda name, *rest, **more: f"/usr/bin/{name}")
+    monkeypatch.setenv("MPI_TYPE", variable)
+    cluster = {"slurm_srun_args": arguments} if arguments else {}
+    executor = Sweep(description(tmp_path, cluster=cluster))._make_executor()
+    text = executor._executor._make_submission_file_text("COMMAND", "UID")
+    assert text.rstrip().endswith(f".err {srun} COMMAND")
+    monkeypatch.setenv("MPI_TYPE", "pmix; reboot")
+    if not any(word.startswith("--mpi") for word in arguments):
+        with pytest.raises(UserError, match="MPI_TYPE is 'pmix; reboot'"):
+            Sweep(description(tmp_path, cluster=cluster))._make_executor()
 
 
 def test_the_sbatch_text(tmp_path, monkeypatch):
