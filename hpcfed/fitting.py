@@ -11,16 +11,10 @@ from torch import nn
 
 from hpcfed.data.batches import Tokens
 from hpcfed.data.sources import Split
-from hpcfed.errors import UserError
+from hpcfed.errors import UserError, reason
 from hpcfed.settings.config import Config
 
 MOSTLY = 0.5  # of the training texts: more of them without a known token, and nothing is learnt
-
-
-def told(error: BaseException) -> str:
-    """An exception in one short line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def check_tokenizer(tokenizer: Any, name: str) -> None:
@@ -52,7 +46,7 @@ def encode(head: Any, splits: Sequence[Split], tokenizer: Any, config: Config) -
         raise
     except Exception as error:  # tokenizers raise many unrelated types
         raise UserError(
-            f"model.name: the tokenizer of {name!r} cannot encode the texts ({told(error)}); "
+            f"model.name: the tokenizer of {name!r} cannot encode the texts ({reason(error)}); "
             "give a model whose tokenizer can."
         ) from None
     tokens = encoded[0]

@@ -22,7 +22,7 @@ from hpcfed.adapters.base import (
 )
 from hpcfed.adapters.layout import HEAD
 from hpcfed.adapters.network import recompute
-from hpcfed.errors import UserError
+from hpcfed.errors import UserError, reason
 from hpcfed.objectives.heads import Classifier, Head
 from hpcfed.rng import generator
 from hpcfed.settings.config import Config
@@ -192,7 +192,7 @@ def _adapt(
     except Exception as error:  # what an architecture lacks shows in many ways
         raise UserError(
             f"adapter.kind={config.adapter.kind} cannot be put on {type(model).__name__} "
-            f"({fitting.told(error)}); use another adapter.kind, or another model."
+            f"({reason(error)}); use another adapter.kind, or another model."
         ) from error
     return adapted
 

@@ -18,8 +18,7 @@ import torch
 import transformers
 
 from hpcfed import model
-from hpcfed.errors import UserError
-from hpcfed.fitting import told
+from hpcfed.errors import UserError, reason
 from hpcfed.settings.config import Adapter, Config, Model, Task
 from hpcfed.storage.run import RunDirectory
 from tests import models
@@ -135,7 +134,7 @@ def put(name: str, kind: str, folder: Path) -> tuple[str, str]:
     except UserError as error:
         return str(error), ""
     except Exception as error:  # as the trial step of a run would say it
-        return told(error), ""
+        return reason(error), ""
     ours = [p for p, e in zip(adapted.parameters, adapted.layout.entries, strict=True)
             if e.block != "head"]  # fmt: skip
     if not any(p.grad is not None and p.grad.any() for p in ours):
@@ -164,7 +163,7 @@ def reload(folder: Path) -> dict[str, str]:
             with torch.no_grad():
                 logits = loaded(**batch()).logits
         except Exception as error:  # what PEFT raises, it raises in the table
-            found[key] = told(error)
+            found[key] = reason(error)
             continue
         difference = float((logits - torch.tensor(json.loads(file.read_text()))).abs().max())
         found[key] = "" if difference < TOLERANCE else f"another function, by {difference:.1e}"

@@ -5,7 +5,6 @@ wins; so `load` writes the master and the working copy, at every stage, and drop
 state. This is the only file that touches DeepSpeed's engine.
 """
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,10 +18,12 @@ from hpcfed.adapters.layout import AdapterLayout
 from hpcfed.cluster.stop import Stop
 from hpcfed.cluster.topology import Topology
 from hpcfed.data.batches import Ids, Tokens, split_batch
+from hpcfed.engine.failures import Failures
 from hpcfed.engine.masters import Masters
 from hpcfed.engine.observer import Observer
 from hpcfed.engine.trained import Trained
-from hpcfed.errors import UserError, place, reason
+from hpcfed.engine.values import Values
+from hpcfed.errors import UserError
 from hpcfed.faults import Rehearsal
 from hpcfed.importance.fisher import PerSampleGradients
 from hpcfed.importance.sensitivity import BlockWatch
@@ -69,7 +70,7 @@ class Engine:
         self._local = local
         self._stop = stop
         self.rehearsal = Rehearsal.from_environment(topology.world.rank)
-        self._kinds: set[str] = set()  # of failures whose traceback was printed
+        self.failures = Failures()
         # Whether a step was left because the job has to stop; the same on all ranks of the slot.
         self.interrupted = False
         self.head = prepared.head
@@ -97,6 +98,7 @@ class Engine:
         if self._agrees:
             self._deepspeed.enable_backward_allreduce = False
         self._masters = Masters(self.parameters, self._deepspeed, self.stage)
+        self._values = Values(self.parameters, self.layout, self.stage, topology)
         lowered = self._deepspeed.torch_autocast_enabled() or self._deepspeed.fp16_enabled()
         masters = {master.dtype for master in self._masters.tensors()}
         if lowered or {p.dtype for p in self.parameters} != {dtype} or masters != {torch.float32}:
@@ -132,9 +134,9 @@ class Engine:
         }
         added = None if control is None else self._in_master_order(control)
         where = None if absent is None else self._in_master_order(absent.float())
-        self._write(vector)
+        self._values.write(vector)
         if absent is not None and where is not None:
-            masters.freeze(self._shaped(absent), [part > 0.5 for part in where])
+            masters.freeze(self._values.shaped(absent), [part > 0.5 for part in where])
         if moments:
             masters.set_moments(parts, int(moments[STEPS]))
         if added is not None:
@@ -143,13 +145,13 @@ class Engine:
             masters.pull(self._local.proximal)
 
     def _in_master_order(self, vector: torch.Tensor) -> list[torch.Tensor]:
-        self._write(vector)
+        self._values.write(vector)
         return self._masters.copies()
 
     def _in_layout_order(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Spoils the engine's values."""
         self._masters.fill(parts)
-        return self._read(from_master=self.stage > 0)
+        return self._values.read(from_master=self.stage > 0)
 
     def moments(self, steps: int) -> dict[str, torch.Tensor]:
         """What the optimizer remembers, for a later `load`, `steps` steps after it was fresh.
@@ -165,53 +167,10 @@ class Engine:
         without the control vector. Spoils the values: read them before, load afterwards."""
         return self._in_layout_order([part / steps for part in self._masters.gradients()])
 
-    def _shaped(self, vector: torch.Tensor) -> list[torch.Tensor]:
-        return [
-            vector[entry.values].reshape(entry.shape).to(self.topology.device)
-            for entry in self.layout.entries
-        ]
-
-    def _write(self, vector: torch.Tensor) -> None:
-        if self.stage == 3:
-            self._load_partitioned(self._shaped(vector))
-        else:
-            self._load_replicated(self._shaped(vector))
-
-    def _load_replicated(self, values: list[torch.Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.data.copy_(value)
-            if self.stage > 0:
-                safe_set_full_fp32_param(parameter, value)
-
-    def _load_partitioned(self, values: list[torch.Tensor]) -> None:
-        import deepspeed
-        from deepspeed.utils import safe_set_local_fp32_param
-
-        rank, ranks = self.topology.rank_in_slot, self.topology.ranks_per_client
-        for parameter, value in zip(self.parameters, values, strict=True):
-            # Each rank holds ceil(n / ranks) values; the last one's partition may be padding.
-            part = -(-value.numel() // ranks)
-            padded = nn.functional.pad(value.flatten(), (0, part * ranks - value.numel()))
-            safe_set_local_fp32_param(parameter, padded.narrow(0, part * rank, part))
-        with deepspeed.zero.GatheredParameters(list(self.parameters), modifier_rank=0):
-            for parameter, value in zip(self.parameters, values, strict=True):
-                parameter.data.copy_(value)
-
     def read(self) -> torch.Tensor:
         """The trainable values (layout.size,) fp32 on the CPU, the same on all ranks of the slot;
         exact for fp32, and for bf16 exact in the fp32 master."""
-        return self._read(from_master=self.stage == 3 or not self.precise)
-
-    def _read(self, from_master: bool) -> torch.Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        vector = torch.empty(self.layout.size, dtype=torch.float32)
-        for entry, parameter in zip(self.layout.entries, self.parameters, strict=True):
-            value = safe_get_full_fp32_param(parameter) if from_master else parameter.data
-            vector[entry.values] = value.detach().flatten()[: entry.size].float().cpu()
-        return vector
+        return self._values.read(from_master=self.stage == 3 or not self.precise)
 
     def train(
         self, batches: Sequence[Ids], tokens: Tokens, dropout_seed: int, observe: bool = False
@@ -226,7 +185,11 @@ class Engine:
         torch.manual_seed(dropout_seed)
         self._deepspeed.train()
         result = Trained()
-        seen = Observer(self, len(tokens)) if observe and len(batches) else None
+        seen = (
+            Observer(self.layout, self.owners, self.taps, topology, len(tokens))
+            if observe and len(batches)
+            else None
+        )
         for batch in batches:
             micro_steps = self.micro_batches(batch)
             # DeepSpeed averages over the ranks: ranks / len(batch) makes it the batch's mean.
@@ -289,19 +252,8 @@ class Engine:
         except Exception as error:
             if self.topology.ranks_per_client > 1 and not self._agrees:
                 raise
-            return self._told(error)
+            return self.failures.told(error)
         return ""
-
-    def _told(self, error: Exception) -> str:
-        """A failure in one line; the first of its kind also with its traceback, on this rank."""
-        kind = f"{type(error).__name__} {place(error)}"
-        if kind not in self._kinds:
-            self._kinds.add(kind)
-            logging.getLogger("hpcfed").warning(
-                "a client failed; of such failures only this first one is told in full:",
-                exc_info=error,
-            )
-        return reason(error)
 
     def _recover(self) -> None:
         """Out of a backward or a step that was left in the middle: forget what is half reduced,
@@ -350,7 +302,7 @@ class Engine:
             if not math.isfinite(losses.sum().item()):
                 problem = "the loss is not finite"
         except Exception as error:
-            problem = self._told(error)
+            problem = self.failures.told(error)
         self.topology.world.watch.moves()
         if self._stop is not None and self._stop.must_drop:
             problem = _STOPPING
@@ -417,7 +369,7 @@ class Engine:
             try:
                 told = self.head.predict(self._deepspeed, tokens, rows, self.topology.device).cpu()
             except Exception as error:
-                problem = problem or self._told(error)
+                problem = problem or self.failures.told(error)
                 continue
             if mine < len(batches):
                 finite = torch.isfinite(told).all(0)

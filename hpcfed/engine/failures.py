@@ -1,0 +1,35 @@
+"""How failures of clients are told: in a line, and the first of a kind in full."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+from hpcfed.errors import place, reason
+
+
+class Failures:
+    """Of one rank. A kind is a type of exception, and where it was raised."""
+
+    def __init__(self) -> None:
+        self._kinds: set[str] = set()
+        self._silent = False
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """Meanwhile none is told with its traceback."""
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
+
+    def told(self, error: Exception) -> str:
+        """A failure in one line; the first of its kind also with its traceback, in the log."""
+        kind = f"{type(error).__name__} {place(error)}"
+        if kind not in self._kinds and not self._silent:
+            self._kinds.add(kind)
+            logging.getLogger("hpcfed").warning(
+                "a client failed; of such failures only this first one is told in full:",
+                exc_info=error,
+            )
+        return reason(error)
