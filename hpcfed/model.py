@@ -55,16 +55,16 @@ def resolve_name(name: str) -> str:
                 f"belongs to as model.name, and adapter.start={name} to go on from it."
             )
         return str(Path(name).expanduser()) if name.startswith("~") else name
-    package, _, folder = name.removeprefix("pkg:").partition("/")
+    package, _, inside = name.removeprefix("pkg:").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"model.name: the package {package!r} is not installed; "
             f"install it with `pip install {package.replace('_', '-')}`."
         )
-    path = Path(next(iter(spec.submodule_search_locations))) / folder
+    path = Path(next(iter(spec.submodule_search_locations))) / inside
     if not (path / "config.json").is_file():
-        raise UserError(f"model.name: the package {package!r} carries no model in {folder!r}.")
+        raise UserError(f"model.name: the package {package!r} carries no model in {inside!r}.")
     return str(path)
 
 

@@ -114,8 +114,6 @@ _worlds: list[World] = []
 def connect_world() -> World:
     """Start MPI and join the world. Raises UserError without an MPI library, or where a launcher
     started several processes that MPI does not see as one world."""
-    if _worlds:
-        return _worlds[0]
     if "native" in os.environ.get("PMIX_SECURITY_MODE", ""):
         # Slurm offers munge first; an MPI from PyPI has no munge and says so at length.
         os.environ.setdefault("PMIX_MCA_psec", "native")
@@ -144,8 +142,9 @@ def connect_world() -> World:
                     "with srun --mpi=pmix, or with hpcfed run --ranks N, using the MPI library "
                     f"that mpi4py loads ({MPI.Get_library_version().split(',')[0].strip()})."
                 )
-    watch = Watch(comm.rank, comm.size)
-    _worlds.append(World(Watched(comm, watch), MPI, comm.rank, comm.size, watch))
+    if not _worlds:
+        watch = Watch(comm.rank, comm.size)
+        _worlds.append(World(Watched(comm, watch), MPI, comm.rank, comm.size, watch))
     return _worlds[0]
 
 

@@ -5,8 +5,10 @@ engine that will train and at its ZeRO stage, and through prediction. Nothing is
 every client begins with Engine.load, and torch's random state is put back.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +81,7 @@ def _reached(engine: Engine) -> Iterator[set[int]]:
             reached.add(index)
 
     handles = [
-        parameter.register_hook(lambda gradient, index=index: note(index, gradient))
+        parameter.register_hook(functools.partial(note, index))  # type: ignore[no-untyped-call]
         for index, parameter in enumerate(engine.parameters)
     ]
     try:
@@ -92,7 +94,7 @@ def _reached(engine: Engine) -> Iterator[set[int]]:
 def _sentence(config: Config, engine: Engine, problem: str, longest: int) -> str:
     """The fault and its mend."""
     kind = config.adapter.kind
-    network = engine.model.backbone
+    network: Any = engine.model.backbone
     inner = network.get_base_model() if hasattr(network, "get_base_model") else network
     mends: Sequence[str] = [f"give another model than {config.model.name!r}"]
     if kind in ("prefix", "prompt"):

@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcfed.settings.resolve import TYPES
+from hpcfed.settings.values import TYPES
 from hpcfed.storage.paths import FILES, FOLDERS
 
 

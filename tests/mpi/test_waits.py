@@ -13,7 +13,7 @@ from hpcfed.cluster.stop import INTERRUPTED
 from tests.mpi.test_dead_rank import processes_of
 from tests.mpi.variants import overrides
 from tests.same import metrics
-from tests.support import ROOT
+from tests.support import ROOT, line
 
 SECONDS = 240  # until a job that should end is given up
 DEADLINE = 0.1  # minutes
@@ -43,11 +43,11 @@ def words(data, out, shape):
 
 def start(data, out, shape, *extra, fail="", log=None):
     """`hpcfed run --ranks` in the background."""
-    line = ["run", "lora-fedavg", *words(data, out, shape), *extra]
-    line += [f"--ranks={shape[0] * shape[1]}"]
+    own = ["run", "lora-fedavg", *words(data, out, shape), *extra]
+    own = line([*own, f"--ranks={shape[0] * shape[1]}"])
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HPCFED_FAIL_AT": fail}
     return subprocess.Popen(
-        [sys.executable, "-m", "hpcfed", *line], cwd=ROOT, env=environment, text=True,
+        [sys.executable, "-m", "hpcfed", *own], cwd=ROOT, env=environment, text=True,
         stdout=log or subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -87,13 +87,13 @@ def test_a_rank_that_hangs(worlds, data, tmp_path, shape, where, says):
         job.kill()
         pytest.fail(f"the job was still there after {SECONDS} s: {processes_of(out)}")
     assert job.returncode not in (0, 2, INTERRUPTED), printed
-    (line,) = [own for own in printed.splitlines() if "nothing has moved" in own]
-    assert says in line and "--resume" in line, line
+    (said,) = [own for own in printed.splitlines() if "nothing has moved" in own]
+    assert says in said and "--resume" in said, said
     assert all_gone(out)
     assert len(metrics(out)) <= 2
     for folder, more in ((out, ["--resume"]), (tmp_path / "whole", [])):
-        line = ["run", "lora-fedavg", *words(data, folder, shape), *more]
-        ranks = worlds.call(shape, "tests.mpi.cases.runs:command_line", words=line)
+        own = ["run", "lora-fedavg", *words(data, folder, shape), *more]
+        ranks = worlds.call(shape, "tests.mpi.cases.runs:command_line", words=own)
         assert [code for code, _, _ in ranks] == [0, 0], ranks
     assert metrics(tmp_path / "whole") == metrics(out)
 
@@ -133,8 +133,8 @@ def test_out_of_memory_where_others_wait(data, tmp_path):
     job = start(data, out, (1, 2), fail="round=2 rank=1 kind=oom")
     printed, _ = job.communicate(timeout=SECONDS)
     assert job.returncode not in (0, 2, INTERRUPTED)
-    (line,) = [own for own in printed.splitlines() if own.startswith("hpcfed: rank 1 failed")]
-    assert "training client" in line and "OutOfMemoryError" in line and "--resume" in line
+    (said,) = [own for own in printed.splitlines() if own.startswith("hpcfed: rank 1 failed")]
+    assert "training client" in said and "OutOfMemoryError" in said and "--resume" in said
     assert all_gone(out) and len(metrics(out)) == 1
 
 

@@ -20,7 +20,7 @@ class Mpiexec:
     def __init__(self, folder):
         self.folder, self.calls, self.code = folder, [], 0
 
-    def __call__(self, ranks, words):
+    def __call__(self, ranks, words, grace=0.0):
         self.calls.append((ranks, words))
         if not self.code:
             complete(self.folder)
