@@ -73,7 +73,7 @@ def begin_from(
         if whole.shape == (layers[0].shape[0], sum(widths)):
             tensors |= {
                 entry.name: part.reshape(entry.shape)
-                for entry, part in zip(layers, whole.split(widths, dim=1), strict=True)
+                for entry, part in zip(layers, torch.split(whole, widths, dim=1), strict=True)
             }
     for entry in layers:
         value = tensors.get(entry.name)

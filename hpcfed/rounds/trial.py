@@ -7,6 +7,8 @@ every client begins with Engine.load, and torch's random state is put back.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,10 +78,10 @@ def _reached(engine: Engine) -> Iterator[set[int]]:
         if gradient.any():
             reached.add(index)
 
-    handles = [
-        parameter.register_hook(lambda gradient, index=index: note(index, gradient))
-        for index, parameter in enumerate(engine.parameters)
-    ]
+    handles: list[Any] = []
+    for index, parameter in enumerate(engine.parameters):
+        listen: Any = parameter.register_hook  # untyped
+        handles.append(listen(partial(note, index)))
     try:
         yield reached
     finally:
@@ -90,7 +92,7 @@ def _reached(engine: Engine) -> Iterator[set[int]]:
 def _sentence(config: Config, engine: Engine, problem: str, longest: int) -> str:
     """The fault and its mend."""
     kind = config.adapter.kind
-    network = engine.model.backbone
+    network: Any = engine.model.backbone
     inner = network.get_base_model() if hasattr(network, "get_base_model") else network
     mends: Sequence[str] = [f"give another model than {config.model.name!r}"]
     if kind in ("prefix", "prompt"):
