@@ -46,10 +46,10 @@ class Prepared:
 def resolve_name(name: str) -> str:
     """A hub id or folder as transformers takes it; `pkg:package/folder` becomes a folder."""
     if not name.startswith("pkg:"):
-        folder = Path(name).expanduser()
-        if name.startswith((".", "/", "~")) and not folder.is_dir():
+        place = Path(name).expanduser()
+        if name.startswith((".", "/", "~")) and not place.is_dir():
             raise UserError(f"model.name: the folder {name!r} does not exist.")
-        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
             raise UserError(
                 f"model.name: {name!r} holds an adapter and no model; give the model that it "
                 f"belongs to as model.name, and adapter.start={name} to go on from it."

@@ -87,7 +87,7 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], list[str]]] = {
            ["q", "v"]),
     "xlm": ({"emb_dim": 32, "n_layers": 2, "n_heads": 4}, ["q_lin", "v_lin"]),
     "xlm-roberta": ({}, _QV),
-    "xlnet": ({"d_inner": 48, "max_position_embeddings": None}, ["layer_1"]),
+    "xlnet": ({"d_head": 8, "d_inner": 48, "max_position_embeddings": None}, ["layer_1"]),
 }  # fmt: skip
 # Of each way to find blocks, positions and heads one; the others are run by the command.
 QUICK = ("albert", "bart", "deberta-v2", "funnel", "mpnet", "mixtral", "opt", "t5", "xlnet")
