@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.models import save
-from tests.support import line
+from tests.support import latest, line
 
 # What every run has in common; the model is small, and each client has a dozen rows.
 COMMON = [
@@ -156,7 +156,9 @@ def tensors(run: Path) -> dict[str, dict[str, torch.Tensor]]:
     shared = [block in (*last["shared_layers"], "head") for block in counts]
     mask = torch.repeat_interleave(torch.tensor(shared), torch.tensor(list(counts.values())))
     found = {}
-    for file in sorted([*run.glob("adapter/*.safetensors"), *run.glob("clients/*/*.safetensors")]):
+    for file in sorted(
+        [*run.glob("adapter/*.safetensors"), *latest(run.glob("clients/*/*.safetensors"))]
+    ):
         values = load_file(file)
         if file.name.startswith("control-") and len(values["control"]) == len(mask):
             assert not values["control"][~mask].any()

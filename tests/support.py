@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hpcfed.cluster import launcher
@@ -32,6 +32,13 @@ def line(words: Sequence[str]) -> list[str]:
         dead = {key for key, _ in without_effect(resolved)}
     kept = [word for key, word in given.items() if key not in dead]
     return ["run", source, *kept, *flags]
+
+
+def latest(files: Iterable[Path]) -> list[Path]:
+    """Of the files that clients keep, clients/000003/personal-00007.safetensors, the last one of
+    each client and kind: a run keeps what the commit before the last refers to as well."""
+    last = {(file.parent, file.name.partition("-")[0]): file for file in sorted(files)}
+    return sorted(last.values())
 
 
 def on_ranks(ranks: int, program: str, *arguments: str) -> tuple[list[str], dict[str, str]]:

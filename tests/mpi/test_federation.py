@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from tests import models
 from tests.mpi.variants import ROWS, overrides
-from tests.support import mpiexec
+from tests.support import latest, mpiexec
 
 
 def run(ranks, out, *extra, code=0):
@@ -92,7 +92,7 @@ def test_personal_layers_stay_home(worlds, data, once, tmp_path, shape):
     out = tmp_path / "run"
     adapter = load_file(out / "adapter" / "adapter_model.safetensors")
     metrics = lines(out)
-    files = sorted((out / "clients").rglob("personal-*.safetensors"))
+    files = latest((out / "clients").rglob("personal-*.safetensors"))
     states = {str(p.relative_to(out)): load_file(p)["values"] for p in files}
     values = json.loads((out / "run.json").read_text())["adapter_values"]
     packed = sum(values[block] for block in ("1", "2", "head"))

@@ -14,7 +14,7 @@ from tests.mpi.reference_fedpeptao import Loop, Outcome
 from tests.mpi.variants import COMMON
 from tests.pairwise import pairwise, product
 from tests.same import metrics
-from tests.support import MODEL
+from tests.support import MODEL, latest
 
 SGD = ["local.optimizer=sgd", "local.lr=0.5", "local.clip=1.0"]
 WIDE = ["local.optimizer=sgd", "local.lr=2", "local.clip=1.0"]
@@ -112,7 +112,7 @@ def compare(values, run, loop: Outcome, tolerance):
             check(loop, values, loop.values, span, tolerance, f"shared {block}")
     home = [block for block in layout.layers if block not in loop.layers]
     for k, own in loop.personal.items() if home else ():
-        (file,) = run.glob(f"clients/{k:06d}/personal-*.safetensors")
+        (file,) = latest(run.glob(f"clients/{k:06d}/personal-*.safetensors"))
         personal = loop.initial.float().clone()
         layout.part(home).unpack(load_file(file)["values"], personal)
         for block in home:
@@ -160,11 +160,11 @@ def check_controls(loop, run, least):
     blocks = [block for block in loop.layout.blocks if block in (*loop.layers, "head")]
     seen = 0
     for k, wanted in loop.controls.items():
-        for file in run.glob(f"clients/{k:06d}/control-*.safetensors"):
+        for file in latest(run.glob(f"clients/{k:06d}/control-*.safetensors")):
             near(loop, load_file(file)["control"], wanted, blocks)
             seen += 1
     assert seen >= least
-    (checkpoint,) = run.glob("checkpoint/round-*.safetensors")
+    checkpoint = max(run.glob("checkpoint/round-*.safetensors"))
     near(loop, load_file(checkpoint)["server.control"], loop.c, blocks)
 
 
@@ -241,7 +241,7 @@ def test_a_client_that_fails_keeps_its_control_variate(
     for block in (*loop.layers, "head"):
         check(loop, values, loop.values, loop.layout.span(block), 1e-5, f"shared {block}")
     check_controls(loop, run, least=3)
-    (file,) = run.glob(f"clients/{client:06d}/control-*.safetensors")
+    (file,) = latest(run.glob(f"clients/{client:06d}/control-*.safetensors"))
     assert float(load_file(file)["control"].abs().max()) > 0
 
 
@@ -262,7 +262,7 @@ def test_every_method_runs_from_its_preset(worlds, data, tmp_path, shape, method
     moved = [values - initial]
     if method == "local-only":  # nothing is the server's
         assert np.array_equal(values, initial)
-        files = run.glob("clients/*/personal-*.safetensors")
+        files = latest(run.glob("clients/*/personal-*.safetensors"))
         moved = [load_file(file)["values"].numpy() - initial for file in files]
     assert moved and all(np.isfinite(own).all() and np.abs(own).max() > 1e-3 for own in moved)
     losses = [line["train_loss"] for line in metrics(run)]

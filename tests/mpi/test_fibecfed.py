@@ -16,6 +16,7 @@ from tests.mpi.reference_fibecfed import Reference
 from tests.mpi.variants import FIBECFED
 from tests.pairwise import pairwise, product
 from tests.same import metrics
+from tests.support import latest
 
 # What differs between cases: where difficulties come from, if not from training; deep prompts.
 KINDS = {
@@ -95,7 +96,7 @@ def compare(found, run, layout, wanted):
     for block in layout.blocks:
         check(values, wanted.shared.numpy(), start, layout.span(block), f"shared {block}")
     for k, reference_values in wanted.personal.items():
-        (file,) = run.glob(f"clients/{k:06d}/personal-*.safetensors")
+        (file,) = latest(run.glob(f"clients/{k:06d}/personal-*.safetensors"))
         stay = layout.part(layout.layers) - layout.part(wanted.layers)
         personal = torch.from_numpy(values.copy())
         stay.unpack(load_file(file)["values"], personal)

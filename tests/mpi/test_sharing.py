@@ -16,6 +16,7 @@ from tests.mpi.reference_sharing import Loop
 from tests.mpi.variants import COMMON
 from tests.pairwise import pairwise, product
 from tests.same import metrics
+from tests.support import latest
 
 # Method -> its preset, and what the comparison sets in it. Clients have 1, 1, 2 and 5 batches; with
 # this decay some clients give up a rank in a round, and others do not.
@@ -78,7 +79,7 @@ def compare(values, run, loop):
         span = loop.layout.span(block)
         if moved[span].any():
             check(loop, values, loop.values, span, block)
-    files = {int(p.parent.name): p for p in run.glob("clients/*/personal-*")}
+    files = {int(p.parent.name): p for p in latest(run.glob("clients/*/personal-*"))}
     assert files.keys() == loop.personal.keys()
     for k, wanted in loop.personal.items():
         own = loop.initial.float().clone()
@@ -103,7 +104,7 @@ def check(loop, values, wanted, span, what):
 
 def ranks(run):
     """What HetLoRA remembers: client -> rank."""
-    files = run.glob("clients/*/updates-*.safetensors")
+    files = latest(run.glob("clients/*/updates-*.safetensors"))
     return {int(p.parent.name): int(load_file(p)["rank"]) for p in files}
 
 

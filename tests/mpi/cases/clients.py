@@ -11,6 +11,7 @@ from hpcfed.cluster.topology import Topology
 from hpcfed.rounds.progress import Progress
 from tests import models
 from tests.mpi.cases.runs import build, clear
+from tests.support import latest
 
 ROWS, FEW, MANY, ROUNDS = 660, 60, 600, 2
 
@@ -54,7 +55,8 @@ def check(topology: Topology, out: Path) -> None:
             federation.commit(record)
         found[clients] = held() - before
         tracemalloc.stop()
-        kept[clients] = sum(len(list(run.glob(f"clients/*/{k}-*"))) for k in ("control", "moments"))
+        files = [file for k in ("control", "moments") for file in run.glob(f"clients/*/{k}-*")]
+        kept[clients] = len(latest(files))
         vector = federation.layout.size * 4
         federation.setup.directory.close()
         federation.setup.engine.close()
