@@ -3,7 +3,7 @@
 import json
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 
 def metrics(out):
@@ -17,6 +17,18 @@ def tensors(out):
     """File -> its tensors, the whole run directory's."""
     files = sorted(out.rglob("*.safetensors"))
     return {str(file.relative_to(out)): load_file(file) for file in files}
+
+
+def kept(out):
+    """File -> content, of all that clients keep. The header of a file of tensors names its run, so
+    that of these it is the tensors."""
+    found = {}
+    for file in sorted(out.glob("clients/*/*")):
+        content = file.read_bytes()
+        if file.suffix == ".safetensors":
+            content = {name: value.numpy().tobytes() for name, value in load(content).items()}
+        found[str(file.relative_to(out))] = content
+    return found
 
 
 def assert_same(one, two):

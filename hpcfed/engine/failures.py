@@ -8,25 +8,26 @@ from hpcfed.errors import place, reason
 
 
 class Failures:
-    """Of one rank. A kind is a type of exception, and where it was raised."""
+    """Of one rank. A kind is a type of exception, and where it was raised. silenced: none is told
+    in full for now."""
 
     def __init__(self) -> None:
         self._kinds: set[str] = set()
-        self._silent = False
+        self.silenced = False
 
     @contextlib.contextmanager
     def silent(self) -> Iterator[None]:
         """Meanwhile none is told with its traceback."""
-        self._silent = True
+        self.silenced = True
         try:
             yield
         finally:
-            self._silent = False
+            self.silenced = False
 
     def told(self, error: Exception) -> str:
         """A failure in one line; the first of its kind also with its traceback, in the log."""
         kind = f"{type(error).__name__} {place(error)}"
-        if kind not in self._kinds and not self._silent:
+        if kind not in self._kinds and not self.silenced:
             self._kinds.add(kind)
             logging.getLogger("hpcfed").warning(
                 "a client failed; of such failures only this first one is told in full:",

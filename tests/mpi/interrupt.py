@@ -14,6 +14,7 @@ import sys
 from functools import partial
 from typing import Any
 
+import hpcfed.app.run
 import hpcfed.cluster.stop
 import hpcfed.rounds.federation
 import hpcfed.storage.files
@@ -46,6 +47,8 @@ def arm(event: str, count: int, rank: int, name: str) -> tuple[Any, str, Any]:
     left = [count]
 
     def counting(*args: Any, **kwargs: Any) -> Any:
+        if event == "forward" and args[0].failures.silenced:  # the trial step's
+            return original(*args, **kwargs)
         left[0] -= 1
         if left[0] == 0:
             from mpi4py import MPI

@@ -13,7 +13,7 @@ from hpcfed.settings.resolve import presets, resolve
 from tests.mpi.reference_fedpeptao import Loop, Outcome
 from tests.mpi.variants import COMMON
 from tests.pairwise import pairwise, product
-from tests.same import metrics
+from tests.same import kept, metrics
 from tests.support import MODEL, latest
 
 SGD = ["local.optimizer=sgd", "local.lr=0.5", "local.clip=1.0"]
@@ -183,9 +183,9 @@ def near(loop, found, wanted, blocks):
 def test_bit_identical_for_any_number_of_slots(worlds, data, once, tmp_path, shape, name):
     """Each compares with the first of the three that ran."""
     values, _, run = federate(worlds, shape, tmp_path, overrides(data, name))
-    files = {str(p.relative_to(run)): p.read_bytes() for p in run.glob("clients/*/*")}
-    kept = "moments-" if name == "momd" else "control-"
-    assert any(kept in path for path in files)
+    files = kept(run)
+    kind = "moments-" if name == "momd" else "control-"
+    assert any(kind in path for path in files)
     now = (values, files, metrics(run))
     first = once(f"fedpeptao-bits-{name}", lambda: now)
     assert np.array_equal(now[0], first[0])

@@ -15,7 +15,7 @@ from hpcfed.settings.resolve import resolve
 from tests.mpi.reference_fibecfed import Reference
 from tests.mpi.variants import FIBECFED
 from tests.pairwise import pairwise, product
-from tests.same import metrics
+from tests.same import kept, metrics
 from tests.support import latest
 
 # What differs between cases: where difficulties come from, if not from training; deep prompts.
@@ -170,7 +170,7 @@ def check_spending(run, layout, config, wanted):
 def test_bit_identical_for_any_number_of_slots(worlds, data, once, tmp_path, shape, stage):
     """Each compares with the first that ran, of as many ranks per client."""
     found, run = federate(worlds, shape, tmp_path, overrides(data, "", stage))
-    files = {str(p.relative_to(run)): p.read_bytes() for p in run.glob("clients/*/*")}
+    files = kept(run)
     assert any("personal-" in name for name in files)
     now = (found["values"], files, metrics(run))
     first = once(f"fibecfed-bits-{shape[1]}", lambda: now)

@@ -15,7 +15,7 @@ from hpcfed.settings.resolve import resolve
 from tests.mpi.reference_sharing import Loop
 from tests.mpi.variants import COMMON
 from tests.pairwise import pairwise, product
-from tests.same import metrics
+from tests.same import kept, metrics
 from tests.support import latest
 
 # Method -> its preset, and what the comparison sets in it. Clients have 1, 1, 2 and 5 batches; with
@@ -167,9 +167,9 @@ def test_equals_the_plain_loop_in_full(worlds, reference, data, tmp_path, shape,
 def test_bit_identical_for_any_number_of_slots(worlds, data, once, tmp_path, shape, method):
     """Each compares with the first of the two that ran."""
     values, run = federate(worlds, shape, tmp_path, data, method)
-    files = {str(p.relative_to(run)): p.read_bytes() for p in run.glob("clients/*/*")}
-    kept = "updates-" if method == "hetlora" else "personal-"
-    assert any(kept in path for path in files)
+    files = kept(run)
+    kind = "updates-" if method == "hetlora" else "personal-"
+    assert any(kind in path for path in files)
     now = (values, files, metrics(run))
     first = once(f"sharing-bits-{method}", lambda: now)
     assert np.array_equal(now[0], first[0])

@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 from safetensors.torch import load_file
 
-from hpcfed.app import cli
+from hpcfed.app import cli, run
 from hpcfed.cluster.stop import SIGNALS
 from hpcfed.cluster.topology import Topology
 from hpcfed.rounds.federation import Federation
@@ -236,7 +236,7 @@ def command(
             stack.callback(signal.signal, number, signal.getsignal(number))
         stack.enter_context(contextlib.redirect_stdout(printed))
         stack.enter_context(contextlib.redirect_stderr(printed))
-        stack.enter_context(patch.object(cli, "Stop", Still))
+        stack.enter_context(patch.object(run, "Stop", Still))
         if strike is not None:
             stack.enter_context(patch.object(*arm(*strike)))
         code = cli.main(line(words))
