@@ -32,7 +32,7 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3,
 }  # fmt: skip
 _QV, _PROJ = ["query", "value"], ["q_proj", "v_proj"]
-_BART = {
+_BART = {"num_hidden_layers": None,
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_layers": 3, "decoder_layers": 2,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4,
 }  # fmt: skip
@@ -83,8 +83,8 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "roberta": ({}, _QV),
     "roformer": ({"embedding_size": 32}, _QV),
     "squeezebert": ({"embedding_size": 32}, _QV),
-    "t5": ({"d_kv": 8, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4},
-           ["q", "v"]),
+    "t5": ({"num_hidden_layers": None, "d_kv": 8, "d_ff": 48, "num_layers": 3,
+            "num_decoder_layers": 2, "num_heads": 4}, ["q", "v"]),
     "xlm": ({"emb_dim": 32, "n_layers": 2, "n_heads": 4}, ["q_lin", "v_lin"]),
     "xlm-roberta": ({}, _QV),
     "xlnet": ({"d_head": 8, "d_inner": 48, "max_position_embeddings": None}, ["layer_1"]),

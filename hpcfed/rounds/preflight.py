@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hpcfed import faults
 from hpcfed.data import partition, sources
 from hpcfed.data.partition import ClientRows
@@ -150,8 +148,8 @@ def _check_unchanged(config: Config, output: Path) -> None:
         content = read_bytes(output / CONFIG)
         try:
             differing = changed(config, content.decode())
-        except (ValueError, RecursionError, yaml.YAMLError):
-            raise DamageError(output / CONFIG, "is damaged (it is not YAML)") from None
+        except (ValueError, UserError):
+            raise DamageError(output / CONFIG, "is damaged (it is no configuration)") from None
         began = read_object(output / LIVES).get("plugins") if config.plugins else None
         if config.plugins and not isinstance(began, dict):
             raise DamageError(output / LIVES, "is damaged (it has no digests of plug-ins)")

@@ -273,7 +273,7 @@ _MAPPINGS = ("task.verbalizer",)
 
 def changed(config: Config, text: str) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (value in `text`, value now), where a configuration differs from one that
-    `describe` wrote."""
+    `describe` wrote. Raises UserError for a text that is no configuration."""
     then = dict(leaves(reading.read_text(text, "the configuration that the run began with")))
     now = dict(leaves(config.to_dict()))
     return {

@@ -23,10 +23,10 @@ def hostfile(shared):
     return file
 
 
-def line(shared, name, *before):
-    """A shell command that runs deepspeed."""
-    own = words("fibecfed", shared, name)
-    return " ".join([SETTINGS, *before, "launch/train.py", "fibecfed", *own])
+def line(shared, name, start, *extra):
+    """A shell command that runs deepspeed, as `start` begins it. extra: overrides."""
+    own = words("fibecfed", shared, name, *extra)
+    return " ".join([SETTINGS, start, "launch/train.py", "fibecfed", *own])
 
 
 def test_pdsh(lab, shared, undisturbed):
@@ -61,7 +61,7 @@ def test_openmpi(lab, shared, hostfile, undisturbed):
 def test_a_signal_reaches_the_run(lab, shared, hostfile):
     """TERM to the process that waits on the other host ends all, with the round dropped."""
     start = f"deepspeed --num_nodes 2 --hostfile {hostfile} --master_port 29612"
-    command = f"cd {ROOT}; " + line(shared, "asked", start) + " federation.rounds=500"
+    command = f"cd {ROOT}; " + line(shared, "asked", start, "federation.rounds=500")
     process = subprocess.Popen(
         lab.command("ssh", "n1", command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, stdin=subprocess.DEVNULL,

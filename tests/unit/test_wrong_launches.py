@@ -59,7 +59,7 @@ def test_it_is_refused(place, tmp_path, monkeypatch, capsys, words, sentence):
 def test_many_ranks_if_that_is_meant(monkeypatch, command):
     started = []
 
-    def start(ranks, words):
+    def start(ranks, words, grace=0.0):
         started.append((ranks, words))
         return 0
 

@@ -365,7 +365,7 @@ CASES: list[tuple[str, Spoil, str]] = [
     ("no configuration", removed("run/config.yaml"), r"it has no config\.yaml"),
     ("a configuration that is no YAML", written("run/config.yaml", "a: ["), r"config\.yaml is dam"),
     ("a configuration of bytes", written("run/config.yaml", b"\xff\xfe"), r"yaml is damaged"),
-    ("a configuration that is a list", written("run/config.yaml", "- 1\n"), r"began with \w+=None"),
+    ("a configuration that is a list", written("run/config.yaml", "- 1\n"), r"config\.yaml is dam"),
     ("another seed in the configuration", replaced("run/config.yaml", "seed: 352", "seed: 353"),
      r"began with seed=353, not 352"),
     ("rounds as a text in the configuration",
