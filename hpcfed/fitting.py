@@ -4,6 +4,7 @@ What cannot be seen so, a trial step finds (hpcfed.rounds.trial).
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ class Cuts:
         """Raises UserError if the objective's template does not fit into the shortest."""
         self.whole = whole
         self._config = config
-        self._encode = lambda length: encode(head, (split,), tokenizer, config, length)[0]
+        self._encode = partial(encode, head, (split,), tokenizer, config)
         self._last = (config.task.max_length, whole)
         first = self.length(0)
         try:
@@ -102,7 +103,7 @@ class Cuts:
         if length == self._config.task.max_length:
             return self.whole
         if self._last[0] != length:
-            self._last = (length, self._encode(length))
+            self._last = (length, self._encode(length)[0])
         return self._last[1]
 
 
