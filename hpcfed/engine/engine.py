@@ -39,6 +39,7 @@ STEPS = "steps"  # beside an optimizer's moments, how many steps it had made
 
 # What a rank reports to its slot in place of a problem, if the round has to be dropped.
 _STOPPING = "the job has to stop"
+_LOSS = "the loss is not finite"
 
 
 class ClientError(Exception):
@@ -145,6 +146,8 @@ class Engine:
             masters.pull(self._local.proximal)
 
     def _in_master_order(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        if self.stage == 0:  # the masters are the parameters
+            return self._values.shaped(vector)
         self._values.write(vector)
         return self._masters.copies()
 
@@ -185,6 +188,8 @@ class Engine:
         torch.manual_seed(dropout_seed)
         self._deepspeed.train()
         result = Trained()
+        # Kept on the device: reading it would have the host wait for each step.
+        total = torch.zeros((), dtype=torch.float64, device=topology.device)
         seen = (
             Observer(self.layout, self.owners, self.taps, topology, len(tokens))
             if observe and len(batches)
@@ -209,12 +214,16 @@ class Engine:
                 self._backward(losses.sum() * scale)
                 if seen and len(rows):
                     seen.end(rows, losses)
-                result.loss_sum += losses.sum().item()
-            self._step()
+                total += losses.detach().sum()
+            self._step(total)
             result.samples += len(batch)
             result.tokens += int(tokens.lengths[batch].sum())
             result.steps += 1
         self.taps.listen(None)
+        result.loss_sum = total.item()
+        problem = "" if math.isfinite(result.loss_sum) else _LOSS
+        if problem := self._first_problem(problem):
+            raise ClientError(problem)
         if seen:
             result.rows = np.unique(np.concatenate(list(batches)))
             observed = seen.whole(result.rows, result.samples)
@@ -232,15 +241,16 @@ class Engine:
             self._recover()
             raise ClientError(problem)
 
-    def _step(self) -> None:
+    def _step(self, total: torch.Tensor) -> None:
         """The optimizer's step. Raises ClientError if it fails where no rank waits for this one, or
-        was left out."""
+        was left out. total: the losses so far."""
         skipped = self._deepspeed.skipped_steps
         problem = self._tried(self._deepspeed.step)
         if problem:
             self._recover()
         elif self._deepspeed.skipped_steps > skipped:  # the ranks of the slot agree on that
-            problem = "its gradient is not finite"
+            finite = math.isfinite(total.item())
+            problem = self._first_problem("" if finite else _LOSS) or "its gradient is not finite"
         if problem:
             self.taps.listen(None)
             raise ClientError(problem)
@@ -300,8 +310,9 @@ class Engine:
                 losses = self.rehearsal.losses(losses, self.parameters[0])
             if not len(rows):
                 losses = losses * 0.0
-            if not math.isfinite(losses.sum().item()):
-                problem = "the loss is not finite"
+            # In training a step tells: a loss that is not finite has no finite gradient.
+            if probing and not math.isfinite(losses.sum().item()):
+                problem = _LOSS
         except Exception as error:
             problem = self.failures.told(error)
         self.topology.world.watch.moves()
