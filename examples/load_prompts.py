@@ -21,7 +21,7 @@ from torch import nn
 def blocks(model: Any) -> list[nn.Module]:
     """The model's transformer blocks: its longest list of modules of one kind."""
     lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=len))
+    return list(max(lists, key=lambda own: len(own)))
 
 
 def load(model: Any, folder: str | Path) -> Any:
@@ -43,7 +43,7 @@ def load(model: Any, folder: str | Path) -> Any:
         """(samples, tokens, hidden): the prompts, of the mean over a text's hidden states."""
         mean = (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
         small = nn.functional.gelu(nn.functional.linear(mean, *down))
-        return nn.functional.linear(small, *up).unflatten(1, (count, -1))
+        return nn.functional.linear(small, *up).view(len(hidden), count, -1)
 
     def longer(values: torch.Tensor, filler: int) -> torch.Tensor:
         return nn.functional.pad(values, (count, 0), value=filler)

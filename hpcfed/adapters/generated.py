@@ -54,7 +54,7 @@ class Generator(nn.Module):
         """anchor: (samples,) zeros, see `Network`."""
         vectors = vectors.to(self.down.weight.dtype) + anchor.to(self.down.weight.dtype)[:, None]
         made: torch.Tensor = self.up(nn.functional.gelu(self.down(vectors)))
-        return made.unflatten(1, (-1, vectors.shape[1]))
+        return made.view(len(made), -1, vectors.shape[1])
 
 
 def pooled(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
