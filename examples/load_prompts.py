@@ -20,8 +20,8 @@ from torch import nn
 
 def blocks(model: Any) -> list[nn.Module]:
     """The model's transformer blocks: its longest list of modules of one kind."""
-    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=lambda own: len(own)))
+    lists = [list(m) for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len)
 
 
 def load(model: Any, folder: str | Path) -> Any:
