@@ -21,6 +21,7 @@ from hpcfed.data.batches import Ids, Tokens, split_batch
 from hpcfed.engine.failures import Failures
 from hpcfed.engine.masters import Masters
 from hpcfed.engine.observer import Observer
+from hpcfed.engine.optimizer import make_optimizer
 from hpcfed.engine.trained import Trained
 from hpcfed.engine.values import Values
 from hpcfed.errors import UserError
@@ -188,7 +189,7 @@ class Engine:
         torch.manual_seed(dropout_seed)
         self._deepspeed.train()
         result = Trained()
-        # Kept on the device: reading it would have the host wait for each step.
+        # On the device: to read it, the host would wait for each step.
         total = torch.zeros((), dtype=torch.float64, device=topology.device)
         seen = (
             Observer(self.layout, self.owners, self.taps, topology, len(tokens))
@@ -221,8 +222,7 @@ class Engine:
             result.steps += 1
         self.taps.listen(None)
         result.loss_sum = total.item()
-        problem = "" if math.isfinite(result.loss_sum) else _LOSS
-        if problem := self._first_problem(problem):
+        if problem := self._first_problem("" if math.isfinite(result.loss_sum) else _LOSS):
             raise ClientError(problem)
         if seen:
             result.rows = np.unique(np.concatenate(list(batches)))
@@ -242,15 +242,15 @@ class Engine:
             raise ClientError(problem)
 
     def _step(self, total: torch.Tensor) -> None:
-        """The optimizer's step. Raises ClientError if it fails where no rank waits for this one, or
-        was left out. total: the losses so far."""
+        """The optimizer's step; total: the losses so far. Raises ClientError if it fails where no
+        rank waits for this one, or was left out."""
         skipped = self._deepspeed.skipped_steps
         problem = self._tried(self._deepspeed.step)
         if problem:
             self._recover()
         elif self._deepspeed.skipped_steps > skipped:  # the ranks of the slot agree on that
-            finite = math.isfinite(total.item())
-            problem = self._first_problem("" if finite else _LOSS) or "its gradient is not finite"
+            problem = "" if math.isfinite(total.item()) else _LOSS
+            problem = self._first_problem(problem) or "its gradient is not finite"
         if problem:
             self.taps.listen(None)
             raise ClientError(problem)
@@ -349,8 +349,8 @@ class Engine:
         return next(text for text in topology.slot.allgather(problem) if text)
 
     def _discard(self, accumulated: bool) -> None:
-        """Clear gradients that micro-steps left in the engine: finish the step with a zero loss.
-        Values and optimizer state are spoiled by it, and overwritten by the next load."""
+        """Clear gradients that micro-steps left in the engine: finish the step with a zero loss,
+        which spoils values and optimizer state until the next load."""
         if not accumulated:
             return
         self._deepspeed.set_gradient_accumulation_boundary(True)
@@ -396,12 +396,3 @@ class Engine:
         """Free the engine, and undo what ZeRO-3 leaves behind in the process."""
         self._deepspeed.destroy()
         nn.functional.linear = _LINEAR
-
-
-def make_optimizer(parameters: Sequence[nn.Parameter], local: Local) -> torch.optim.Optimizer:
-    """The client's torch optimizer, with torch's own defaults for what is not configured."""
-    lr, decay = local.lr, local.weight_decay
-    if local.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, weight_decay=decay, momentum=local.momentum)
-    kind = torch.optim.AdamW if local.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=lr, weight_decay=decay)
