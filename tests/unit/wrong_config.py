@@ -166,6 +166,8 @@ OPTIONS: list[Case] = [
     ("another name in output", words("output='{task.foo}'"), r"only \{task\}, \{method\} and"),
     ("an attribute in output", words("output='{task.__class__}'"), r"only \{task\}, \{method\}"),
     ("more sampled than there are", words("federation.per_round=101"), r"no more can be sampled"),
+    ("all rows in one client, in turns", words("federation.pooled=true", "curriculum.pace=linear"),
+     r"makes one client of all.*curriculum\.pace=all"),
     ("nothing but warm-up", words("curriculum.warmup=30"), r"must leave a round for the method"),
     ("ranks that make no slots", words("cluster.ranks_per_client=2"), r"1 MPI ranks do not divide"),
     ("words without a verbalizer", words(
