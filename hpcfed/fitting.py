@@ -61,6 +61,17 @@ def encode(head: Any, splits: Sequence[Split], tokenizer: Any, config: Config) -
     return encoded
 
 
+def cuts(tokens: Sequence[Tokens], config: Config) -> list[str]:
+    """What a person should know of rows that were too long: of the training split, and the test
+    split."""
+    return [
+        f"{own.cut:,} of the {len(own):,} {name} rows are longer than "
+        f"task.max_length={config.task.max_length}: their prompts have lost their beginning"
+        for name, own in zip(("training", "test"), tokens, strict=True)
+        if own.cut
+    ]
+
+
 def check_ids(model: Any, tokens: Sequence[Tokens], tokenizer: Any, name: str) -> None:
     """Raises UserError for token ids, padding included, that the model has no embedding of."""
     try:

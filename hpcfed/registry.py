@@ -197,6 +197,10 @@ OBJECTIVES = Registry(
             "a decoder goes on from task.template",
             "hpcfed.objectives.heads:LabelWords",
         ),
+        "completion": (
+            "a decoder answers prompts (instruction tuning); rows hold prompts and answers",
+            "hpcfed.objectives.completion:Completion",
+        ),
     },
 )
 

@@ -136,6 +136,8 @@ def _set_up(
         train_tokens, test_tokens = fitting.encode(head, (task.train, task.test), tokenizer, config)
     with world.agreement("loading the model"):
         prepared = model.prepare(config, task.labels, train_tokens.pad_id, settings, head)
+        said = fitting.cuts((train_tokens, test_tokens), config)
+        prepared = replace(prepared, notes=(*prepared.notes, *said))
         backbone = prepared.adapted.network.backbone
         fitting.check_ids(backbone, (train_tokens, test_tokens), tokenizer, config.model.name)
     began = replace(
