@@ -174,17 +174,18 @@ def _check_unchanged(config: Config, output: Path) -> None:
 def check_rounds(config: Config, planned: int, output: Path) -> None:
     """Raises UserError unless a run that was to have so many rounds may have as many as are asked
     for now."""
-    asked, pace = config.federation.rounds, config.curriculum.pace
+    asked, spec = config.federation.rounds, config.curriculum
     if asked < planned:
         raise UserError(
             f"The run in {output} began with {ROUNDS}={planned}, not {asked}; it may get more "
             f"rounds, not fewer: resume it with {ROUNDS}={planned}, or give another output=..."
         )
-    if asked > planned and pace != "all":
+    if asked > planned and (spec.pace != "all" or spec.cut != "none"):
+        grows = f"pace={spec.pace}" if spec.pace != "all" else f"cut={spec.cut}"
         raise UserError(
-            f"The run in {output} began with {ROUNDS}={planned}, not {asked}: with curriculum.pace="
-            f"{pace} each round depends on how many there are, so it cannot get more; give another "
-            "output=..."
+            f"The run in {output} began with {ROUNDS}={planned}, not {asked}: with curriculum."
+            f"{grows} each round depends on how many there are, so it cannot get more; give "
+            "another output=..."
         )
 
 

@@ -78,6 +78,11 @@ COLUMN = When(
 )
 
 PACED = When("curriculum.pace is not all", lambda c: c.curriculum.pace != "all")
+CUT = When("curriculum.cut is not none", lambda c: c.curriculum.cut != "none")
+PACED_OR_CUT = When(
+    "curriculum.pace is not all, or curriculum.cut not none",
+    lambda c: PACED.holds(c) or CUT.holds(c),
+)
 MEASURED = When(
     "curriculum.pace is not all and curriculum.difficulty is fisher, reversed or loss",
     lambda c: PACED.holds(c) and c.curriculum.difficulty in ("fisher", "reversed", "loss"),

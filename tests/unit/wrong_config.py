@@ -180,6 +180,8 @@ WITHOUT_EFFECT: list[Case] = [
      r"server\.lr=5\.0 \(command line\) has no effect here: it counts if server\.optimizer is not"),
     ("a share of layers with all", words("layers.keep=0.1"), r"counts if layers\.score is not all"),
     ("sparsity without personal values", words("sparsity.keep=0.3"), r"counts if values are pers"),
+    ("short texts without a cut", words("curriculum.shortest=0.5"), r"curriculum\.cut is not none"),
+    ("an end of nothing", words("curriculum.full_at=0.5"), r"pace is not all, or curriculum\.cut"),
     ("a start without a pace", words("curriculum.start=0.1"), r"counts if curriculum\.pace is not"),
     ("virtual tokens with LoRA", words("adapter.virtual_tokens=5"), r"adapter\.kind is prefix or"),
     ("a rank with prompts", words("adapter.rank=4", preset="p-tuning-v2"), r"adapter\.kind is lo"),
