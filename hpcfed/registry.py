@@ -201,6 +201,10 @@ OBJECTIVES = Registry(
             "a decoder answers prompts (instruction tuning); rows hold prompts and answers",
             "hpcfed.objectives.completion:Completion",
         ),
+        "dpo": (
+            "a decoder learns which of two answers is preferred (DPO)",
+            "hpcfed.objectives.dpo:Preference",
+        ),
     },
 )
 

@@ -111,6 +111,10 @@ class Task:
         "model", "how prompts and answers are written out: as the model's tokenizer says, plain "
         "where it says nothing; or plain", counts=counts.ANSWERED,
     )  # fmt: skip
+    beta: float = option(
+        0.1, "dpo: how firmly the model is held to what it was without its adapter", above=0,
+        counts=counts.PREFERRED,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -88,3 +88,39 @@ def test_bit_identical_for_any_number_of_slots(worlds, once, data, tmp_path, sha
     assert np.array_equal(values, first[1]), f"{shape} differs from {first[0]}"
     assert test == first[2]
     assert test["perplexity"] == pytest.approx(np.exp(test["loss"]))
+
+
+def preferences(folder):
+    """Overrides for DPO on rows made of those of talks."""
+    lines = []
+    for number in range(34):
+        words = f"cat dog horse river forest {'tree lake ' * (number % 5)}".split()
+        pair = (words[0], words[number % 3 + 1])
+        chosen, rejected = pair if number % 2 else (" ".join(words), pair[1])
+        lines.append({"prompt": f"name {number}", "chosen": chosen, "rejected": rejected})
+    (folder / "pairs").mkdir()
+    for split, part in (("train", lines), ("test", lines[:7])):
+        text = "".join(json.dumps(line) + "\n" for line in part)
+        (folder / "pairs" / f"{split}.jsonl").write_text(text)
+    return [
+        "model.head=dpo", "task.name=pairs", f"data.root={folder}", "data.partition.kind=iid",
+        "data.partition.column=null", "local.lr=0.5",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "stage", "micro_batch"),
+    [((1, 1), "zero0", "3"), ((2, 1), "zero3", "null"), ((1, 2), "zero2", "3")],
+)
+def test_dpo_at_every_stage(worlds, once, data, tmp_path, shape, stage, micro_batch):
+    """Alike, however rows fall to ranks; and the preferred answers become likelier."""
+    words = [
+        *overrides(data, "llama"), *preferences(tmp_path), f"deepspeed=ds_configs/{stage}.json",
+        f"local.micro_batch={micro_batch}",
+    ]  # fmt: skip
+    values, run = federate(worlds, shape, tmp_path, words)
+    test = json.loads((run / "summary.json").read_text())["test"]["personal"]
+    assert test["preference"] > 0.5 and test["loss"] < np.log(2) - 1e-3
+    first, told = once("preferences", lambda: (values, test))
+    assert np.linalg.norm(values - first) / np.linalg.norm(first) < 1e-5
+    assert test == pytest.approx(told, rel=1e-4)

@@ -72,6 +72,6 @@ def write_talks(out: Path) -> None:
                 turns = ["name a bird", "bird", row["prompt"], row["completion"]]
                 roles = ["user", "assistant"] * 2
                 talk = zip(roles, turns, strict=True)
-                row = {"messages": [{"role": role, "content": text} for role, text in talk]}  # type: ignore[dict-item]
+                row = {"messages": [{"role": role, "content": text} for role, text in talk]}
             lines.append(json.dumps({**row, "topic": topic, "who": f"c{number % 4}"}))
         (out / "talks" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from hpcfed import model
 from hpcfed.data import partition, rendering, sources
@@ -67,6 +68,58 @@ def test_shapes_with_more():
     assert [m["role"] for m in system.messages] == ["system", *["user", "assistant"] * 2]
     (mapped,) = read({"q": "ask", "a": "tell"}, prompt="q", completion="a")
     assert mapped.answer == "tell"
+
+
+def test_dpo_is_the_formula(tmp_path):
+    """On logits at all positions, with the model itself as the reference; a fresh adapter has
+    moved nothing."""
+    folder = models.save("llama", tmp_path, "dpo", initializer_range=0.2)
+    own = Config(
+        model=Model(name=str(folder), head="dpo"), task=Task(max_length=30, beta=0.3),
+        adapter=Adapter(targets=("q_proj", "v_proj"), dropout=0.5),
+    )  # fmt: skip
+    pairs = [("name a bird", "bird", "dog cat"), ("tree", "lake " * 9, "tree"), ("a", "b", "c d e")]
+    rows = [Example(talk(a, b).messages, rejected=c) for a, b, c in pairs]
+    task = sources.TaskData("own", (), "loss", 0, split(*rows), split(*rows), ("",))
+    tokenizer = model.load_tokenizer(own)
+    head = heads.build(own, task, tokenizer)
+    tokens = head.encode(task.train, tokenizer, own.task.max_length)
+    prepared = model.prepare(own, (), 0, {}, head)
+    network, which = prepared.adapted.network.eval(), np.array([2, 0, 1])
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+    def log_probability(network, texts):
+        (found,) = head.template.render([texts])
+        logits = network(torch.tensor([found.ids]))
+        logits = getattr(logits, "logits", logits)[0].log_softmax(-1)
+        ((start, stop),) = found.answers
+        return sum(logits[at - 1, found.ids[at]] for at in range(start, stop))
+
+    # B is zero as PEFT makes it.
+    fresh = head.losses(network, tokens, which, CPU)
+    torch.testing.assert_close(fresh, torch.full((3,), float(np.log(2))))
+    torch.manual_seed(2)
+    for parameter in prepared.adapted.parameters:
+        torch.nn.init.normal_(parameter)
+    wanted = []
+    for row in which:
+        better, worse = rows[row].messages, rows[row].answered(rows[row].rejected)
+        ratios = [
+            log_probability(lambda ids: network(input_ids=ids, attention_mask=ids * 0 + 1), own)
+            - log_probability(plain, own)
+            for own in (better, worse)
+        ]
+        wanted.append(-torch.log(torch.sigmoid(0.3 * (ratios[0] - ratios[1]))))
+    found = head.losses(network, tokens, which, CPU)
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-3, atol=1e-4)
+    told = head.predict(network, tokens, which, CPU).detach()
+    assert told[0].tolist() == [float(loss < np.log(2)) for loss in found.tolist()]
+    assert len(set(told[0].tolist())) == 2, "all the same: it shows little"
+    assert head.score(told.numpy(), which, tokens, task)["score"] == float(told[0].mean())
+    network.train()
+    with network.reference():
+        assert not network.training
+    assert network.training
 
 
 @pytest.fixture(scope="module")

@@ -578,6 +578,21 @@ _ANSWERS: list[tuple[str, Build, str]] = [
         r"test kind 'z' never occurs in the training rows \(there: x, y\)",
     ),
     (
+        "a preference without a worse answer",
+        answers({"prompt": "ask", "chosen": "a"}, head="dpo"),
+        r"line 3: no 'rejected' \(there are: 'prompt', 'chosen'\); data\.columns says",
+    ),
+    (
+        "a preference for nothing",
+        answers({"prompt": "ask", "chosen": "a", "rejected": "a"}, head="dpo"),
+        r"line 3: 'chosen' and 'rejected' are the same",
+    ),
+    (
+        "a preference of whole conversations",
+        answers({"prompt": "ask", "chosen": [], "rejected": "a"}, head="dpo"),
+        r"line 3: 'chosen' must be a list of messages, not \[\]",
+    ),
+    (
         "prompts in the built-in data",
         without_files("model.head=completion", _IID),
         r"model\.head=completion needs rows of prompts and answers, which task 'questions' has not",
