@@ -15,6 +15,7 @@ from hpcfed.data.sources import Split
 from hpcfed.errors import UserError, reason
 from hpcfed.policies.curriculum import cut_at
 from hpcfed.settings.config import Config
+from hpcfed.settings.counts import VIRTUAL
 
 MOSTLY = 0.5  # of the training texts: more of them without a known token, and nothing is learnt
 
@@ -151,7 +152,7 @@ def check_length(config: Config, model: Any) -> None:
     known = _positions(model)
     if known is None:
         return
-    prompts = config.adapter.kind in ("prefix", "prompt")
+    prompts = config.adapter.kind in VIRTUAL
     virtual = config.adapter.virtual_tokens if prompts else 0
     if config.task.max_length + virtual > known:
         with_virtual = f" and adapter.virtual_tokens={virtual}" if virtual else ""

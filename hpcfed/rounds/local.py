@@ -41,6 +41,7 @@ class LocalRounds:
         """states: what clients keep, by kind."""
         self._config = setup.config
         self._engine = setup.engine
+        self._extra = setup.prepared.adapted.extra
         self._rows = setup.rows
         self._cuts = setup.cuts
         self._tokens = setup.train_tokens
@@ -119,12 +120,13 @@ class LocalRounds:
             engine.load(vector, first, moments, control)
             clock = time.monotonic()
             schedule = self._schedule(client, now)
-            done.scored = schedule.scored
+            done.scored = schedule.scored * (1 + self._extra)
             if schedule.scored:
                 done.score_seconds = time.monotonic() - clock
             trained = self._train(client, round_number, schedule, tracks, later)
             done.samples, done.steps = trained.samples, trained.steps
             done.tokens = trained.tokens
+            done.scored += trained.samples * self._extra
             values = engine.read()
             if not bool(torch.isfinite(values).all()):
                 raise ClientError("its values are not finite after training")
@@ -228,7 +230,7 @@ class LocalRounds:
                 continue  # it is scored, or fails again, in its first round
             if topology.leads_slot:
                 self._save_difficulty(k, state.rounds, difficulty)
-                passes[k] = sizes[k]
+                passes[k] = sizes[k] * (1 + self._extra)
         sum_over_ranks(passes, topology)
         engine.leave_if_interrupted()
         self._difficulties.accept(state.rounds, [int(k) for k in np.flatnonzero(passes)])

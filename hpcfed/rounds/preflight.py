@@ -19,6 +19,7 @@ from hpcfed.data.wordings import wording
 from hpcfed.errors import UserError
 from hpcfed.settings import deepspeed_config, plugins
 from hpcfed.settings.config import Config
+from hpcfed.settings.counts import IN_FRONT
 from hpcfed.settings.resolve import Resolved, changed, refuse_without_effect
 from hpcfed.storage.checks import DamageError, read_bytes, read_object
 from hpcfed.storage.paths import CONFIG, LIVES, PARTITION, SUMMARY
@@ -215,10 +216,10 @@ def _whole(output: Path) -> Iterator[None]:
 def _check_choices(config: Config) -> None:
     """Raises UserError for options that contradict each other."""
     kind, layers, server, local = config.adapter.kind, config.layers, config.server, config.local
-    if kind == "prompt" and layers.score != "all":
+    if kind in IN_FRONT and layers.score != "all":
         raise UserError(
-            f"layers.score={layers.score} chooses among layers, but adapter.kind=prompt has values "
-            "in front of the first layer only; use layers.score=all, or adapter.kind=prefix."
+            f"layers.score={layers.score} chooses among layers, but adapter.kind={kind} has values "
+            "in one place only; use layers.score=all, or adapter.kind=prefix."
         )
     if server.optimizer != "momentum" and (server.control or server.gradient == "difference"):
         raise UserError(

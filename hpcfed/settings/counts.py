@@ -17,12 +17,21 @@ class When:
     holds: Callable[[Any], bool]
 
 
+# Kinds of adapter that put virtual tokens beside a text; and those of them that have no values in
+# each layer.
+
+IN_FRONT = ("prompt", "idpg", "lpt")
+VIRTUAL = ("prefix", *IN_FRONT)
+
 LORA = When("adapter.kind is lora", lambda c: c.adapter.kind == "lora")
 BOTTLENECK = When("adapter.kind is bottleneck", lambda c: c.adapter.kind == "bottleneck")
-PROMPTS = When("adapter.kind is prefix or prompt", lambda c: c.adapter.kind in ("prefix", "prompt"))
-NO_BOTTLENECK = When(
-    "adapter.kind is lora, prefix or prompt", lambda c: c.adapter.kind != "bottleneck"
+PROMPTS = When(f"adapter.kind is one of {', '.join(VIRTUAL)}", lambda c: c.adapter.kind in VIRTUAL)
+NO_BOTTLENECK = When("adapter.kind is not bottleneck", lambda c: c.adapter.kind != "bottleneck")
+REDUCED = When(
+    "adapter.kind is bottleneck, idpg or lpt",
+    lambda c: c.adapter.kind in ("bottleneck", "idpg", "lpt"),
 )
+LATE = When("adapter.kind is lpt", lambda c: c.adapter.kind == "lpt")
 
 WORDED = When(
     "model.head is cloze or label_words", lambda c: c.model.head in ("cloze", "label_words")

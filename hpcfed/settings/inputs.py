@@ -71,10 +71,15 @@ class Adapter:
         counts=counts.BOTTLENECK,
     )  # fmt: skip
     reduction: int = option(
-        16, "bottleneck: hidden size / its size", at_least=1, counts=counts.BOTTLENECK
-    )
+        16, "bottleneck, idpg, lpt: hidden size / size of the small networks", at_least=1,
+        counts=counts.REDUCED,
+    )  # fmt: skip
+    layer: int | None = option(
+        None, "lpt: the layer that virtual tokens enter, from 0; null: the middle one", at_least=0,
+        counts=counts.LATE,
+    )  # fmt: skip
     virtual_tokens: int = option(
-        20, "prefix, prompt: virtual tokens P", at_least=1, at_most=1_000_000, counts=counts.PROMPTS
+        20, "prompts: virtual tokens P", at_least=1, at_most=1_000_000, counts=counts.PROMPTS
     )
     start: str | None = option(
         None, "folder of an adapter of the same shape, a run's or PEFT's, to start from its values",
