@@ -60,11 +60,8 @@ class Network(nn.Module):
         """Meanwhile it is the model without its LoRA and without dropout. The modules run as ever,
         since ZeRO-3 fetches what it saw run before; what they add is scaled to nothing."""
         training = self.training
-        scales = [
-            module.scaling
-            for module in self.modules()
-            if isinstance(getattr(module, "scaling", None), dict)
-        ]
+        found: list[Any] = [getattr(module, "scaling", None) for module in self.modules()]
+        scales: list[dict[str, float]] = [own for own in found if isinstance(own, dict)]
         kept = [dict(own) for own in scales]
         self.eval()
         for own in scales:

@@ -89,7 +89,7 @@ def test_dpo_is_the_formula(tmp_path):
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
 
     def log_probability(network, texts):
-        (found,) = head.template.render([texts])
+        (found,) = Template(tokenizer, False, "m").render([texts])
         logits = network(torch.tensor([found.ids]))
         logits = getattr(logits, "logits", logits)[0].log_softmax(-1)
         ((start, stop),) = found.answers
