@@ -93,6 +93,7 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
     )
     yield ""
     yield from _memory_lines(config, settings, adapted, activations, gigabytes)
+    yield from (f"  ({said})" for said in fitting.shortened((tokens, test), config))
     if not traced:
         yield "  (activations by the sizes of the weights: this model's forward cannot be followed)"
     yield ""

@@ -247,6 +247,30 @@ def _check_choices(config: Config) -> None:
             "local.moments=keep: plain sgd has no moments to keep; set local.momentum, or reset."
         )
     _check_sharing(config)
+    if config.model.head == "dpo":
+        _check_preferences(config)
+
+
+def _check_preferences(config: Config) -> None:
+    """Raises UserError for what model.head=dpo, which passes two answers through the model, cannot
+    have."""
+    if config.adapter.kind != "lora":
+        raise UserError(
+            "model.head=dpo compares with the model whose adapter is off, which needs "
+            f"adapter.kind=lora, not {config.adapter.kind}."
+        )
+    if config.layers.score in ("sensitivity", "eigenvalue") or config.layers.keep == "lossless":
+        raise UserError(
+            "model.head=dpo passes two answers a row, and layers.score=sensitivity and eigenvalue, "
+            "and layers.keep=lossless, measure one; choose layers.score=first, last or random, and "
+            "a share."
+        )
+    spec = config.curriculum
+    if spec.pace != "all" and spec.difficulty in ("fisher", "reversed") and spec.when != "training":
+        raise UserError(
+            f"model.head=dpo takes curriculum.difficulty={spec.difficulty} from training passes "
+            "only; use curriculum.when=training, or curriculum.difficulty=loss."
+        )
 
 
 _OF_LORA = ("ffa", "fedsa", "rolora")  # sharing rules that tell A from B

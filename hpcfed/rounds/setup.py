@@ -142,6 +142,8 @@ def _set_up(
         cuts = fitting.Cuts(train_tokens, head, task.train, tokenizer, config)
     with world.agreement("loading the model"):
         prepared = model.prepare(config, task.labels, train_tokens.pad_id, settings, head)
+        said = fitting.shortened((train_tokens, test_tokens), config)
+        prepared = replace(prepared, notes=(*prepared.notes, *said))
         backbone = prepared.adapted.network.backbone
         fitting.check_ids(backbone, (train_tokens, test_tokens), tokenizer, config.model.name)
     began = replace(
