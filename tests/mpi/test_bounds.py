@@ -43,8 +43,9 @@ def reference(data):
     ])  # fmt: skip
     for number in range(ROUNDS):
         # An epoch that ends within a round ends a batch.
-        ends = {number * A_ROUND, (number + 1) * A_ROUND, *range(0, 3 * ROWS, ROWS)}
-        ends = sorted(e for e in ends if number * A_ROUND <= e <= (number + 1) * A_ROUND)
+        first, last = number * A_ROUND, (number + 1) * A_ROUND
+        inside = {end for end in range(0, 3 * ROWS, ROWS) if first < end < last}
+        ends = sorted({first, last, *inside})
         for turn, (start, stop) in enumerate(itertools.pairwise(ends)):
             rng = generator(config.seed, "batches", number, 0, turn)
             batches += form_batches(stream[start:stop], tokens.lengths, 8, rng)
