@@ -175,6 +175,14 @@ ADAPTERS = Registry(
             "virtual tokens in front of the first layer only",
             "hpcfed.adapters.prompts:adapt",
         ),
+        "idpg": (
+            "virtual tokens in front, made by a small network of each text (IDPG)",
+            "hpcfed.adapters.generated:adapt",
+        ),
+        "lpt": (
+            "virtual tokens made of each text that enter a middle layer (late prompt tuning)",
+            "hpcfed.adapters.generated:adapt",
+        ),
         "bottleneck": (
             "small networks behind the parts of every block (Houlsby, Pfeiffer)",
             "hpcfed.adapters.bottleneck:adapt",

@@ -50,6 +50,7 @@ class Adapted:
     network(positions=None, **inputs) gives logits. trainables: in layout order. blocks: the
     transformer's blocks. description: a peft.PeftConfig, or what adapter_config.json holds where
     PEFT has no such adapter. prefix: of the names under which the model's own weights are saved.
+    extra: forwards without a gradient that a sample takes besides its own.
     """
 
     network: Network
@@ -59,6 +60,7 @@ class Adapted:
     description: Any
     prefix: str
     columns: bool = False  # PEFT keeps the blocks as columns of one embedding
+    extra: int = 0
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -97,6 +99,7 @@ def assemble(
     description: Any,
     prefix: str,
     columns: bool = False,
+    extra: int = 0,
 ) -> Adapted:
     """Lay out the parameters. blocks: module name of each transformer block in `model`."""
     layout = AdapterLayout.build(
@@ -105,7 +108,7 @@ def assemble(
     by_name = {t.name: t for t in trainables}
     ordered = tuple(by_name[entry.name] for entry in layout.entries)
     modules = tuple(model.get_submodule(name) for name in blocks)
-    return Adapted(network, ordered, layout, modules, description, prefix, columns)
+    return Adapted(network, ordered, layout, modules, description, prefix, columns, extra)
 
 
 def transformer_blocks(model: Any) -> dict[str, str]:

@@ -50,6 +50,7 @@ class Network(nn.Module):
             self.anchor = torch.zeros(
                 len(ids), device=ids.device, requires_grad=torch.is_grad_enabled()
             )
+            self._positions = None  # prompts may be made by a forward of their own
             prepared = self.prompts(inputs, self.anchor)
         self._positions = None if positions is None else positions + self.lead
         self._picked = False

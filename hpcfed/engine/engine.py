@@ -212,6 +212,7 @@ class Engine:
                 result.loss_sum += losses.sum().item()
             self._step()
             result.samples += len(batch)
+            result.tokens += int(tokens.lengths[batch].sum())
             result.steps += 1
         self.taps.listen(None)
         if seen:

@@ -41,7 +41,9 @@ class LocalRounds:
         """states: what clients keep, by kind."""
         self._config = setup.config
         self._engine = setup.engine
+        self._extra = setup.prepared.adapted.extra
         self._rows = setup.rows
+        self._cuts = setup.cuts
         self._tokens = setup.train_tokens
         self._directory = setup.directory
         self._personal = states[PERSONAL]
@@ -74,7 +76,7 @@ class LocalRounds:
 
     def cost(self, client: int, now: Round) -> int:
         """Tokens that a client will pass through the model in a round, about."""
-        tokens = int(self._tokens.lengths[self._rows[client].train].sum())
+        tokens = int(self._cuts.at(now.number).lengths[self._rows[client].train].sum())
         passes = self._config.local.epochs * self.portion(now.number)
         return round(tokens * (passes + self._must_score(client, now)))
 
@@ -118,11 +120,13 @@ class LocalRounds:
             engine.load(vector, first, moments, control)
             clock = time.monotonic()
             schedule = self._schedule(client, now)
-            done.scored = schedule.scored
+            done.scored = schedule.scored * (1 + self._extra)
             if schedule.scored:
                 done.score_seconds = time.monotonic() - clock
             trained = self._train(client, round_number, schedule, tracks, later)
             done.samples, done.steps = trained.samples, trained.steps
+            done.tokens = trained.tokens
+            done.scored += trained.samples * self._extra
             values = engine.read()
             if not bool(torch.isfinite(values).all()):
                 raise ClientError("its values are not finite after training")
@@ -174,16 +178,17 @@ class LocalRounds:
         the phases after the one that is loaded."""
         config, engine = self._config, self._engine
         spec, rank = config.curriculum, engine.topology.rank_in_slot
+        tokens = self._cuts.at(round_number)
         known = schedule.difficulty
         learns = known is not None and (spec.refresh or spec.when == "training")
         batches = self._epochs(client, round_number, schedule)
         seed = derive(config.seed, "dropout", round_number, client, rank)
         cuts = [len(batches) * phase // (1 + len(later)) for phase in range(2 + len(later))]
         first, *others = (batches[start:stop] for start, stop in itertools.pairwise(cuts))
-        trained = engine.train(first, self._tokens, seed, observe=tracks or learns)
+        trained = engine.train(first, tokens, seed, observe=tracks or learns)
         for phase, (mask, part) in enumerate(zip(later, others, strict=True), 1):
             engine.load(engine.read(), mask)
-            more = engine.train(part, self._tokens, seed + phase, observe=tracks or learns)
+            more = engine.train(part, tokens, seed + phase, observe=tracks or learns)
             trained = trained.followed_by(more)
         if known is not None and learns:
             fresh = trained.fisher if self._needs == "fisher" else trained.losses
@@ -218,14 +223,14 @@ class LocalRounds:
             try:
                 engine.rehearsal.enter("score", state.rounds + 1, k)
                 engine.load(state.values)
-                difficulty = self._score(k)
+                difficulty = self._score(k, state.rounds)
             except ClientError:
                 if engine.interrupted:
                     break
                 continue  # it is scored, or fails again, in its first round
             if topology.leads_slot:
                 self._save_difficulty(k, state.rounds, difficulty)
-                passes[k] = sizes[k]
+                passes[k] = sizes[k] * (1 + self._extra)
         sum_over_ranks(passes, topology)
         engine.leave_if_interrupted()
         self._difficulties.accept(state.rounds, [int(k) for k in np.flatnonzero(passes)])
@@ -267,7 +272,7 @@ class LocalRounds:
             elif spec.when == "training":
                 difficulty = np.full(len(self._tokens), curriculum.UNKNOWN)
             else:
-                difficulty = self._score(client)
+                difficulty = self._score(client, round_number)
                 scored = len(rows)
             order = self._order(client, batches, difficulty)
         used = curriculum.in_use(order, self.portion(round_number))
@@ -281,11 +286,11 @@ class LocalRounds:
         hard = curriculum.batch_difficulty(batches, difficulty, self._hardest_first)
         return curriculum.order(hard, len(batches), rng)
 
-    def _score(self, client: int) -> Floats:
+    def _score(self, client: int, round_number: int) -> Floats:
         """(len(tokens),) difficulties of a client's rows at the values in the engine."""
         batches = self._formed(client)
         take = fisher_traces if self._needs == "fisher" else row_losses
-        return take(self._engine, batches, self._tokens)
+        return take(self._engine, batches, self._cuts.at(round_number))
 
     def _save_difficulty(self, client: int, round_number: int, difficulty: Floats) -> None:
         values = torch.from_numpy(difficulty[self._rows[client].train])

@@ -19,6 +19,7 @@ from hpcfed.data.wordings import wording
 from hpcfed.errors import UserError
 from hpcfed.settings import deepspeed_config, plugins
 from hpcfed.settings.config import Config
+from hpcfed.settings.counts import IN_FRONT
 from hpcfed.settings.resolve import Resolved, changed, refuse_without_effect
 from hpcfed.storage.checks import DamageError, read_bytes, read_object
 from hpcfed.storage.paths import CONFIG, LIVES, PARTITION, SUMMARY
@@ -174,17 +175,18 @@ def _check_unchanged(config: Config, output: Path) -> None:
 def check_rounds(config: Config, planned: int, output: Path) -> None:
     """Raises UserError unless a run that was to have so many rounds may have as many as are asked
     for now."""
-    asked, pace = config.federation.rounds, config.curriculum.pace
+    asked, spec = config.federation.rounds, config.curriculum
     if asked < planned:
         raise UserError(
             f"The run in {output} began with {ROUNDS}={planned}, not {asked}; it may get more "
             f"rounds, not fewer: resume it with {ROUNDS}={planned}, or give another output=..."
         )
-    if asked > planned and pace != "all":
+    if asked > planned and (spec.pace != "all" or spec.cut != "none"):
+        grows = f"pace={spec.pace}" if spec.pace != "all" else f"cut={spec.cut}"
         raise UserError(
-            f"The run in {output} began with {ROUNDS}={planned}, not {asked}: with curriculum.pace="
-            f"{pace} each round depends on how many there are, so it cannot get more; give another "
-            "output=..."
+            f"The run in {output} began with {ROUNDS}={planned}, not {asked}: with curriculum."
+            f"{grows} each round depends on how many there are, so it cannot get more; give "
+            "another output=..."
         )
 
 
@@ -214,10 +216,10 @@ def _whole(output: Path) -> Iterator[None]:
 def _check_choices(config: Config) -> None:
     """Raises UserError for options that contradict each other."""
     kind, layers, server, local = config.adapter.kind, config.layers, config.server, config.local
-    if kind == "prompt" and layers.score != "all":
+    if kind in IN_FRONT and layers.score != "all":
         raise UserError(
-            f"layers.score={layers.score} chooses among layers, but adapter.kind=prompt has values "
-            "in front of the first layer only; use layers.score=all, or adapter.kind=prefix."
+            f"layers.score={layers.score} chooses among layers, but adapter.kind={kind} has values "
+            "in one place only; use layers.score=all, or adapter.kind=prefix."
         )
     if server.optimizer != "momentum" and (server.control or server.gradient == "difference"):
         raise UserError(

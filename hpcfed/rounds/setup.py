@@ -50,7 +50,7 @@ class Setup:
     config: Config
     task: TaskData
     rows: list[ClientRows]
-    train_tokens: Tokens
+    cuts: fitting.Cuts
     test_tokens: Tokens
     prepared: Prepared
     engine: Engine
@@ -61,6 +61,11 @@ class Setup:
     started: float
     init_seconds: float
     earlier_seconds: float
+
+    @property
+    def train_tokens(self) -> Tokens:
+        """Of the training split, texts as long as task.max_length lets them be."""
+        return self.cuts.whole
 
     def opening(self) -> Opening:
         """What a person is told at the start."""
@@ -134,6 +139,7 @@ def _set_up(
         tokenizer = model.load_tokenizer(config)
         head = heads.build(config, task, tokenizer)
         train_tokens, test_tokens = fitting.encode(head, (task.train, task.test), tokenizer, config)
+        cuts = fitting.Cuts(train_tokens, head, task.train, tokenizer, config)
     with world.agreement("loading the model"):
         prepared = model.prepare(config, task.labels, train_tokens.pad_id, settings, head)
         backbone = prepared.adapted.network.backbone
@@ -180,7 +186,7 @@ def _set_up(
             directory.create(checked.resolved, facts, here, table, state, began, job())
     directory.clients.run = world.comm.bcast(directory.clients.run)
     return Setup(
-        config, task, checked.rows, train_tokens, test_tokens, prepared, engine, topology, stop,
+        config, task, checked.rows, cuts, test_tokens, prepared, engine, topology, stop,
         directory, state, started, init_seconds, earlier_seconds,
     )  # fmt: skip
 

@@ -90,8 +90,17 @@ class Curriculum:
         counts=counts.PACED,
     )  # fmt: skip
     full_at: float = option(
-        0.6, "share of the rounds after which all batches are in use", above=0, at_most=1,
-        counts=counts.PACED,
+        0.6, "share of the rounds after which all batches are in use, and no text is cut short",
+        above=0, at_most=1, counts=counts.PACED_OR_CUT,
+    )  # fmt: skip
+    cut: Literal["none", "linear", "stage"] = option(
+        "none",
+        "how the number of tokens grows with the rounds at which training texts are cut, up to "
+        "task.max_length: linear, or in one step; none: it is task.max_length throughout",
+    )
+    shortest: float = option(
+        0.25, "share of task.max_length at which training texts are cut at first", above=0,
+        at_most=1, counts=counts.CUT,
     )  # fmt: skip
     warmup: int = option(
         0,

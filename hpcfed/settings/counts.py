@@ -17,12 +17,21 @@ class When:
     holds: Callable[[Any], bool]
 
 
+# Kinds of adapter that put virtual tokens beside a text; and those of them that have no values in
+# each layer.
+
+IN_FRONT = ("prompt", "idpg", "lpt")
+VIRTUAL = ("prefix", *IN_FRONT)
+
 LORA = When("adapter.kind is lora", lambda c: c.adapter.kind == "lora")
 BOTTLENECK = When("adapter.kind is bottleneck", lambda c: c.adapter.kind == "bottleneck")
-PROMPTS = When("adapter.kind is prefix or prompt", lambda c: c.adapter.kind in ("prefix", "prompt"))
-NO_BOTTLENECK = When(
-    "adapter.kind is lora, prefix or prompt", lambda c: c.adapter.kind != "bottleneck"
+PROMPTS = When(f"adapter.kind is one of {', '.join(VIRTUAL)}", lambda c: c.adapter.kind in VIRTUAL)
+NO_BOTTLENECK = When("adapter.kind is not bottleneck", lambda c: c.adapter.kind != "bottleneck")
+REDUCED = When(
+    "adapter.kind is bottleneck, idpg or lpt",
+    lambda c: c.adapter.kind in ("bottleneck", "idpg", "lpt"),
 )
+LATE = When("adapter.kind is lpt", lambda c: c.adapter.kind == "lpt")
 
 WORDED = When(
     "model.head is cloze or label_words", lambda c: c.model.head in ("cloze", "label_words")
@@ -50,6 +59,11 @@ PATHOLOGICAL = When(
 NATURAL = When("data.partition.kind is natural", lambda c: c.data.partition.kind == "natural")
 
 PACED = When("curriculum.pace is not all", lambda c: c.curriculum.pace != "all")
+CUT = When("curriculum.cut is not none", lambda c: c.curriculum.cut != "none")
+PACED_OR_CUT = When(
+    "curriculum.pace is not all, or curriculum.cut not none",
+    lambda c: PACED.holds(c) or CUT.holds(c),
+)
 MEASURED = When(
     "curriculum.pace is not all and curriculum.difficulty is fisher, reversed or loss",
     lambda c: PACED.holds(c) and c.curriculum.difficulty in ("fisher", "reversed", "loss"),

