@@ -100,12 +100,12 @@ def card(facts: dict[str, Any], config: Config, measured: list[str]) -> str:
 def _use(facts: dict[str, Any]) -> list[str]:
     command = "`hpcfed predict FOLDER texts.csv` predicts a file of texts."
     program = _BY_HEAD.get(facts["head"])
-    if program is None or facts["form"] == "bottleneck":
-        return [
-            "PEFT has no adapter of this kind: `hpcfed.adapters.bottleneck.load` puts it into its "
-            f"model. {command}",
-            "",
-        ]
+    if facts["form"] not in ("peft", "merged"):
+        loaders = {"bottleneck": "hpcfed.adapters.bottleneck.load"}
+        loader = loaders.get(facts["form"], "examples/load_prompts.py of hpcfed's sources")
+        return [f"PEFT has no adapter of this kind: `{loader}` puts it into its model.", ""]
+    if program is None:
+        return []
     values = {
         **facts,
         "labels": json.dumps(facts["labels"]),

@@ -174,7 +174,7 @@ def _facts(
         "task": config.task.name,
         "head": config.model.head,
         "model_class": head.model_class,
-        "form": "merged" if merge else "bottleneck"
+        "form": "merged" if merge else config.adapter.kind
         if isinstance(prepared.adapted.description, dict) else "peft",
         "base": str(Path(base).resolve()) if Path(base).is_dir() else base,
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.model.dtype],

@@ -50,6 +50,11 @@ class Predictor:
             raise UserError(
                 f"{damage}; give a folder that `hpcfed export` has written, or a run directory."
             ) from None
+        if facts["form"] not in ("peft", "merged", "bottleneck"):
+            raise UserError(
+                f"{folder} holds an adapter of the kind {facts['form']}, which PEFT does not load; "
+                "load it as its README.md says."
+            )
         config, tokenizer = _config(facts), _tokenizer(folder)
         pairs: list[str] | None = [] if "{b}" in facts.get("template", "") else None
         nothing = Split([], pairs, np.zeros(0, dtype=np.int64), None)
@@ -60,8 +65,8 @@ class Predictor:
             network = _network(facts, folder).eval().to(device)
         except Exception as error:  # transformers and PEFT raise many unrelated types here
             raise UserError(
-                f"{folder} cannot be loaded ({reason(error)}); its base is {facts['base']}: see to it "
-                "that it can be reached, and is the one that was trained."
+                f"{folder} cannot be loaded ({reason(error)}); its base is {facts['base']}: see "
+                "to it that it can be reached, and is the one that was trained."
             ) from None
         exact = getattr(network, "active_peft_config", None) is not None and (
             network.active_peft_config.peft_type == "PROMPT_TUNING"

@@ -53,11 +53,17 @@ def _describe(
     task: str | None,
 ) -> None:
     """adapter_config.json, from a peft.PeftConfig."""
-    config.task_type = config.task_type or task
     saved = list(config.modules_to_save or [])
-    if config.task_type == "SEQ_CLS":  # PEFT takes the classifier as a whole, whatever is trained
-        saved = [name.partition(".")[0] for name in saved]
-    elif config.task_type is None:  # a masked language model, for which PEFT has no name
+    if config.task_type is None and task == "SEQ_CLS":
+        # PEFT then takes the classifier as a whole, whatever of it is trained.
+        tops = [name.partition(".")[0] for name in saved]
+        held = (*fresh, *(f"{name}." for name in saved))
+        if all(f"{top}.{name}".startswith(held) for top in tops
+               for name, _ in model.get_submodule(top).named_parameters()):  # fmt: skip
+            config.task_type, saved = task, tops
+    else:
+        config.task_type = config.task_type or task
+    if config.task_type is None:  # the name of the class serves where PEFT has none for the task
         config.auto_mapping = {
             "base_model_class": type(model).__name__, "parent_library": type(model).__module__,
         }  # fmt: skip

@@ -91,7 +91,10 @@ def predicted(folder, rows, to, *options):
     assert [row["text"] for row in found] == rows
     for row in found:
         odds = {key[2:-1]: float(value) for key, value in row.items() if key.startswith("p(")}
-        assert max(odds, key=odds.get) == row["predicted"] and abs(sum(odds.values()) - 1) < 1e-4
+        assert (
+            max(odds, key=odds.__getitem__) == row["predicted"]
+            and abs(sum(odds.values()) - 1) < 1e-4
+        )
     return [row["predicted"] for row in found]
 
 
