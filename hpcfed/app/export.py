@@ -17,6 +17,7 @@ import torch
 from hpcfed import model, registry
 from hpcfed.adapters.layout import AdapterLayout
 from hpcfed.app.card import card
+from hpcfed.checkpoints import resolve_name
 from hpcfed.data.sources import Split, TaskData
 from hpcfed.data.wordings import template_of
 from hpcfed.errors import UserError
@@ -168,7 +169,7 @@ def _facts(
     config: Config, prepared: Prepared, labels: tuple[str, ...], tokenizer: Any, merge: bool
 ) -> dict[str, Any]:
     """task.json."""
-    base = model.resolve_name(config.model.name)
+    base = resolve_name(config.model.name)
     head: Any = prepared.head
     facts = {
         "task": config.task.name,

@@ -188,7 +188,7 @@ WITHOUT_EFFECT: list[Case] = [
     ("short texts without a cut", words("curriculum.shortest=0.5"), r"curriculum\.cut is not none"),
     ("an end of nothing", words("curriculum.full_at=0.5"), r"pace is not all, or curriculum\.cut"),
     ("a start without a pace", words("curriculum.start=0.1"), r"counts if curriculum\.pace is not"),
-    ("virtual tokens with LoRA", words("adapter.virtual_tokens=5"), r"adapter\.kind is one of prefix"),
+    ("virtual tokens with LoRA", words("adapter.virtual_tokens=5"), r"kind is one of prefix"),
     ("a rank with prompts", words("adapter.rank=4", preset="p-tuning-v2"), r"adapter\.kind is lo"),
     ("label skew with iid", words("data.partition.kind=iid", "data.partition.alpha=0.1"),
      r"counts if data\.partition\.kind is dirichlet"),
