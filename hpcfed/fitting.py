@@ -72,6 +72,17 @@ def encode(
     return encoded
 
 
+def shortened(tokens: Sequence[Tokens], config: Config) -> list[str]:
+    """What a person should know of rows that were too long: of the training split, and the test
+    split."""
+    return [
+        f"{own.cut:,} of the {len(own):,} {name} rows are longer than "
+        f"task.max_length={config.task.max_length}: their prompts have lost their beginning"
+        for name, own in zip(("training", "test"), tokens, strict=True)
+        if own.cut
+    ]
+
+
 class Cuts:
     """The training split's tokens, cut as a round has it; `whole` are those of task.max_length."""
 

@@ -158,6 +158,8 @@ def _trained_head(config: Config, model: nn.Module, labels: tuple[str, ...]) -> 
 def _adapt(
     config: Config, model: Any, blocks: dict[str, str], trained: str | None, pad_id: int
 ) -> Adapted:
+    import peft
+
     adapt = registry.ADAPTERS[config.adapter.kind]
     try:
         adapted: Adapted = adapt(model, config.adapter, blocks, trained, _std(model), pad_id)
@@ -168,6 +170,10 @@ def _adapt(
             f"adapter.kind={config.adapter.kind} cannot be put on {type(model).__name__} "
             f"({reason(error)}); use another adapter.kind, or another model."
         ) from error
+    if registry.OBJECTIVES[config.model.head].model_class == "AutoModelForCausalLM" and isinstance(
+        adapted.description, peft.LoraConfig
+    ):
+        adapted.description.task_type = "CAUSAL_LM"
     return adapted
 
 

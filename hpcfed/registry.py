@@ -205,6 +205,14 @@ OBJECTIVES = Registry(
             "a decoder goes on from task.template",
             "hpcfed.objectives.heads:LabelWords",
         ),
+        "completion": (
+            "a decoder answers prompts (instruction tuning); rows hold prompts and answers",
+            "hpcfed.objectives.completion:Completion",
+        ),
+        "dpo": (
+            "a decoder learns which of two answers is preferred (DPO)",
+            "hpcfed.objectives.dpo:Preference",
+        ),
     },
 )
 

@@ -93,6 +93,14 @@ def check_options(resolved: Resolved, ranks: int) -> None:
             f"federation.min_clients is {spec.min_clients} but federation.per_round is "
             f"{spec.per_round}; no more can come through than are sampled."
         )
+    if spec.pooled and (
+        spec.clients is None or spec.min_clients > 1 or config.curriculum.pace != "all"
+    ):
+        raise UserError(
+            "federation.pooled makes one client of all, which trains on a share of its rows in "
+            "each round: it needs federation.clients as a number, federation.min_clients=1 and "
+            "curriculum.pace=all."
+        )
     if config.curriculum.warmup >= spec.rounds:
         raise UserError(
             f"curriculum.warmup is {config.curriculum.warmup} but federation.rounds is "
@@ -239,6 +247,30 @@ def _check_choices(config: Config) -> None:
             "local.moments=keep: plain sgd has no moments to keep; set local.momentum, or reset."
         )
     _check_sharing(config)
+    if config.model.head == "dpo":
+        _check_preferences(config)
+
+
+def _check_preferences(config: Config) -> None:
+    """Raises UserError for what model.head=dpo, which passes two answers through the model, cannot
+    have."""
+    if config.adapter.kind != "lora":
+        raise UserError(
+            "model.head=dpo compares with the model whose adapter is off, which needs "
+            f"adapter.kind=lora, not {config.adapter.kind}."
+        )
+    if config.layers.score in ("sensitivity", "eigenvalue") or config.layers.keep == "lossless":
+        raise UserError(
+            "model.head=dpo passes two answers a row, and layers.score=sensitivity and eigenvalue, "
+            "and layers.keep=lossless, measure one; choose layers.score=first, last or random, and "
+            "a share."
+        )
+    spec = config.curriculum
+    if spec.pace != "all" and spec.difficulty in ("fisher", "reversed") and spec.when != "training":
+        raise UserError(
+            f"model.head=dpo takes curriculum.difficulty={spec.difficulty} from training passes "
+            "only; use curriculum.when=training, or curriculum.difficulty=loss."
+        )
 
 
 _OF_LORA = ("ffa", "fedsa", "rolora")  # sharing rules that tell A from B

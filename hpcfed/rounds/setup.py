@@ -74,7 +74,7 @@ class Setup:
             what=f"{config.method} on {config.task.name}",
             training_rows=len(self.task.train),
             clients=len(self.rows),
-            per_round=config.federation.per_round,
+            per_round=min(config.federation.per_round, len(self.rows)),
             rounds=config.federation.rounds,
             model=config.model.name,
             frozen=self.prepared.backbone_values,
@@ -142,6 +142,8 @@ def _set_up(
         cuts = fitting.Cuts(train_tokens, head, task.train, tokenizer, config)
     with world.agreement("loading the model"):
         prepared = model.prepare(config, task.labels, train_tokens.pad_id, settings, head)
+        said = fitting.shortened((train_tokens, test_tokens), config)
+        prepared = replace(prepared, notes=(*prepared.notes, *said))
         backbone = prepared.adapted.network.backbone
         fitting.check_ids(backbone, (train_tokens, test_tokens), tokenizer, config.model.name)
     began = replace(

@@ -37,6 +37,13 @@ WORDED = When(
     "model.head is cloze or label_words", lambda c: c.model.head in ("cloze", "label_words")
 )
 
+COMPLETED = When("model.head is completion", lambda c: c.model.head == "completion")
+PREFERRED = When("model.head is dpo", lambda c: c.model.head == "dpo")
+# Rows of prompts and answers, without labels.
+ANSWERED = When(
+    "model.head is completion or dpo", lambda c: COMPLETED.holds(c) or PREFERRED.holds(c)
+)
+
 OUTER_DATA = When(
     "task.name is not questions, which are built in", lambda c: c.task.name != "questions"
 )
@@ -48,6 +55,19 @@ COLUMNS = When(
     "data.root names a folder, and task.name data in it, or task.name is a hub id",
     lambda c: (c.data.root is not None and OUTER_DATA.holds(c)) or HUB.holds(c),
 )
+LABELLED = When(
+    f"{COLUMNS.words}, and model.head is neither completion nor dpo",
+    lambda c: COLUMNS.holds(c) and not ANSWERED.holds(c),
+)
+COMPLETIONS = When(
+    f"{COLUMNS.words}, and {COMPLETED.words}", lambda c: COLUMNS.holds(c) and COMPLETED.holds(c)
+)
+PROMPTED = When(
+    f"{COLUMNS.words}, and {ANSWERED.words}", lambda c: COLUMNS.holds(c) and ANSWERED.holds(c)
+)
+PREFERENCES = When(
+    f"{COLUMNS.words}, and {PREFERRED.words}", lambda c: COLUMNS.holds(c) and PREFERRED.holds(c)
+)
 DIRICHLET = When("data.partition.kind is dirichlet", lambda c: c.data.partition.kind == "dirichlet")
 SIZES = When(
     "data.partition.kind is dirichlet or quantity",
@@ -56,7 +76,15 @@ SIZES = When(
 PATHOLOGICAL = When(
     "data.partition.kind is pathological", lambda c: c.data.partition.kind == "pathological"
 )
-NATURAL = When("data.partition.kind is natural", lambda c: c.data.partition.kind == "natural")
+# Which rows a client has is drawn by what a column says: the label's, or with prompts any.
+_BY_KIND = ("dirichlet", "pathological")
+COLUMN = When(
+    f"data.partition.kind is natural, or dirichlet or pathological and {ANSWERED.words}",
+    lambda c: (
+        c.data.partition.kind == "natural"
+        or (c.data.partition.kind in _BY_KIND and ANSWERED.holds(c))
+    ),
+)
 
 PACED = When("curriculum.pace is not all", lambda c: c.curriculum.pace != "all")
 CUT = When("curriculum.cut is not none", lambda c: c.curriculum.cut != "none")

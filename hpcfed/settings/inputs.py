@@ -112,6 +112,14 @@ class Task:
         None, "cloze, label_words: the word of each label; null: the task's own",
         counts=counts.WORDED,
     )  # fmt: skip
+    chat_template: Literal["model", "plain"] = option(
+        "model", "how prompts and answers are written out: as the model's tokenizer says, plain "
+        "where it says nothing; or plain", counts=counts.ANSWERED,
+    )  # fmt: skip
+    beta: float = option(
+        0.1, "dpo: how firmly the model is held to what it was without its adapter", above=0,
+        counts=counts.PREFERRED,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,17 +141,33 @@ class Partition:
         2, "pathological: classes a client holds", at_least=1, counts=counts.PATHOLOGICAL
     )
     column: str | None = option(
-        None, "natural: the column that names the client", counts=counts.NATURAL
+        None,
+        "natural: the column that names the client; dirichlet, pathological, where rows have "
+        "prompts and no labels: the column of their kind, as topic or source",
+        counts=counts.COLUMN,
     )
 
 
 @dataclass(frozen=True)
 class Columns:
-    text: str = option("text", "column of the text", counts=counts.COLUMNS)
+    text: str = option("text", "column of the text", counts=counts.LABELLED)
     text_pair: str = option(
-        "text_pair", "column of the second text; rows may lack it", counts=counts.COLUMNS
+        "text_pair", "column of the second text; rows may lack it", counts=counts.LABELLED
     )
-    label: str = option("label", "column of the label", counts=counts.COLUMNS)
+    label: str = option("label", "column of the label", counts=counts.LABELLED)
+    messages: str = option(
+        "messages", "completion: column of whole conversations", counts=counts.COMPLETIONS
+    )
+    prompt: str = option("prompt", "column of the prompt", counts=counts.PROMPTED)
+    completion: str = option(
+        "completion", "completion: column of the answer", counts=counts.COMPLETIONS
+    )
+    choices: str = option(
+        "choices", "completion: column of the answers to choose from; rows may lack it",
+        counts=counts.COMPLETIONS,
+    )  # fmt: skip
+    chosen: str = option("chosen", "dpo: column of the better answer", counts=counts.PREFERENCES)
+    rejected: str = option("rejected", "dpo: column of the worse answer", counts=counts.PREFERENCES)
 
 
 @dataclass(frozen=True)

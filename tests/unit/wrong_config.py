@@ -166,6 +166,8 @@ OPTIONS: list[Case] = [
     ("another name in output", words("output='{task.foo}'"), r"only \{task\}, \{method\} and"),
     ("an attribute in output", words("output='{task.__class__}'"), r"only \{task\}, \{method\}"),
     ("more sampled than there are", words("federation.per_round=101"), r"no more can be sampled"),
+    ("all rows in one client, in turns", words("federation.pooled=true", "curriculum.pace=linear"),
+     r"makes one client of all.*curriculum\.pace=all"),
     ("nothing but warm-up", words("curriculum.warmup=30"), r"must leave a round for the method"),
     ("ranks that make no slots", words("cluster.ranks_per_client=2"), r"1 MPI ranks do not divide"),
     ("words without a verbalizer", words(
@@ -186,7 +188,7 @@ WITHOUT_EFFECT: list[Case] = [
     ("short texts without a cut", words("curriculum.shortest=0.5"), r"curriculum\.cut is not none"),
     ("an end of nothing", words("curriculum.full_at=0.5"), r"pace is not all, or curriculum\.cut"),
     ("a start without a pace", words("curriculum.start=0.1"), r"counts if curriculum\.pace is not"),
-    ("virtual tokens with LoRA", words("adapter.virtual_tokens=5"), r"adapter\.kind is prefix or"),
+    ("virtual tokens with LoRA", words("adapter.virtual_tokens=5"), r"kind is one of prefix"),
     ("a rank with prompts", words("adapter.rank=4", preset="p-tuning-v2"), r"adapter\.kind is lo"),
     ("label skew with iid", words("data.partition.kind=iid", "data.partition.alpha=0.1"),
      r"counts if data\.partition\.kind is dirichlet"),
