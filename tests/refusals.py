@@ -1,6 +1,6 @@
 """The page of what is refused, from the tables that the tests run.
 
-    python -m tests.refusals      writes docs/refusals.md
+python -m tests.refusals      writes docs/refusals.md
 """
 
 import re
@@ -23,12 +23,16 @@ AREAS: dict[str, Sequence[tuple[str, Any, str]]] = {
 
 HEAD = """# What is refused
 
-{number} faults that are tried by the tests, each with a part of the one sentence that is said. All end with exit
-code 2, before anything is trained or written; a run directory is left as it was. What to do stands in the sentence
-itself; for faults that are not of this kind see [troubleshooting.md](troubleshooting.md).
+{number} faults that are tried by the tests, each with a part of the one sentence that is said. All
+end with exit code 2, before anything is trained or written; a run directory is left as it was. What
+to do stands in the sentence itself; for faults that are not of this kind see
+[troubleshooting.md](troubleshooting.md).
 
 Made by `python -m tests.refusals`.
 """
+
+
+TOP = "| what is wrong | what is said, in part |\n|---|---|"
 
 
 def main() -> None:
@@ -42,7 +46,7 @@ def page() -> str:
     parts = [HEAD.format(number=number)]
     for title, cases in AREAS.items():
         rows = "\n".join(_rows(cases))
-        parts.append(f"## {title}\n\n| what is wrong | what is said, in part |\n|---|---|\n{rows}\n")
+        parts.append(f"## {title}\n\n{TOP}\n{rows}\n")
     return "\n".join(parts)
 
 
