@@ -23,12 +23,19 @@ class Network(nn.Module):
     def __init__(self, backbone: nn.Module, inner: Any, prompts: Any | None) -> None:
         super().__init__()
         self.backbone = backbone
+        # In a list, or its parameters would have two names.
+        self._inner = [inner]
         self.prompts = prompts
         self.anchor: torch.Tensor | None = None
         self.lead = 0 if prompts is None else prompts.lead
         self._positions: torch.Tensor | None = None
         self._picked = False
         inner.base_model.register_forward_hook(self._pick)
+
+    @property
+    def inner(self) -> Any:
+        """The Hugging Face model, without PEFT's wrapper."""
+        return self._inner[0]
 
     def forward(
         self, positions: torch.Tensor | None = None, **inputs: torch.Tensor

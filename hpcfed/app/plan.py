@@ -85,7 +85,7 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
     slots = ranks // per_client
     yield (
         f"{config.method} on {config.task.name}: {len(rows)} clients, "
-        f"{config.federation.per_round} a round, {config.federation.rounds} rounds"
+        f"{min(config.federation.per_round, len(rows))} a round, {config.federation.rounds} rounds"
     )
     yield (
         f"{nodes} node{'s'[: nodes > 1]} x {gpus} = {ranks} ranks = {slots} "
@@ -245,7 +245,7 @@ def _traffic_lines(config: Config, adapted: Adapted, slots: int) -> Iterator[str
     rule = config.sharing.rule
     if rule != "layers":
         how += f", of them what sharing.rule={rule} lets travel"
-    sampled = config.federation.per_round
+    sampled = 1 if config.federation.pooled else config.federation.per_round
     variates = configured(config)
     sharing = Sharing(registry.SHARING[rule], layout)
     # What is shared may differ from one round to the next.

@@ -30,7 +30,7 @@ class ClientRows:
 
 def partition(task: TaskData, config: Config) -> list[ClientRows]:
     """The rows of each of `federation.clients` clients, each with at least one training row; if
-    it is null, of as many as the data name.
+    it is null, of as many as the data name. With federation.pooled one client has them all.
 
     Raises UserError where the data cannot be shared out as asked.
     """
@@ -56,6 +56,10 @@ def partition(task: TaskData, config: Config) -> list[ClientRows]:
         result.append(
             ClientRows(np.sort(rows[held_out:]), np.sort(rows[:held_out]), np.sort(test[client]))
         )
+    if config.federation.pooled:
+        names = ("train", "validation", "test")
+        parts = [[getattr(rows, name) for rows in result] for name in names]
+        return [ClientRows(*(np.sort(np.concatenate(part)) for part in parts))]
     return result
 
 

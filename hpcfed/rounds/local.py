@@ -312,6 +312,8 @@ class LocalRounds:
     def _epochs(self, client: int, round_number: int, schedule: Schedule) -> list[Ids]:
         """Batches of the local epochs; with a curriculum those in use, shuffled in each."""
         config = self._config
+        if config.federation.pooled:
+            return self._pooled(round_number)
         batches: list[Ids] = []
         for epoch in range(config.local.epochs):
             rng = generator(config.seed, "batches", round_number, client, epoch)
@@ -322,3 +324,17 @@ class LocalRounds:
                 rows, lengths = self._rows[client].train, self._tokens.lengths
                 batches += form_batches(rows, lengths, config.local.batch_size, rng)
         return batches[: config.local.max_steps]
+
+    def _pooled(self, round_number: int) -> list[Ids]:
+        """Batches of a round of the one client that has all rows: on from where the last round
+        ended, as many rows as the clients of a round have on average, times the local epochs."""
+        config, rows = self._config, self._rows[0].train
+        spec, local = config.federation, config.local
+        assert spec.clients is not None
+        size = max(1, round(local.epochs * len(rows) * spec.per_round / spec.clients))
+        start = round_number * size
+        batches: list[Ids] = []
+        for turn, part in enumerate(sampling.stream(config.seed, rows, start, start + size)):
+            rng = generator(config.seed, "batches", round_number, 0, turn)
+            batches += form_batches(part, self._tokens.lengths, local.batch_size, rng)
+        return batches[: local.max_steps]

@@ -93,6 +93,14 @@ def check_options(resolved: Resolved, ranks: int) -> None:
             f"federation.min_clients is {spec.min_clients} but federation.per_round is "
             f"{spec.per_round}; no more can come through than are sampled."
         )
+    if spec.pooled and (
+        spec.clients is None or spec.min_clients > 1 or config.curriculum.pace != "all"
+    ):
+        raise UserError(
+            "federation.pooled makes one client of all, which trains on a share of its rows in "
+            "each round: it needs federation.clients as a number, federation.min_clients=1 and "
+            "curriculum.pace=all."
+        )
     if config.curriculum.warmup >= spec.rounds:
         raise UserError(
             f"curriculum.warmup is {config.curriculum.warmup} but federation.rounds is "

@@ -74,7 +74,7 @@ class Setup:
             what=f"{config.method} on {config.task.name}",
             training_rows=len(self.task.train),
             clients=len(self.rows),
-            per_round=config.federation.per_round,
+            per_round=min(config.federation.per_round, len(self.rows)),
             rounds=config.federation.rounds,
             model=config.model.name,
             frozen=self.prepared.backbone_values,

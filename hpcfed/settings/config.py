@@ -42,6 +42,11 @@ class Federation:
         at_most=1_000_000,
     )  # fmt: skip
     per_round: int = option(10, "m: clients sampled per round", at_least=1)
+    pooled: bool = option(
+        False,
+        "the rows of all clients lie in one, which trains in every round, on as many samples as "
+        "the sampled clients would",
+    )
     rounds: int = option(30, "T: rounds", at_least=1, at_most=1_000_000)
     min_clients: int = option(
         1,
