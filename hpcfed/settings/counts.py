@@ -98,6 +98,8 @@ MEASURED = When(
     lambda c: PACED.holds(c) and c.curriculum.difficulty in ("fisher", "reversed", "loss"),
 )
 
+SCHEDULED = When("local.lr_schedule is not constant", lambda c: c.local.lr_schedule != "constant")
+
 SENT = When("sharing.rule is not nothing", lambda c: c.sharing.rule != "nothing")
 CHOSEN = When("layers.score is not all", lambda c: c.layers.score != "all")
 LOSSLESS = When(

@@ -170,6 +170,19 @@ OPTIONS: list[Case] = [
     ("all rows in one client, in turns", words("federation.pooled=true", "curriculum.pace=linear"),
      r"makes one client of all.*curriculum\.pace=all"),
     ("nothing but warm-up", words("curriculum.warmup=30"), r"must leave a round for the method"),
+    ("a rate that rises", words("local.lr_schedule=cosine", "local.lr=0.01", "local.lr_end=0.1"),
+     r"local\.lr_end is 0\.1 and local\.lr 0\.01; a rate falls"),
+    ("a rate that falls under variates", words(
+        "local.lr_schedule=linear", "server.optimizer=momentum", "server.gradient=difference",
+        "server.control=true",
+    ), r"divides by local\.lr, so that it cannot change"),
+    ("preferences with a prefix", words("model.head=dpo", "adapter.kind=prefix"),
+     r"model\.head=dpo compares with the model whose adapter is off"),
+    ("preferences and sensitivity", words("model.head=dpo", "layers.score=sensitivity"),
+     r"model\.head=dpo passes two answers a row"),
+    ("preferences scored beforehand", words(
+        "model.head=dpo", "curriculum.pace=linear", "curriculum.when=start"
+    ), r"takes curriculum\.difficulty=fisher from training passes only"),
     ("ranks that make no slots", words("cluster.ranks_per_client=2"), r"1 MPI ranks do not divide"),
     ("words without a verbalizer", words(
         "model.head=label_words", "task.template='{a} <mask>'"
