@@ -116,6 +116,7 @@ class Engine:
         trainable: torch.Tensor | None = None,
         moments: dict[str, torch.Tensor] | None = None,
         control: torch.Tensor | None = None,
+        rate: float | None = None,
     ) -> None:
         """Make the trainable values equal `vector` (layout.size,) fp32 on the CPU, with no trace
         of an earlier client: master copy, working copy, and a fresh optimizer.
@@ -123,9 +124,10 @@ class Engine:
         trainable: (layout.size,) bool; what is False stays bit for bit as it is until the next
         load, has no gradient before clipping, no moment and no weight decay. None: all train.
         moments: what `moments` gave after this client's last round. control: (layout.size,), added
-        to the gradient of every step.
+        to the gradient of every step. rate: the learning rate; None: the configured one.
         """
         masters = self._masters
+        masters.set_rate(self._local.lr if rate is None else rate)
         masters.release()
         absent = None if trainable is None or bool(trainable.all()) else ~trainable
         # Written like values, a vector takes the order of DeepSpeed's own partitions.

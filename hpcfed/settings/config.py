@@ -65,7 +65,16 @@ class Local:
         "samples per rank and forward; the rest is accumulated; null = no accumulation",
         at_least=1,
     )
+    max_steps: int | None = option(
+        None, "optimizer steps of a client in a round, at most; null = its epochs", at_least=1
+    )
     lr: float = option(4.0e-3, "learning rate", above=0)
+    lr_schedule: Literal["constant", "cosine", "linear"] = option(
+        "constant", "how local.lr falls from round to round; in a round it is constant"
+    )
+    lr_end: float = option(
+        0.0, "cosine, linear: what local.lr falls to", at_least=0, counts=counts.SCHEDULED
+    )
     optimizer: Literal["adamw", "adam", "sgd"] = option("adamw", "the client's optimizer")
     momentum: float = option(0.0, "sgd: momentum", at_least=0, below=1)
     moments: Literal["reset", "keep"] = option(

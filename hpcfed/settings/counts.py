@@ -20,7 +20,7 @@ class When:
 # Kinds of adapter that put virtual tokens beside a text; and those of them that have no values in
 # each layer.
 
-IN_FRONT = ("prompt", "idpg", "lpt")
+IN_FRONT = ("prompt", "idpg", "lpt", "attempt")
 VIRTUAL = ("prefix", *IN_FRONT)
 
 LORA = When("adapter.kind is lora", lambda c: c.adapter.kind == "lora")
@@ -28,9 +28,10 @@ BOTTLENECK = When("adapter.kind is bottleneck", lambda c: c.adapter.kind == "bot
 PROMPTS = When(f"adapter.kind is one of {', '.join(VIRTUAL)}", lambda c: c.adapter.kind in VIRTUAL)
 NO_BOTTLENECK = When("adapter.kind is not bottleneck", lambda c: c.adapter.kind != "bottleneck")
 REDUCED = When(
-    "adapter.kind is bottleneck, idpg or lpt",
-    lambda c: c.adapter.kind in ("bottleneck", "idpg", "lpt"),
+    "adapter.kind is bottleneck, idpg, lpt or attempt",
+    lambda c: c.adapter.kind in ("bottleneck", "idpg", "lpt", "attempt"),
 )
+ATTEMPT = When("adapter.kind is attempt", lambda c: c.adapter.kind == "attempt")
 LATE = When("adapter.kind is lpt", lambda c: c.adapter.kind == "lpt")
 
 WORDED = When(
@@ -96,6 +97,8 @@ MEASURED = When(
     "curriculum.pace is not all and curriculum.difficulty is fisher, reversed or loss",
     lambda c: PACED.holds(c) and c.curriculum.difficulty in ("fisher", "reversed", "loss"),
 )
+
+SCHEDULED = When("local.lr_schedule is not constant", lambda c: c.local.lr_schedule != "constant")
 
 SENT = When("sharing.rule is not nothing", lambda c: c.sharing.rule != "nothing")
 CHOSEN = When("layers.score is not all", lambda c: c.layers.score != "all")

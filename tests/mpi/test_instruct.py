@@ -31,7 +31,8 @@ def overrides(data, architecture, *extra):
         f"model.name={data}/{architecture}-completion", "model.head=completion", "task.name=talks",
         f"data.root={data}", "task.max_length=40", f"adapter.targets=[{targets}]",
         "data.partition.kind=dirichlet", "data.partition.column=topic", "local.optimizer=sgd",
-        "local.lr=0.5", *extra,
+        "local.lr=0.5", "local.epochs=2", "local.max_steps=3", "local.lr_schedule=cosine",
+        "local.lr_end=0.1", *extra,
     ]  # fmt: skip
 
 
