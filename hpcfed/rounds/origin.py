@@ -54,7 +54,7 @@ def of_tokens(*splits: Tokens) -> str:
     """Of what a tokenizer has made of the rows."""
     found = hashlib.sha256()
     for tokens in splits:
-        for name in ("ids", "types", "offsets", "labels", "positions"):
+        for name in ("ids", "types", "offsets", "labels", "positions", "answers"):
             array = getattr(tokens, name)
             found.update(name.encode())
             found.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
