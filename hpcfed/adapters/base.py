@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from hpcfed.adapters.factors import merged
 from hpcfed.adapters.layout import HEAD, AdapterLayout
 from hpcfed.adapters.network import Network
 from hpcfed.errors import UserError
@@ -31,8 +32,9 @@ def zero(rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
 
 @dataclass(frozen=True)
 class Trainable:
-    """A trainable parameter: its block, its role there, its name where PEFT saves it, the module it
-    belongs to, where its values start, and the axis of its neurons (None: it is never masked)."""
+    """A trainable parameter, or a factor of the residual: its block, its role there, its name
+    where PEFT saves it, the module it belongs to, where its values start, and the axis of its
+    neurons (None: it is never masked)."""
 
     block: str
     role: str
@@ -59,6 +61,7 @@ class Adapted:
     description: Any
     prefix: str
     columns: bool = False  # PEFT keeps the blocks as columns of one embedding
+    gain: float = 1.0  # of B A in the forward pass, see hpcfed.adapters.residual
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -86,7 +89,7 @@ class Adapted:
                 if entry.block != HEAD
             ]
             tensors["prompt_embeddings"] = torch.cat(parts, dim=1)
-        return tensors
+        return merged(tensors, self.layout, self.gain)
 
 
 def assemble(
@@ -97,6 +100,7 @@ def assemble(
     description: Any,
     prefix: str,
     columns: bool = False,
+    gain: float = 1.0,
 ) -> Adapted:
     """Lay out the parameters. blocks: module name of each transformer block in `model`."""
     layout = AdapterLayout.build(
@@ -105,7 +109,7 @@ def assemble(
     by_name = {t.name: t for t in trainables}
     ordered = tuple(by_name[entry.name] for entry in layout.entries)
     modules = tuple(model.get_submodule(name) for name in blocks)
-    return Adapted(network, ordered, layout, modules, description, prefix, columns)
+    return Adapted(network, ordered, layout, modules, description, prefix, columns, gain)
 
 
 def transformer_blocks(model: Any) -> dict[str, str]:

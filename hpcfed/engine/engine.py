@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from hpcfed.adapters.layout import AdapterLayout
+from hpcfed.adapters.layout import RESIDUAL, AdapterLayout
 from hpcfed.cluster.stop import Stop
 from hpcfed.cluster.topology import Topology
 from hpcfed.data.batches import Ids, Tokens, split_batch
@@ -76,12 +76,14 @@ class Engine:
         self.head = prepared.head
         # The module inside DeepSpeed's engine; its values go through load and read.
         self.model = adapted.network
-        self.parameters = adapted.parameters
+        self.parameters = tuple(t.parameter for t in adapted.trainables if t.role not in RESIDUAL)
+        residual = [t.parameter for t in adapted.trainables if t.role in RESIDUAL]
         self.watch = BlockWatch(adapted.blocks)
         # Modules with trained values -> the entries that are its weight and, if any, its bias.
         self.owners: dict[nn.Module, list[int]] = {}
         for index, trainable in enumerate(adapted.trainables):
-            self.owners.setdefault(trainable.owner, []).append(index)
+            if trainable.role not in RESIDUAL:
+                self.owners.setdefault(trainable.owner, []).append(index)
         self.taps = PerSampleGradients(list(self.owners))
         self.precise = not settings.get("bf16", {}).get("enabled")
         dtype = self.parameters[0].dtype
@@ -98,7 +100,7 @@ class Engine:
         if self._agrees:
             self._deepspeed.enable_backward_allreduce = False
         self._masters = Masters(self.parameters, self._deepspeed, self.stage)
-        self._values = Values(self.parameters, self.layout, self.stage, topology)
+        self._values = Values(self.parameters, residual, self.layout, self.stage, topology)
         lowered = self._deepspeed.torch_autocast_enabled() or self._deepspeed.fp16_enabled()
         masters = {master.dtype for master in self._masters.tensors()}
         if lowered or {p.dtype for p in self.parameters} != {dtype} or masters != {torch.float32}:
@@ -135,6 +137,7 @@ class Engine:
         added = None if control is None else self._in_master_order(control)
         where = None if absent is None else self._in_master_order(absent.float())
         self._values.write(vector)
+        self._values.place(vector)
         if absent is not None and where is not None:
             masters.freeze(self._values.shaped(absent), [part > 0.5 for part in where])
         if moments:

@@ -19,6 +19,7 @@ from hpcfed.data.wordings import wording
 from hpcfed.errors import UserError
 from hpcfed.settings import deepspeed_config, plugins
 from hpcfed.settings.config import Config
+from hpcfed.settings.counts import MOVING
 from hpcfed.settings.resolve import Resolved, changed, refuse_without_effect
 from hpcfed.storage.checks import DamageError, read_bytes, read_object
 from hpcfed.storage.paths import CONFIG, LIVES, PARTITION, SUMMARY
@@ -237,6 +238,7 @@ def _check_choices(config: Config) -> None:
             "local.moments=keep: plain sgd has no moments to keep; set local.momentum, or reset."
         )
     _check_sharing(config)
+    _check_aggregation(config)
 
 
 _OF_LORA = ("ffa", "fedsa", "rolora")  # sharing rules that tell A from B
@@ -266,11 +268,12 @@ def _check_sharing(config: Config) -> None:
             "updates.transforms changes what clients weigh or send, and control variates would no "
             "longer hold: leave out server.control and local.control."
         )
-    if "hetlora" in transforms and (
+    having = next((name for name in transforms if name in ("hetlora", "ranks")), None)
+    if having and (
         config.adapter.kind != "lora" or config.updates.least_rank > config.adapter.rank
     ):
         raise UserError(
-            "hetlora gives clients the first ranks of LoRA: it needs adapter.kind=lora, and "
+            f"{having} gives clients the first ranks of LoRA: it needs adapter.kind=lora, and "
             f"updates.least_rank ({config.updates.least_rank}) not above adapter.rank "
             f"({config.adapter.rank})."
         )
@@ -278,6 +281,57 @@ def _check_sharing(config: Config) -> None:
         raise UserError(
             f"hetlora weighs clients by the B A that they send, and with sharing.rule={rule} they "
             "send at most one of the two; use sharing.rule=layers or fedalt."
+        )
+
+
+def _check_aggregation(config: Config) -> None:
+    """Raises UserError for aggregation rules that cannot act."""
+    rule, adapter = config.aggregation.rule, config.adapter
+    named = f"aggregation.rule={rule}"
+    if rule == "mean":
+        return
+    if adapter.kind != "lora" or config.sharing.rule != "layers" or config.layers.score != "all":
+        raise UserError(
+            f"{named} takes all clients' A and B of LoRA: it needs adapter.kind=lora, "
+            "sharing.rule=layers and layers.score=all."
+        )
+    if config.server.optimizer != "mean" or config.local.control:
+        raise UserError(
+            f"{named} is the server's step itself: it needs server.optimizer=mean, and no "
+            "local.control."
+        )
+    others = sorted({*config.updates.transforms} - {"ranks"})
+    if others:
+        raise UserError(
+            f"{named} takes what each client sends by itself, which updates.transforms="
+            f"{others[0]} is not made for; of transforms it goes with `ranks` alone."
+        )
+    if config.updates.transforms and rule not in ("flora", "flexlora"):
+        raise UserError(
+            f"{named} averages A and B, and clients of different rank (ranks) send other parts of "
+            "them; use aggregation.rule=flora or flexlora."
+        )
+    if config.local.moments == "keep" and rule in ("flora", "flexlora"):
+        raise UserError(
+            f"{named} gives clients other factors every round, so local.moments=keep cannot go "
+            "with it."
+        )
+    if rule in MOVING and not adapter.residual:
+        raise UserError(
+            f"{named} moves the backbone by a residual of rank adapter.residual, which is 0; set "
+            "it, to 64 for example."
+        )
+    if rule in MOVING and adapter.start is not None:
+        raise UserError(
+            f"{named} cannot begin with adapter.start: an adapter folder does not tell LoRA from "
+            "the residual beside it."
+        )
+    if rule == "delta" and not (
+        adapter.delta and not adapter.dropout and not config.curriculum.warmup
+    ):
+        raise UserError(
+            f"{named} lets the backbone follow each step of B A from the first on: it needs "
+            "adapter.delta above 0, adapter.dropout=0 and curriculum.warmup=0."
         )
 
 

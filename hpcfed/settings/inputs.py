@@ -60,6 +60,18 @@ class Adapter:
         ("query", "value"), "lora: names of the linear layers inside a transformer block to adapt",
         counts=counts.LORA,
     )  # fmt: skip
+    residual: int = option(
+        0,
+        "lora: rank q of what the server adds to the backbone, kept as two factors; what a higher "
+        "rank would hold is cut off",
+        at_least=0,
+        at_most=65536,
+        counts=counts.RESIDUAL,
+    )
+    delta: float = option(
+        0.0, "lora: the backbone follows each step of B A by this share", at_least=0,
+        counts=counts.DELTA,
+    )  # fmt: skip
     placement: Literal["pfeiffer", "houlsby"] = option(
         "pfeiffer", "bottleneck: one behind the feed-forward, or another behind the attention too",
         counts=counts.BOTTLENECK,
