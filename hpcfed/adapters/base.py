@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hpcfed.adapters.factors import merged
-from hpcfed.adapters.layout import HEAD, AdapterLayout
+from hpcfed.adapters.layout import HEAD, RESIDUAL, AdapterLayout
 from hpcfed.adapters.network import Network
 from hpcfed.errors import UserError
 from hpcfed.rng import generator
@@ -52,6 +52,7 @@ class Adapted:
     network(positions=None, **inputs) gives logits. trainables: in layout order. blocks: the
     transformer's blocks. description: a peft.PeftConfig, or what adapter_config.json holds where
     PEFT has no such adapter. prefix: of the names under which the model's own weights are saved.
+    extra: forwards without a gradient that a sample takes besides its own.
     """
 
     network: Network
@@ -62,11 +63,25 @@ class Adapted:
     prefix: str
     columns: bool = False  # PEFT keeps the blocks as columns of one embedding
     gain: float = 1.0  # of B A in the forward pass, see hpcfed.adapters.residual
+    extra: int = 0
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """In layout order."""
         return tuple(t.parameter for t in self.trainables)
+
+    def split(self) -> tuple[tuple[nn.Parameter, ...], tuple[nn.Parameter, ...]]:
+        """What trains, and the factors of the residual, each in layout order."""
+        residual = tuple(t.parameter for t in self.trainables if t.role in RESIDUAL)
+        return tuple(t.parameter for t in self.trainables if t.role not in RESIDUAL), residual
+
+    def owners(self) -> dict[nn.Module, list[int]]:
+        """Modules with trained values -> the entries that are its weight and, if any, its bias."""
+        found: dict[nn.Module, list[int]] = {}
+        for index, trainable in enumerate(self.trainables):
+            if trainable.role not in RESIDUAL:
+                found.setdefault(trainable.owner, []).append(index)
+        return found
 
     def initial(self, seed: int) -> torch.Tensor:
         """(layout.size,) fp32: the values that training starts from."""
@@ -101,6 +116,7 @@ def assemble(
     prefix: str,
     columns: bool = False,
     gain: float = 1.0,
+    extra: int = 0,
 ) -> Adapted:
     """Lay out the parameters. blocks: module name of each transformer block in `model`."""
     layout = AdapterLayout.build(
@@ -109,7 +125,7 @@ def assemble(
     by_name = {t.name: t for t in trainables}
     ordered = tuple(by_name[entry.name] for entry in layout.entries)
     modules = tuple(model.get_submodule(name) for name in blocks)
-    return Adapted(network, ordered, layout, modules, description, prefix, columns, gain)
+    return Adapted(network, ordered, layout, modules, description, prefix, columns, gain, extra)
 
 
 def transformer_blocks(model: Any) -> dict[str, str]:

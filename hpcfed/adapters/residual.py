@@ -53,7 +53,7 @@ def beside(wrapped: nn.Module, factors: list[Trainable], adapter: Adapter) -> li
         if not adapter.residual:
             continue
         (_, width), (out, _) = full_shape(trainable.parameter), full_shape(up.weight)
-        scale, dtype = adapter.alpha / adapter.rank, trainable.parameter.dtype
+        scale, dtype = layer.scaling["default"], trainable.parameter.dtype
         residual = Residual(width, out, adapter.residual, scale, dtype)
         layer.add_module("residual", residual)
         layer.register_forward_hook(partial(_add, residual))
@@ -61,6 +61,20 @@ def beside(wrapped: nn.Module, factors: list[Trainable], adapter: Adapter) -> li
             name = beside_name(trainable.name, role)
             found.append(Trainable(trainable.block, role, name, parameter, residual, zero))
     return found
+
+
+@torch.no_grad()
+def fold(wrapped: nn.Module, gain: float) -> None:
+    """Make the residuals part of the backbone's weights, and the gain part of B, so that PEFT's own
+    merge leaves nothing out. Every parameter must be whole."""
+    for layer in wrapped.modules():
+        residual = getattr(layer, "residual", None)
+        if not isinstance(residual, Residual):
+            continue
+        owner: Any = layer
+        weight, moved = owner.get_base_layer().weight, residual.scale * residual.u @ residual.v
+        weight += moved.T if owner.fan_in_fan_out else moved
+        owner.lora_B["default"].weight *= gain
 
 
 def _add(residual: Residual, layer: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:

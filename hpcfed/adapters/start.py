@@ -16,7 +16,7 @@ _SAME = (
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "num_virtual_tokens",
     "prefix_projection",
 )  # fmt: skip
-_SAME_OF_OURS = ("kind", "placement", "reduction", "width")
+_SAME_OF_OURS = ("kind", "placement", "reduction", "width", "virtual_tokens", "layer")
 _COLUMNS = "prompt_embeddings"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from hpcfed.app import scripts, sweep_cli
+from hpcfed.app import results_cli, scripts, sweep_cli
 from hpcfed.app.options import listing
 from hpcfed.app.plot import draw
 from hpcfed.app.run import check_ranks, quiet, refuse, run_command
@@ -33,6 +33,8 @@ _EPILOG = """examples:
   hpcfed plan my.yaml --nodes 2 --gpus 4            what it would take, before it takes it
   hpcfed sweep submit my-sweep.yaml                 many runs, as jobs of Slurm or here
   hpcfed scripts my-cluster                         Slurm scripts and DeepSpeed JSON to edit
+  hpcfed export runs/demo                           an adapter for PEFT, with a model card
+  hpcfed predict runs/demo texts.csv                labels and probabilities
   hpcfed plot runs/*                                curves of their validation scores
   hpcfed doctor --ranks 2                           whether this machine can
 """
@@ -139,6 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_ranks(doctor)
     doctor.add_argument("--folder", default="runs", help="where runs will lie; default: runs")
+    results_cli.add_parsers(commands)
     sweep_cli.add_parser(commands)
     script = commands.add_parser(
         "scripts",
@@ -205,6 +208,8 @@ def main(
             draw(options.folders, options.output)
             print(f"{options.output} shows {len(options.folders)} runs")
             return 0
+        if options.command in results_cli.COMMANDS:
+            return results_cli.call(options)
         if options.command == "sweep":
             return sweep_cli.call(options)
         if options.command == "scripts":

@@ -32,10 +32,8 @@ class Values:
         return self._cut(vector, self._layout.trained)
 
     def _cut(self, vector: torch.Tensor, part: Part) -> list[torch.Tensor]:
-        return [
-            vector[entry.values].reshape(entry.shape).to(self._topology.device)
-            for entry in part.entries
-        ]
+        there = vector.to(self._topology.device)  # one copy, whatever the number of parameters
+        return [there[entry.values].reshape(entry.shape).clone() for entry in part.entries]
 
     def place(self, vector: torch.Tensor) -> None:
         """Make the residual that of `vector` (layout.size,): frozen, so it has no master copy."""
@@ -90,9 +88,11 @@ class Values:
         """(layout.size,) fp32 on the CPU, the same on all ranks of the slot."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        vector = torch.empty(self._layout.size, dtype=torch.float32)
-        self._layout.residual.unpack(self._held, vector)
+        vector = torch.empty(
+            self._layout.size, dtype=torch.float32, device=self._topology.device
+        )  # copied to the host at once
+        self._layout.residual.unpack(self._held.to(vector.device), vector)
         for entry, parameter in zip(self._layout.trained.entries, self._parameters, strict=True):
             value = safe_get_full_fp32_param(parameter) if from_master else parameter.data
-            vector[entry.values] = value.detach().flatten()[: entry.size].float().cpu()
-        return vector
+            vector[entry.values] = value.detach().flatten()[: entry.size].float()
+        return vector.cpu()

@@ -232,6 +232,8 @@ class Federation:
             record["share"] = self.local.portion(now.number)
         if self.layout.residual and not now.warm:
             record["residual_lost"] = self.exchange.lost
+        if config.curriculum.cut != "none":
+            record["length"] = self.setup.cuts.length(now.number)
         if config.sparsity.keep < 1:
             densities = tally.column("density").tolist()
             record["mask_density"] = dict(zip(map(str, now.clients), densities, strict=True))

@@ -71,6 +71,7 @@ def aggregate(rule, residual=RESIDUAL, clients=4, delta=0.0, alike=False, seed=0
     weights = [3, 1, 4, 2, 6, 5][:clients]
     mean = sum(w * v.double() for w, v in zip(weights, every, strict=True)) / sum(weights)
     trained = own.trained.mask()
+    assert isinstance(mean, torch.Tensor)
     before = torch.where(trained, mean.float(), before)
     sent = [Sent(w, acting.part.pack(v)) for w, v in zip(weights, every, strict=True)]
     after, lost = acting.next(before, sent, rounds(own))
@@ -159,7 +160,7 @@ def test_the_cut_is_the_svd_with_signs_of_its_own():
     lefts = [torch.randn(6, r, generator=stream, dtype=torch.float64) for r in (2, 1)]
     rights = [torch.randn(r, 7, generator=stream, dtype=torch.float64) for r in (2, 1)]
     left, right, s = cut(lefts, rights)
-    product = sum(a @ b for a, b in zip(lefts, rights, strict=True))
+    product = torch.cat(lefts, 1) @ torch.cat(rights)
     assert torch.allclose(left @ right, product)
     assert torch.allclose(s, torch.linalg.svdvals(product)[:3])
     assert (left.gather(0, left.abs().argmax(0, keepdim=True)) > 0).all()
