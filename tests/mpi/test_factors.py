@@ -132,7 +132,7 @@ def check_traffic(run, method, shape, loop):
         # The sums, as ever; the factors of clients that are not in the first slot, as fp32; back,
         # what the first rank has made of them, and what was lost.
         weights = both + head if method == "flexlora" else ranks_per_client
-        small = ranks_per_client * (3 * 6 + slots * 2 + 2)
+        small = ranks_per_client * (3 * 7 + slots * 2 + 2)
         wire = (both + head + weights + small) * 8 * slots + (both + head) * 4
         wire += (both + (residual if method in MOVES else 0) + 1) * 4
         clients, rest = divmod(line["bytes"]["wire"] - wire, both * 4)
