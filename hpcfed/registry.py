@@ -210,6 +210,10 @@ ADAPTERS = Registry(
             "virtual tokens in front, made by a small network of each text (IDPG)",
             "hpcfed.adapters.generated:adapt",
         ),
+        "attempt": (
+            "a mixture of prompts in front, those of other tasks frozen, by attention to the text",
+            "hpcfed.adapters.attempt:adapt",
+        ),
         "lpt": (
             "virtual tokens made of each text that enter a middle layer (late prompt tuning)",
             "hpcfed.adapters.generated:adapt",

@@ -1,7 +1,7 @@
 """What every adapter is made of: the adapted model, its layout, and how it is saved."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -52,7 +52,8 @@ class Adapted:
     network(positions=None, **inputs) gives logits. trainables: in layout order. blocks: the
     transformer's blocks. description: a peft.PeftConfig, or what adapter_config.json holds where
     PEFT has no such adapter. prefix: of the names under which the model's own weights are saved.
-    extra: forwards without a gradient that a sample takes besides its own.
+    extra: forwards without a gradient that a sample takes besides its own. frozen: what else is
+    saved with the values, by name.
     """
 
     network: Network
@@ -64,6 +65,7 @@ class Adapted:
     columns: bool = False  # PEFT keeps the blocks as columns of one embedding
     gain: float = 1.0  # of B A in the forward pass, see hpcfed.adapters.residual
     extra: int = 0
+    frozen: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -104,7 +106,7 @@ class Adapted:
                 if entry.block != HEAD
             ]
             tensors["prompt_embeddings"] = torch.cat(parts, dim=1)
-        return merged(tensors, self.layout, self.gain)
+        return {**merged(tensors, self.layout, self.gain), **self.frozen}
 
 
 def assemble(
@@ -117,6 +119,7 @@ def assemble(
     columns: bool = False,
     gain: float = 1.0,
     extra: int = 0,
+    frozen: Mapping[str, torch.Tensor] | None = None,
 ) -> Adapted:
     """Lay out the parameters. blocks: module name of each transformer block in `model`."""
     layout = AdapterLayout.build(
@@ -125,7 +128,9 @@ def assemble(
     by_name = {t.name: t for t in trainables}
     ordered = tuple(by_name[entry.name] for entry in layout.entries)
     modules = tuple(model.get_submodule(name) for name in blocks)
-    return Adapted(network, ordered, layout, modules, description, prefix, columns, gain, extra)
+    return Adapted(
+        network, ordered, layout, modules, description, prefix, columns, gain, extra, frozen or {}
+    )
 
 
 def transformer_blocks(model: Any) -> dict[str, str]:

@@ -235,6 +235,11 @@ def _check_choices(config: Config) -> None:
             f"layers.score={layers.score} chooses among layers, but adapter.kind={kind} has values "
             "in one place only; use layers.score=all, or adapter.kind=prefix."
         )
+    if kind == "attempt" and not config.adapter.sources:
+        raise UserError(
+            "adapter.kind=attempt mixes prompts that other tasks have trained, and there are none: "
+            "run prompt-tuning on them, and give adapter.sources=[runs/.../adapter, ...]."
+        )
     if server.optimizer != "momentum" and (server.control or server.gradient == "difference"):
         raise UserError(
             f"server.control and server.gradient=difference belong to server.optimizer=momentum, "

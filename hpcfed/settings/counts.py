@@ -20,7 +20,7 @@ class When:
 # Kinds of adapter that put virtual tokens beside a text; and those of them that have no values in
 # each layer.
 
-IN_FRONT = ("prompt", "idpg", "lpt")
+IN_FRONT = ("prompt", "idpg", "lpt", "attempt")
 VIRTUAL = ("prefix", *IN_FRONT)
 
 LORA = When("adapter.kind is lora", lambda c: c.adapter.kind == "lora")
@@ -28,9 +28,10 @@ BOTTLENECK = When("adapter.kind is bottleneck", lambda c: c.adapter.kind == "bot
 PROMPTS = When(f"adapter.kind is one of {', '.join(VIRTUAL)}", lambda c: c.adapter.kind in VIRTUAL)
 NO_BOTTLENECK = When("adapter.kind is not bottleneck", lambda c: c.adapter.kind != "bottleneck")
 REDUCED = When(
-    "adapter.kind is bottleneck, idpg or lpt",
-    lambda c: c.adapter.kind in ("bottleneck", "idpg", "lpt"),
+    "adapter.kind is bottleneck, idpg, lpt or attempt",
+    lambda c: c.adapter.kind in ("bottleneck", "idpg", "lpt", "attempt"),
 )
+ATTEMPT = When("adapter.kind is attempt", lambda c: c.adapter.kind == "attempt")
 LATE = When("adapter.kind is lpt", lambda c: c.adapter.kind == "lpt")
 
 WORDED = When(

@@ -83,8 +83,12 @@ class Adapter:
         counts=counts.BOTTLENECK,
     )  # fmt: skip
     reduction: int = option(
-        16, "bottleneck, idpg, lpt: hidden size / size of the small networks", at_least=1,
+        16, "bottleneck, idpg, lpt, attempt: hidden size / size of the small networks", at_least=1,
         counts=counts.REDUCED,
+    )  # fmt: skip
+    sources: tuple[str, ...] = option(
+        (), "attempt: adapter folders of prompts of other tasks, a prompt-tuning run's or PEFT's",
+        path=True, counts=counts.ATTEMPT,
     )  # fmt: skip
     layer: int | None = option(
         None, "lpt: the layer that virtual tokens enter, from 0; null: the middle one", at_least=0,
