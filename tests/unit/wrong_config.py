@@ -176,12 +176,17 @@ OPTIONS: list[Case] = [
         "local.lr_schedule=linear", "server.optimizer=momentum", "server.gradient=difference",
         "server.control=true",
     ), r"divides by local\.lr, so that it cannot change"),
-    ("preferences with a prefix", words("model.head=dpo", "adapter.kind=prefix"),
+    ("preferences with a prefix", words(
+        "model.head=dpo", "adapter.kind=prefix", "data.partition.kind=iid"
+    ),
      r"model\.head=dpo compares with the model whose adapter is off"),
-    ("preferences and sensitivity", words("model.head=dpo", "layers.score=sensitivity"),
+    ("preferences and sensitivity", words(
+        "model.head=dpo", "layers.score=sensitivity", "data.partition.kind=iid"
+    ),
      r"model\.head=dpo passes two answers a row"),
     ("preferences scored beforehand", words(
-        "model.head=dpo", "curriculum.pace=linear", "curriculum.when=start"
+        "model.head=dpo", "curriculum.pace=linear", "curriculum.when=start",
+        "data.partition.kind=iid",
     ), r"takes curriculum\.difficulty=fisher from training passes only"),
     ("ranks that make no slots", words("cluster.ranks_per_client=2"), r"1 MPI ranks do not divide"),
     ("words without a verbalizer", words(
