@@ -2,12 +2,15 @@
 
 import json
 import re
+import runpy
 
-from examples import instructions
+from tests.support import ROOT
+
+write = runpy.run_path(str(ROOT / "examples" / "instructions.py"))["main"]
 
 
 def test_answers_are_right_and_held_out(tmp_path):
-    instructions.main(tmp_path / "skills")
+    write(tmp_path / "skills")
     rows = {
         split: [json.loads(line) for line in (tmp_path / "skills" / f"{split}.jsonl").open()]
         for split in ("train", "test")
@@ -29,5 +32,5 @@ def test_answers_are_right_and_held_out(tmp_path):
         else:
             assert told.split()[0] == str(numbers[0] * factors[asked.split()[2]])
     before = (tmp_path / "skills" / "train.jsonl").read_bytes()
-    instructions.main(tmp_path / "again")
+    write(tmp_path / "again")
     assert (tmp_path / "again" / "train.jsonl").read_bytes() == before
