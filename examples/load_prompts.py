@@ -1,4 +1,4 @@
-"""Prompts of `idpg` and `lpt` runs without hpcfed: torch, transformers and safetensors alone.
+"""Prompts of `idpg`, `lpt`, `attempt` without hpcfed: torch, transformers and safetensors alone.
 
     python load_prompts.py runs/questions-lpt-42/adapter MODEL "How far is the moon?" ...
 
@@ -29,10 +29,13 @@ def load(model: Any, folder: str | Path) -> Any:
     model is of the class that was trained; the head's values in it are replaced."""
     config = json.loads((Path(folder) / "adapter_config.json").read_text())
     tensors = load_file(Path(folder) / "adapter_model.safetensors")
-    down, up = (
-        (tensors.pop(f"generator.{name}.weight"), tensors.pop(f"generator.{name}.bias"))
-        for name in ("down", "up")
-    )
+    mixes = config["kind"] == "hpcfed-attempt"
+    names = ["sources", "prompt.weight", "down.weight", "up.weight"]
+    if not mixes:
+        names = [
+            f"generator.{role}.{kind}" for role in ("down", "up") for kind in ("weight", "bias")
+        ]
+    own = [tensors.pop(name) for name in names]
     with torch.no_grad():
         for name, value in tensors.items():  # the head, and what the checkpoint lacked
             model.get_parameter(name).copy_(value)
@@ -42,8 +45,21 @@ def load(model: Any, folder: str | Path) -> Any:
     def made(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(samples, tokens, hidden): the prompts, of the mean over a text's hidden states."""
         mean = (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
-        small = nn.functional.gelu(nn.functional.linear(mean, *down))
-        return nn.functional.linear(small, *up).view(len(hidden), count, -1)
+        small = nn.functional.gelu(nn.functional.linear(mean, own[0], own[1]))
+        return nn.functional.linear(small, own[2], own[3]).view(len(hidden), count, -1)
+
+    def mixed(embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(samples, tokens, hidden): of prompts by attention, text by text."""
+        sources, prompt, down, up = own
+        found = []
+        for text, inside in zip(embeddings, mask.bool(), strict=True):
+            small = nn.functional.silu(down @ text[inside].max(0).values)
+            query = nn.functional.layer_norm(up @ small, (text.shape[1],))
+            every = torch.stack([*sources, prompt])
+            scores = torch.stack([query @ one.max(0).values for one in every])
+            weights = (scores / (torch.e * text.shape[1])).softmax(0)
+            found.append(prompt + sum(w * one for w, one in zip(weights, every, strict=True)))
+        return torch.stack(found)
 
     def longer(values: torch.Tensor, filler: int) -> torch.Tensor:
         return nn.functional.pad(values, (count, 0), value=filler)
@@ -69,8 +85,12 @@ def load(model: Any, folder: str | Path) -> Any:
             return args, {**kwargs, "hidden_states": hidden}
 
         with torch.no_grad():
-            if config["kind"] == "hpcfed-idpg":
-                prompts = made(model.base_model(**text).last_hidden_state, attention_mask)
+            if config["kind"] != "hpcfed-lpt":
+                prompts = (
+                    mixed(embedding(input_ids), attention_mask)
+                    if mixes
+                    else made(model.base_model(**text).last_hidden_state, attention_mask)
+                )
                 handle = embedding.register_forward_hook(embedded)
             else:
                 # What the text's hidden states are where nothing stands in front of it.

@@ -1,7 +1,7 @@
 """What every adapter is made of: the adapted model, its layout, and how it is saved."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from hpcfed.adapters.layout import HEAD, AdapterLayout
+from hpcfed.adapters.factors import merged
+from hpcfed.adapters.layout import HEAD, RESIDUAL, AdapterLayout
 from hpcfed.adapters.network import Network
 from hpcfed.errors import UserError
 from hpcfed.rng import generator
@@ -31,8 +32,9 @@ def zero(rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
 
 @dataclass(frozen=True)
 class Trainable:
-    """A trainable parameter: its block, its role there, its name where PEFT saves it, the module it
-    belongs to, where its values start, and the axis of its neurons (None: it is never masked)."""
+    """A trainable parameter, or a factor of the residual: its block, its role there, its name
+    where PEFT saves it, the module it belongs to, where its values start, and the axis of its
+    neurons (None: it is never masked)."""
 
     block: str
     role: str
@@ -50,7 +52,8 @@ class Adapted:
     network(positions=None, **inputs) gives logits. trainables: in layout order. blocks: the
     transformer's blocks. description: a peft.PeftConfig, or what adapter_config.json holds where
     PEFT has no such adapter. prefix: of the names under which the model's own weights are saved.
-    extra: forwards without a gradient that a sample takes besides its own.
+    extra: forwards without a gradient that a sample takes besides its own. frozen: what else is
+    saved with the values, by name.
     """
 
     network: Network
@@ -60,12 +63,27 @@ class Adapted:
     description: Any
     prefix: str
     columns: bool = False  # PEFT keeps the blocks as columns of one embedding
+    gain: float = 1.0  # of B A in the forward pass, see hpcfed.adapters.residual
     extra: int = 0
+    frozen: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """In layout order."""
         return tuple(t.parameter for t in self.trainables)
+
+    def split(self) -> tuple[tuple[nn.Parameter, ...], tuple[nn.Parameter, ...]]:
+        """What trains, and the factors of the residual, each in layout order."""
+        residual = tuple(t.parameter for t in self.trainables if t.role in RESIDUAL)
+        return tuple(t.parameter for t in self.trainables if t.role not in RESIDUAL), residual
+
+    def owners(self) -> dict[nn.Module, list[int]]:
+        """Modules with trained values -> the entries that are its weight and, if any, its bias."""
+        found: dict[nn.Module, list[int]] = {}
+        for index, trainable in enumerate(self.trainables):
+            if trainable.role not in RESIDUAL:
+                found.setdefault(trainable.owner, []).append(index)
+        return found
 
     def initial(self, seed: int) -> torch.Tensor:
         """(layout.size,) fp32: the values that training starts from."""
@@ -88,7 +106,7 @@ class Adapted:
                 if entry.block != HEAD
             ]
             tensors["prompt_embeddings"] = torch.cat(parts, dim=1)
-        return tensors
+        return {**merged(tensors, self.layout, self.gain), **self.frozen}
 
 
 def assemble(
@@ -99,7 +117,9 @@ def assemble(
     description: Any,
     prefix: str,
     columns: bool = False,
+    gain: float = 1.0,
     extra: int = 0,
+    frozen: Mapping[str, torch.Tensor] | None = None,
 ) -> Adapted:
     """Lay out the parameters. blocks: module name of each transformer block in `model`."""
     layout = AdapterLayout.build(
@@ -108,7 +128,9 @@ def assemble(
     by_name = {t.name: t for t in trainables}
     ordered = tuple(by_name[entry.name] for entry in layout.entries)
     modules = tuple(model.get_submodule(name) for name in blocks)
-    return Adapted(network, ordered, layout, modules, description, prefix, columns, extra)
+    return Adapted(
+        network, ordered, layout, modules, description, prefix, columns, gain, extra, frozen or {}
+    )
 
 
 def transformer_blocks(model: Any) -> dict[str, str]:

@@ -30,8 +30,9 @@ class Saved:
     labels: list[str] | None
 
 
-def read(folder: str) -> Saved:
-    """An adapter folder. Raises UserError if it is none, or cannot be read."""
+def read(folder: str, option: str = "adapter.start") -> Saved:
+    """An adapter folder. Raises UserError, which names the option, if it is none, or cannot be
+    read."""
     from safetensors.torch import load_file
 
     path = Path(folder).expanduser()
@@ -42,7 +43,7 @@ def read(folder: str) -> Saved:
         named = json.loads(labels.read_text()) if labels.is_file() else None
     except Exception as error:  # safetensors raises a type of its own
         raise UserError(
-            f"adapter.start: {folder!r} is no adapter folder that can be read ({error}); give one "
+            f"{option}: {folder!r} is no adapter folder that can be read ({error}); give one "
             "with adapter_config.json and adapter_model.safetensors."
         ) from None
     return Saved(folder, config, tensors, named)
@@ -66,7 +67,7 @@ def begin_from(
                 f"{getattr(mine, 'value', mine)}; set the options of adapter as they were there."
             )
     tensors = dict(saved.tensors)
-    layers = [entry for entry in adapted.layout.entries if entry.block != HEAD]
+    layers = [entry for entry in adapted.layout.trained.entries if entry.block != HEAD]
     if adapted.columns and _COLUMNS in tensors:
         whole = tensors.pop(_COLUMNS)
         widths = [entry.size // entry.shape[0] for entry in layers]

@@ -1,4 +1,4 @@
-"""`hpcfed export` and `hpcfed predict`: what is done with a run's results."""
+"""`hpcfed report`, `hpcfed export` and `hpcfed predict`: what is done with a run's results."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from hpcfed.errors import UserError
 
-COMMANDS = ("export", "predict")
+COMMANDS = ("export", "predict", "report")
 
 _EXPORT = """examples:
   hpcfed export runs/demo                        the shared adapter after the last round
@@ -17,6 +17,24 @@ _EXPORT = """examples:
 
 def add_parsers(commands: Any) -> None:
     """Add them to argparse's commands."""
+    report = commands.add_parser(
+        "report",
+        help="a page that shows runs, figures for a paper, data as CSV",
+        description="One HTML page that works offline, of runs, finished or not: scores over "
+        "rounds, seconds, samples and bytes, layers, curriculum, clients, time, failures. Runs "
+        "that differ only in the seed are one curve. Needs matplotlib.",
+    )
+    report.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run directory, or a folder of them"
+    )
+    report.add_argument(
+        "--to", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html"
+    )
+    report.add_argument("--figures", type=Path, metavar="FOLDER", help="figures and CSV, too")
+    report.add_argument("--format", choices=("png", "pdf", "svg"), default="png")
+    report.add_argument(
+        "--width", choices=("column", "page"), default="page", help="of a paper in two columns"
+    )
     export = commands.add_parser(
         "export",
         help="a run's adapter, or the model with it, for PEFT and transformers",
@@ -60,6 +78,12 @@ def call(options: argparse.Namespace) -> int:
     from hpcfed.app.run import quiet
 
     quiet()
+    if options.command == "report":
+        from hpcfed.app.report import report
+
+        shown = report(options.runs, options.to, options.figures, options.format, options.width)
+        print(f"{options.to} shows {shown} run{'s'[: shown > 1]}")
+        return 0
     if options.command == "export":
         from hpcfed.app.export import export
 

@@ -15,7 +15,7 @@ from hpcfed.data.batches import Floats, Ids, form_batches
 from hpcfed.engine.engine import STEPS, ClientError
 from hpcfed.engine.probe import fisher_traces, row_losses
 from hpcfed.engine.trained import Trained
-from hpcfed.policies import curriculum, sampling, sparsity
+from hpcfed.policies import curriculum, rates, sampling, sparsity
 from hpcfed.rng import derive, generator
 from hpcfed.round import Outcome, Round
 from hpcfed.rounds.setup import Setup
@@ -69,6 +69,11 @@ class LocalRounds:
             spec.pace, spec.start, spec.full_at, round_number, self._config.federation.rounds
         )
 
+    def rate(self, round_number: int) -> float:
+        """The learning rate of round `round_number`, from 0."""
+        spec, rounds = self._config.local, self._config.federation.rounds
+        return rates.rate(spec.lr_schedule, spec.lr, spec.lr_end, round_number, rounds)
+
     def _must_score(self, client: int, now: Round) -> bool:
         """Whether a client's round begins with a pass over its rows; the same on all ranks."""
         own_pass = self._needs is not None and self._config.curriculum.when != "training"
@@ -77,7 +82,10 @@ class LocalRounds:
     def cost(self, client: int, now: Round) -> int:
         """Tokens that a client will pass through the model in a round, about."""
         tokens = int(self._cuts.at(now.number).lengths[self._rows[client].train].sum())
-        passes = self._config.local.epochs * self.portion(now.number)
+        local, rows = self._config.local, len(self._rows[client].train)
+        passes = local.epochs * self.portion(now.number)
+        if local.max_steps is not None:
+            passes = min(passes, local.max_steps * local.batch_size / rows)
         return round(tokens * (passes + self._must_score(client, now)))
 
     def accept(self, now: Round, clients: list[int]) -> None:
@@ -117,7 +125,7 @@ class LocalRounds:
         tracks = not now.warm and config.sparsity.keep < 1 and bool(now.personal)
         try:
             moments = self._moments.load(client)
-            engine.load(vector, first, moments, control)
+            engine.load(vector, first, moments, control, self.rate(round_number))
             clock = time.monotonic()
             schedule = self._schedule(client, now)
             done.scored = schedule.scored * (1 + self._extra)
@@ -161,8 +169,9 @@ class LocalRounds:
         everything."""
         split = now.split
         limits = [own for own in (trainable, has) if own is not None]
-        if split.frozen:
-            limits.append(~split.frozen.mask())
+        still = split.frozen - self._engine.layout.residual
+        if still:
+            limits.append(~still.mask())
         phases = [[*limits, phase.mask()] for phase in split.phases if phase] or [limits]
         return [torch.stack(each).all(0) if each else None for each in phases]
 
@@ -187,7 +196,7 @@ class LocalRounds:
         first, *others = (batches[start:stop] for start, stop in itertools.pairwise(cuts))
         trained = engine.train(first, tokens, seed, observe=tracks or learns)
         for phase, (mask, part) in enumerate(zip(later, others, strict=True), 1):
-            engine.load(engine.read(), mask)
+            engine.load(engine.read(), mask, rate=self.rate(round_number))
             more = engine.train(part, tokens, seed + phase, observe=tracks or learns)
             trained = trained.followed_by(more)
         if known is not None and learns:
@@ -315,7 +324,7 @@ class LocalRounds:
             else:
                 rows, lengths = self._rows[client].train, self._tokens.lengths
                 batches += form_batches(rows, lengths, config.local.batch_size, rng)
-        return batches
+        return batches[: config.local.max_steps]
 
     def _pooled(self, round_number: int) -> list[Ids]:
         """Batches of a round of the one client that has all rows: on from where the last round
@@ -329,4 +338,4 @@ class LocalRounds:
         for turn, part in enumerate(sampling.stream(config.seed, rows, start, start + size)):
             rng = generator(config.seed, "batches", round_number, 0, turn)
             batches += form_batches(part, self._tokens.lengths, local.batch_size, rng)
-        return batches
+        return batches[: local.max_steps]

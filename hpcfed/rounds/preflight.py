@@ -17,6 +17,7 @@ from hpcfed.data.partition import ClientRows
 from hpcfed.data.sources import TaskData
 from hpcfed.data.wordings import wording
 from hpcfed.errors import UserError
+from hpcfed.rounds.combinations import check_aggregation
 from hpcfed.settings import deepspeed_config, plugins
 from hpcfed.settings.config import Config
 from hpcfed.settings.counts import IN_FRONT
@@ -189,11 +190,16 @@ def check_rounds(config: Config, planned: int, output: Path) -> None:
             f"The run in {output} began with {ROUNDS}={planned}, not {asked}; it may get more "
             f"rounds, not fewer: resume it with {ROUNDS}={planned}, or give another output=..."
         )
-    if asked > planned and (spec.pace != "all" or spec.cut != "none"):
-        grows = f"pace={spec.pace}" if spec.pace != "all" else f"cut={spec.cut}"
+    grows = {
+        f"curriculum.pace={spec.pace}": spec.pace != "all",
+        f"curriculum.cut={spec.cut}": spec.cut != "none",
+        f"local.lr_schedule={config.local.lr_schedule}": config.local.lr_schedule != "constant",
+    }
+    if asked > planned and any(grows.values()):
+        grown = next(name for name, holds in grows.items() if holds)
         raise UserError(
-            f"The run in {output} began with {ROUNDS}={planned}, not {asked}: with curriculum."
-            f"{grows} each round depends on how many there are, so it cannot get more; give "
+            f"The run in {output} began with {ROUNDS}={planned}, not {asked}: with "
+            f"{grown} each round depends on how many there are, so it cannot get more; give "
             "another output=..."
         )
 
@@ -229,6 +235,11 @@ def _check_choices(config: Config) -> None:
             f"layers.score={layers.score} chooses among layers, but adapter.kind={kind} has values "
             "in one place only; use layers.score=all, or adapter.kind=prefix."
         )
+    if kind == "attempt" and not config.adapter.sources:
+        raise UserError(
+            "adapter.kind=attempt mixes prompts that other tasks have trained, and there are none: "
+            "run prompt-tuning on them, and give adapter.sources=[runs/.../adapter, ...]."
+        )
     if server.optimizer != "momentum" and (server.control or server.gradient == "difference"):
         raise UserError(
             f"server.control and server.gradient=difference belong to server.optimizer=momentum, "
@@ -246,7 +257,18 @@ def _check_choices(config: Config) -> None:
         raise UserError(
             "local.moments=keep: plain sgd has no moments to keep; set local.momentum, or reset."
         )
+    if local.lr_schedule != "constant" and local.lr_end > local.lr:
+        raise UserError(
+            f"local.lr_end is {local.lr_end:g} and local.lr {local.lr:g}; a rate falls, so give a "
+            "smaller local.lr_end."
+        )
+    if local.lr_schedule != "constant" and server.control and server.gradient == "difference":
+        raise UserError(
+            "server.control with server.gradient=difference divides by local.lr, so that it cannot "
+            "change; use local.lr_schedule=constant."
+        )
     _check_sharing(config)
+    check_aggregation(config)
     if config.model.head == "dpo":
         _check_preferences(config)
 
@@ -300,11 +322,12 @@ def _check_sharing(config: Config) -> None:
             "updates.transforms changes what clients weigh or send, and control variates would no "
             "longer hold: leave out server.control and local.control."
         )
-    if "hetlora" in transforms and (
+    having = next((name for name in transforms if name in ("hetlora", "ranks")), None)
+    if having and (
         config.adapter.kind != "lora" or config.updates.least_rank > config.adapter.rank
     ):
         raise UserError(
-            "hetlora gives clients the first ranks of LoRA: it needs adapter.kind=lora, and "
+            f"{having} gives clients the first ranks of LoRA: it needs adapter.kind=lora, and "
             f"updates.least_rank ({config.updates.least_rank}) not above adapter.rank "
             f"({config.adapter.rank})."
         )

@@ -145,7 +145,25 @@ class Progress:
             self._bar.close()
         if not self._speaks:
             return
-        best, sent, spent = summary["best"], summary["bytes"], summary["seconds"]
+        sent, spent = summary["bytes"], summary["seconds"]
+        if summary["test"] is None:
+            self._say("\nthe test split was not looked at (evaluation.test=false)")
+        else:
+            self._scores(summary)
+        less = sent["up"] / sent["up_if_all_shared"] if sent["up_if_all_shared"] else 1
+        shared = f" ({less:.0%} of sharing all layers)" if less < 1 else ""
+        scored = f" ({summary['scored']:,} of them scored only)" if summary["scored"] else ""
+        self._say(
+            f"bytes          up {sent['up'] / 1e6:.2f} MB{shared}  down {sent['down'] / 1e6:.2f} MB"
+            f"  on the wire {sent['wire'] / 1e6:.2f} MB\n"
+            f"work           {summary['samples']:,} samples{scored}, {summary['steps']:,} steps,"
+            f" {summary['failures']} failed updates\n"
+            "seconds        " + "  ".join(f"{name} {value:.1f}" for name, value in spent.items())
+        )
+
+    def _scores(self, summary: dict[str, Any]) -> None:
+        """The result on the test split."""
+        best = summary["best"]
         what = "accuracy" if "accuracy" in summary else "score"
         scores = summary[what]
         of_one = f"  (majority class {summary['majority']:.4f})" if "majority" in summary else ""
@@ -160,16 +178,6 @@ class Progress:
                 f"best round by validation: {best['round']}"
                 f" (test {what} {best['personal'][what]:.4f})"
             )
-        less = sent["up"] / sent["up_if_all_shared"] if sent["up_if_all_shared"] else 1
-        shared = f" ({less:.0%} of sharing all layers)" if less < 1 else ""
-        scored = f" ({summary['scored']:,} of them scored only)" if summary["scored"] else ""
-        self._say(
-            f"bytes          up {sent['up'] / 1e6:.2f} MB{shared}  down {sent['down'] / 1e6:.2f} MB"
-            f"  on the wire {sent['wire'] / 1e6:.2f} MB\n"
-            f"work           {summary['samples']:,} samples{scored}, {summary['steps']:,} steps,"
-            f" {summary['failures']} failed updates\n"
-            "seconds        " + "  ".join(f"{name} {value:.1f}" for name, value in spent.items())
-        )
 
     def _say(self, text: str) -> None:
         """One or more lines, above the bar if there is one."""

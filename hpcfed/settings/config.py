@@ -14,6 +14,7 @@ from hpcfed.settings.inputs import Adapter, Columns, Data, Model, Partition, Spl
 
 __all__ = [
     "Adapter",
+    "Aggregation",
     "Cluster",
     "Collective",
     "Columns",
@@ -65,7 +66,16 @@ class Local:
         "samples per rank and forward; the rest is accumulated; null = no accumulation",
         at_least=1,
     )
+    max_steps: int | None = option(
+        None, "optimizer steps of a client in a round, at most; null = its epochs", at_least=1
+    )
     lr: float = option(4.0e-3, "learning rate", above=0)
+    lr_schedule: Literal["constant", "cosine", "linear"] = option(
+        "constant", "how local.lr falls from round to round; in a round it is constant"
+    )
+    lr_end: float = option(
+        0.0, "cosine, linear: what local.lr falls to", at_least=0, counts=counts.SCHEDULED
+    )
     optimizer: Literal["adamw", "adam", "sgd"] = option("adamw", "the client's optimizer")
     momentum: float = option(0.0, "sgd: momentum", at_least=0, below=1)
     moments: Literal["reset", "keep"] = option(
@@ -155,13 +165,26 @@ class Sharing:
 
 
 @dataclass(frozen=True)
+class Aggregation:
+    rule: str = option(
+        "mean", "what the server makes of the clients' LoRA factors", names=registry.AGGREGATIONS
+    )
+    ridge: float = option(
+        0.01,
+        "fair: how much the correction of B is held back, in units of the mean square of A's rows",
+        above=0,
+        counts=counts.FAIR,
+    )
+
+
+@dataclass(frozen=True)
 class Updates:
     transforms: tuple[str, ...] = option(
         (), "what changes clients' updates before they are added up", names=registry.UPDATES
     )
     least_rank: int = option(
-        2, "hetlora: a client's rank is drawn from this to adapter.rank", at_least=1,
-        counts=counts.HETLORA,
+        2, "hetlora, ranks: a client's rank is drawn from this to adapter.rank", at_least=1,
+        counts=counts.RANKS,
     )  # fmt: skip
     rank_decay: float = option(
         0.0,
@@ -197,6 +220,11 @@ class Evaluation:
         "evaluate on so many clients only, drawn once, with the error of their accuracy; null = on "
         "all",
         at_least=2,
+    )
+    test: bool = option(
+        True,
+        "look at the test split, once, at the end; false: never, as in a run that only serves to "
+        "choose something, on validation data",
     )
 
 
@@ -289,6 +317,7 @@ class Config:
     layers: Layers = field(default_factory=Layers)
     sharing: Sharing = field(default_factory=Sharing)
     updates: Updates = field(default_factory=Updates)
+    aggregation: Aggregation = field(default_factory=Aggregation)
     sparsity: Sparsity = field(default_factory=Sparsity)
     evaluation: Evaluation = field(default_factory=Evaluation)
     server: Server = field(default_factory=Server)

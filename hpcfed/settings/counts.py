@@ -20,7 +20,7 @@ class When:
 # Kinds of adapter that put virtual tokens beside a text; and those of them that have no values in
 # each layer.
 
-IN_FRONT = ("prompt", "idpg", "lpt")
+IN_FRONT = ("prompt", "idpg", "lpt", "attempt")
 VIRTUAL = ("prefix", *IN_FRONT)
 
 LORA = When("adapter.kind is lora", lambda c: c.adapter.kind == "lora")
@@ -28,9 +28,10 @@ BOTTLENECK = When("adapter.kind is bottleneck", lambda c: c.adapter.kind == "bot
 PROMPTS = When(f"adapter.kind is one of {', '.join(VIRTUAL)}", lambda c: c.adapter.kind in VIRTUAL)
 NO_BOTTLENECK = When("adapter.kind is not bottleneck", lambda c: c.adapter.kind != "bottleneck")
 REDUCED = When(
-    "adapter.kind is bottleneck, idpg or lpt",
-    lambda c: c.adapter.kind in ("bottleneck", "idpg", "lpt"),
+    "adapter.kind is bottleneck, idpg, lpt or attempt",
+    lambda c: c.adapter.kind in ("bottleneck", "idpg", "lpt", "attempt"),
 )
+ATTEMPT = When("adapter.kind is attempt", lambda c: c.adapter.kind == "attempt")
 LATE = When("adapter.kind is lpt", lambda c: c.adapter.kind == "lpt")
 
 WORDED = When(
@@ -97,6 +98,8 @@ MEASURED = When(
     lambda c: PACED.holds(c) and c.curriculum.difficulty in ("fisher", "reversed", "loss"),
 )
 
+SCHEDULED = When("local.lr_schedule is not constant", lambda c: c.local.lr_schedule != "constant")
+
 SENT = When("sharing.rule is not nothing", lambda c: c.sharing.rule != "nothing")
 CHOSEN = When("layers.score is not all", lambda c: c.layers.score != "all")
 LOSSLESS = When(
@@ -107,14 +110,24 @@ ASKED = When(
     "layers.score is sensitivity or eigenvalue, or layers.keep lossless",
     lambda c: LOSSLESS.holds(c) or c.layers.score in ("sensitivity", "eigenvalue"),
 )
+# Aggregation rules that move the backbone.
+MOVING = ("fedex", "flora", "delta")
+RESIDUAL = When("aggregation.rule is fedex, flora or delta", lambda c: c.aggregation.rule in MOVING)
+DELTA = When("aggregation.rule is delta", lambda c: c.aggregation.rule == "delta")
+FAIR = When("aggregation.rule is fair", lambda c: c.aggregation.rule == "fair")
+RANKS = When(
+    "updates.transforms has hetlora or ranks",
+    lambda c: bool({"hetlora", "ranks"} & set(c.updates.transforms)),
+)
 HETLORA = When("updates.transforms has hetlora", lambda c: "hetlora" in c.updates.transforms)
 WARM = When(
     "something begins after it: a curriculum.pace or layers.score other than all, a sharing.rule "
-    "other than layers, or updates.transforms",
+    "other than layers, an aggregation.rule other than mean, or updates.transforms",
     lambda c: (
         PACED.holds(c)
         or CHOSEN.holds(c)
         or c.sharing.rule != "layers"
+        or c.aggregation.rule != "mean"
         or bool(c.updates.transforms)
     ),
 )

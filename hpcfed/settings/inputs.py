@@ -66,13 +66,29 @@ class Adapter:
         "null: what PEFT takes for the architecture, mostly attention's query and value",
         counts=counts.LORA,
     )
+    residual: int = option(
+        0,
+        "lora: rank q of what the server adds to the backbone, kept as two factors; what a higher "
+        "rank would hold is cut off",
+        at_least=0,
+        at_most=65536,
+        counts=counts.RESIDUAL,
+    )
+    delta: float = option(
+        0.0, "lora: the backbone follows each step of B A by this share", at_least=0,
+        counts=counts.DELTA,
+    )  # fmt: skip
     placement: Literal["pfeiffer", "houlsby"] = option(
         "pfeiffer", "bottleneck: one behind the feed-forward, or another behind the attention too",
         counts=counts.BOTTLENECK,
     )  # fmt: skip
     reduction: int = option(
-        16, "bottleneck, idpg, lpt: hidden size / size of the small networks", at_least=1,
+        16, "bottleneck, idpg, lpt, attempt: hidden size / size of the small networks", at_least=1,
         counts=counts.REDUCED,
+    )  # fmt: skip
+    sources: tuple[str, ...] = option(
+        (), "attempt: adapter folders of prompts of other tasks, a prompt-tuning run's or PEFT's",
+        path=True, counts=counts.ATTEMPT,
     )  # fmt: skip
     layer: int | None = option(
         None, "lpt: the layer that virtual tokens enter, from 0; null: the middle one", at_least=0,

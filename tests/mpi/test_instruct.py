@@ -31,7 +31,8 @@ def overrides(data, architecture, *extra):
         f"model.name={data}/{architecture}-completion", "model.head=completion", "task.name=talks",
         f"data.root={data}", "task.max_length=40", f"adapter.targets=[{targets}]",
         "data.partition.kind=dirichlet", "data.partition.column=topic", "local.optimizer=sgd",
-        "local.lr=0.5", *extra,
+        "local.lr=0.5", "local.epochs=2", "local.max_steps=3", "local.lr_schedule=cosine",
+        "local.lr_end=0.1", *extra,
     ]  # fmt: skip
 
 
@@ -124,3 +125,30 @@ def test_dpo_at_every_stage(worlds, once, data, tmp_path, shape, stage, micro_ba
     first, told = once("preferences", lambda: (values, test))
     assert np.linalg.norm(values - first) / np.linalg.norm(first) < 1e-5
     assert test == pytest.approx(told, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("preset", ["fibecfed", "fedpeptao"])
+def test_the_two_systems_tune_on_instructions(worlds, once, data, tmp_path, shape, preset):
+    """Layers by sensitivity, sparse updates, difficulties by Fisher, or deep prompts: the same
+    bits on one slot and on two, and the loss on answers falls."""
+    own = {
+        "fibecfed": ["curriculum.warmup=1", "sparsity.keep=0.5", "federation.rounds=5"],
+        "fedpeptao": ["adapter.virtual_tokens=4", "curriculum.warmup=1", "federation.rounds=5"],
+    }[preset]  # fmt: skip
+    words = [
+        word
+        for word in overrides(data, "llama")
+        if not word.startswith(("local.lr", "local.optimizer", "local.max_steps"))
+        and not (preset == "fedpeptao" and word.startswith("adapter.targets"))
+    ]
+    words = [*words, *own, "local.lr=0.02", "evaluation.every=1"]
+    values, run = federate(worlds, shape, tmp_path, words, preset)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["validation"]["personal"]["loss"] for line in lines if "validation" in line]
+    selection = json.loads((run / "selection.json").read_text())
+    assert selection["scores"] and min(selection["scores"].values()) > 0
+    trained = [line["train_loss"] for line in lines]
+    assert trained[-1] < trained[0] - 0.02, trained
+    first = once(f"talks-{preset}", lambda: (values, trained, losses))
+    assert np.array_equal(values, first[0]) and (trained, losses) == first[1:]

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from hpcfed import model
@@ -22,6 +23,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 10, 11, 0, 0]])
 BATCH = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
 WHOLE = {name: value[:1] for name, value in BATCH.items()}  # no padding: some models make no mask
 KINDS = ["idpg", "lpt"]
+ALL = [*KINDS, "attempt"]
 LOADER = ROOT / "examples" / "load_prompts.py"
 
 
@@ -35,6 +37,8 @@ def loader():
 
 def prepare(folder, kind, head="classifier", checkpointing=False, **options):
     """With values that are large enough for texts to make a difference."""
+    if kind == "attempt" and "sources" not in options:
+        options["sources"] = sources(folder)
     adapter = Adapter(kind=kind, virtual_tokens=3, reduction=4, **options)
     config = Config(
         model=Model(name=str(folder), head=head, gradient_checkpointing=checkpointing),
@@ -50,7 +54,20 @@ def prepare(folder, kind, head="classifier", checkpointing=False, **options):
     return found, values
 
 
+def sources(folder):
+    """Two adapter folders of prompt tuning."""
+    found = []
+    for number in range(2):
+        adapter = Adapter(kind="prompt", virtual_tokens=3)
+        run = model.prepare(Config(model=Model(name=str(folder)), adapter=adapter), LABELS, 0, {})
+        draw = torch.Generator().manual_seed(number)
+        values = torch.randn(run.adapted.layout.size, generator=draw) * 3
+        found.append(str(save(run, values, folder / f"source-{number}")))
+    return tuple(found)
+
+
 def save(found, values, folder):
+    folder.mkdir(exist_ok=True)
     RunDirectory(folder).save_adapter(found.adapted, values, found.fresh, LABELS, found.source)
     return folder / "adapter"
 
@@ -60,7 +77,7 @@ def place(request, tmp_path_factory):
     return models.save(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_the_loader_gives_the_same_logits(place, kind, tmp_path):
     found, values = prepare(place, kind)
     folder = save(found, values, tmp_path)
@@ -128,7 +145,7 @@ def test_lpt_keeps_nothing_below_its_layer(place, layer):
     assert all(p.grad is not None and p.grad.any() for p in found.adapted.parameters)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_checkpointing_changes_no_gradient(place, kind):
     gradients = []
     for checkpointing in (False, True):
@@ -178,6 +195,29 @@ def test_the_loader_needs_no_hpcfed(kind, tmp_path):
     assert done.stdout.splitlines() == wanted
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["kind"] == f"hpcfed-{kind}" and config["layer"] == (1 if kind == "lpt" else None)
+
+
+def test_sources_are_frozen_and_must_fit(place, tmp_path):
+    """They are saved with the adapter, and each text has a mixture of its own."""
+    found, values = prepare(place, "attempt")
+    layout = found.adapted.layout
+    assert layout.blocks == (INPUT, HEAD)
+    assert [(e.role, e.shape) for e in layout.entries[:3]] == [
+        ("prompt", (3, 32)), ("down", (8, 32)), ("up", (32, 8)),
+    ]  # fmt: skip
+    saved = found.adapted.saved(values)
+    assert saved["sources"].shape == (2, 3, 32)
+    assert layout.size == sum(p.numel() for p in found.adapted.parameters)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for content, said in (
+        ({"prompt_embeddings": torch.zeros(4, 32)}, r"shape \[4, 32\], and here.*\[3, 32\]"),
+        ({"other": torch.zeros(1)}, "holds no prompt, and here"),
+    ):
+        save_file(content, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=said):
+            prepare(place, "attempt", sources=(str(tmp_path),))
+    with pytest.raises(UserError, match=r"adapter\.sources: 'nowhere' is no adapter folder"):
+        prepare(place, "attempt", sources=("nowhere",))
 
 
 def test_a_layer_that_is_not_there(place):

@@ -166,9 +166,28 @@ OPTIONS: list[Case] = [
     ("another name in output", words("output='{task.foo}'"), r"only \{task\}, \{method\} and"),
     ("an attribute in output", words("output='{task.__class__}'"), r"only \{task\}, \{method\}"),
     ("more sampled than there are", words("federation.per_round=101"), r"no more can be sampled"),
+    ("a mixture of nothing", words(preset="attempt"), r"run prompt-tuning on them, and give adap"),
     ("all rows in one client, in turns", words("federation.pooled=true", "curriculum.pace=linear"),
      r"makes one client of all.*curriculum\.pace=all"),
     ("nothing but warm-up", words("curriculum.warmup=30"), r"must leave a round for the method"),
+    ("a rate that rises", words("local.lr_schedule=cosine", "local.lr=0.01", "local.lr_end=0.1"),
+     r"local\.lr_end is 0\.1 and local\.lr 0\.01; a rate falls"),
+    ("a rate that falls under variates", words(
+        "local.lr_schedule=linear", "server.optimizer=momentum", "server.gradient=difference",
+        "server.control=true",
+    ), r"divides by local\.lr, so that it cannot change"),
+    ("preferences with a prefix", words(
+        "model.head=dpo", "adapter.kind=prefix", "data.partition.kind=iid"
+    ),
+     r"model\.head=dpo compares with the model whose adapter is off"),
+    ("preferences and sensitivity", words(
+        "model.head=dpo", "layers.score=sensitivity", "data.partition.kind=iid"
+    ),
+     r"model\.head=dpo passes two answers a row"),
+    ("preferences scored beforehand", words(
+        "model.head=dpo", "curriculum.pace=linear", "curriculum.when=start",
+        "data.partition.kind=iid",
+    ), r"takes curriculum\.difficulty=fisher from training passes only"),
     ("ranks that make no slots", words("cluster.ranks_per_client=2"), r"1 MPI ranks do not divide"),
     ("words without a verbalizer", words(
         "model.head=label_words", "task.template='{a} <mask>'"
@@ -185,6 +204,7 @@ WITHOUT_EFFECT: list[Case] = [
     ("a late layer of other prompts", words("adapter.layer=2", preset="idpg"),
      r"adapter\.layer=2.*it counts if adapter\.kind is lpt"),
     ("a reduction of LoRA", words("adapter.reduction=4"), r"adapter\.kind is bottleneck, idpg"),
+    ("sources of other prompts", words("adapter.sources=[a]"), r"adapter\.kind is attempt"),
     ("short texts without a cut", words("curriculum.shortest=0.5"), r"curriculum\.cut is not none"),
     ("an end of nothing", words("curriculum.full_at=0.5"), r"pace is not all, or curriculum\.cut"),
     ("a start without a pace", words("curriculum.start=0.1"), r"counts if curriculum\.pace is not"),
