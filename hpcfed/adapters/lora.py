@@ -1,7 +1,8 @@
 """PEFT LoRA on the linear layers of a transformer's blocks, and the head, as one layout.
 
 LoRA (Hu et al. 2021): W x + (alpha / r) B A x, with A (r, d_in), B (d_out, r). B starts at zero,
-A at U(-1/sqrt(d_in), 1/sqrt(d_in)), PEFT's default, but drawn from our own seeds.
+A at U(-1/sqrt(d_in), 1/sqrt(d_in)), PEFT's default, but drawn from our own seeds. rsLoRA
+(Kalajdzievski 2023) scales by alpha / sqrt(r), so that a higher rank does not train more slowly.
 """
 
 import math
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from hpcfed.adapters import targets
 from hpcfed.adapters.base import Adapted, Trainable, assemble, block_of, train_head, zero
 from hpcfed.adapters.network import Network
 from hpcfed.errors import UserError
@@ -29,7 +31,8 @@ def adapt(
     """Freeze the backbone, add LoRA to the targets in every block, train the classifier of this
     name, if any. blocks: see `transformer_blocks`.
 
-    Raises UserError, listing the legal ones, if a target names no linear layer of a block.
+    Raises UserError, listing the legal ones, if a target names no linear layer of a block, and for
+    a model without any.
     """
     import peft
     from transformers.pytorch_utils import Conv1D
@@ -39,25 +42,21 @@ def adapt(
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and block_of(name, blocks) is not None
     }
-    legal = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    legal = {name.rsplit(".", 1)[-1] for name in linear}
     if not legal:
         raise UserError(
             f"adapter.kind=lora: {type(model).__name__} has no linear layers in its blocks, and "
             "LoRA goes on nothing else; give another model."
         )
-    for target in adapter.targets:
-        if target not in legal:
-            raise UserError(
-                f"adapter.targets names {target!r}, which {type(model).__name__} does not have in "
-                f"its blocks; legal targets: {', '.join(legal)}."
-            )
-    targets = [name for name in linear if name.rsplit(".", 1)[-1] in adapter.targets]
+    chosen = targets.choose(model, legal, adapter.targets)
+    adapted = [name for name in linear if name.rsplit(".", 1)[-1] in chosen]
     lora_config = peft.LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=targets,
-        fan_in_fan_out=isinstance(linear[targets[0]], Conv1D),
+        use_rslora=adapter.rslora,
+        target_modules=adapted,
+        fan_in_fan_out=isinstance(linear[adapted[0]], Conv1D),
     )
     # PEFT would keep LoRA in fp32 beside a bf16 head; ZeRO-3 insists on one trainable dtype.
     wrapped: nn.Module = peft.get_peft_model(model, lora_config, autocast_adapter_dtype=False)

@@ -1,6 +1,7 @@
 """The network that an engine runs: backbone, prompts in front of it, logits only where wanted."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,12 +23,19 @@ class Network(nn.Module):
     def __init__(self, backbone: nn.Module, inner: Any, prompts: Any | None) -> None:
         super().__init__()
         self.backbone = backbone
+        # In a list, or its parameters would have two names.
+        self._inner = [inner]
         self.prompts = prompts
         self.anchor: torch.Tensor | None = None
         self.lead = 0 if prompts is None else prompts.lead
         self._positions: torch.Tensor | None = None
         self._picked = False
         inner.base_model.register_forward_hook(self._pick)
+
+    @property
+    def inner(self) -> Any:
+        """The Hugging Face model, without PEFT's wrapper."""
+        return self._inner[0]
 
     def forward(
         self, positions: torch.Tensor | None = None, **inputs: torch.Tensor
@@ -43,6 +51,7 @@ class Network(nn.Module):
             self.anchor = torch.zeros(
                 len(ids), device=ids.device, requires_grad=torch.is_grad_enabled()
             )
+            self._positions = None  # prompts may be made by a forward of their own
             prepared = self.prompts(inputs, self.anchor)
         self._positions = None if positions is None else positions + self.lead
         self._picked = False
@@ -52,6 +61,24 @@ class Network(nn.Module):
             index = self._positions.unsqueeze(-1).expand(-1, -1, logits.shape[-1])
             logits = logits.gather(1, index)
         return logits
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Meanwhile it is the model without its LoRA and without dropout. The modules run as ever,
+        since ZeRO-3 fetches what it saw run before; what they add is scaled to nothing."""
+        training = self.training
+        found: list[Any] = [getattr(module, "scaling", None) for module in self.modules()]
+        scales: list[dict[str, float]] = [own for own in found if isinstance(own, dict)]
+        kept = [dict(own) for own in scales]
+        self.eval()
+        for own in scales:
+            own.update(dict.fromkeys(own, 0.0))
+        try:
+            yield
+        finally:
+            for own, before in zip(scales, kept, strict=True):
+                own.update(before)
+            self.train(training)
 
     def _pick(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Of the hidden states (samples, longest, hidden) keep those that logits are wanted of: a

@@ -79,36 +79,60 @@ class Prefix(nn.Module):
         return {**inputs, "attention_mask": mask, "past_key_values": FixedCache(pairs)}
 
 
-class Prompt(nn.Module):
-    """Embeddings of virtual tokens in front of the text's.
+class Lengthened(nn.Module):
+    """The text's ids get placeholders in front, whose embeddings, or later hidden states, are
+    replaced: so the model still sees ids, which it tells padding and positions from."""
 
-    The text's ids get as many placeholders in front, whose embeddings are replaced: so the model
-    still sees ids, which it tells padding and positions from.
-    """
-
-    def __init__(self, model: Any, adapter: Adapter, pad_id: int, dtype: torch.dtype) -> None:
+    def __init__(self, adapter: Adapter, pad_id: int) -> None:
         super().__init__()
-        embedding = model.get_input_embeddings()
-        self.copies = Copies((adapter.virtual_tokens, embedding.embedding_dim), dtype)
         self.dropout = nn.Dropout(adapter.dropout)
         self.lead = adapter.virtual_tokens
         self._placeholder = 0 if pad_id else 1
-        self._values: torch.Tensor | None = None
-        embedding.register_forward_hook(self._replace)
 
-    def forward(self, inputs: Mapping[str, torch.Tensor], anchor: torch.Tensor) -> dict[str, Any]:
-        """The inputs, lengthened by the virtual tokens."""
-        self._values = self.dropout(self.copies(anchor))
+    def lengthened(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """The inputs with the placeholders."""
         fillers = {"input_ids": self._placeholder, "attention_mask": 1, "token_type_ids": 0}
         return {
             name: _lengthened(value, self.lead, fillers[name]) for name, value in inputs.items()
         }
+
+
+class InFront(Lengthened):
+    """Embeddings of virtual tokens in front of the text's, those that `values` gives."""
+
+    def __init__(self, model: Any, adapter: Adapter, pad_id: int) -> None:
+        super().__init__(adapter, pad_id)
+        self._values: torch.Tensor | None = None
+        model.get_input_embeddings().register_forward_hook(self._replace)
+
+    def values(self, inputs: Mapping[str, torch.Tensor], anchor: torch.Tensor) -> torch.Tensor:
+        """(samples, P, hidden)."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Mapping[str, torch.Tensor], anchor: torch.Tensor) -> dict[str, Any]:
+        """The inputs, lengthened by the virtual tokens."""
+        self._values = self.dropout(self.values(inputs, anchor))
+        return self.lengthened(inputs)
 
     def _replace(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         if self._values is None:
             return output
         values, self._values = self._values, None
         return torch.cat([values.to(output.dtype), output[:, self.lead :]], dim=1)
+
+
+class Prompt(InFront):
+    """The same for all texts."""
+
+    def __init__(self, model: Any, adapter: Adapter, pad_id: int, dtype: torch.dtype) -> None:
+        super().__init__(model, adapter, pad_id)
+        width = model.get_input_embeddings().embedding_dim
+        self.copies = Copies((adapter.virtual_tokens, width), dtype)
+
+    def values(self, inputs: Mapping[str, torch.Tensor], anchor: torch.Tensor) -> torch.Tensor:
+        """(samples, P, hidden), copies."""
+        copies: torch.Tensor = self.copies(anchor)
+        return copies
 
 
 def _lengthened(values: torch.Tensor, tokens: int, filler: int) -> torch.Tensor:
@@ -159,11 +183,7 @@ def adapt(
     """
     import peft
 
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UserError(
-            f"adapter.kind={adapter.kind}: {type(model).__name__} is an encoder with a decoder, "
-            "and prompts go with one of the two alone; use adapter.kind=lora or bottleneck."
-        )
+    refuse_two_stacks(model, adapter)
     model.requires_grad_(False)
     dtype = next(model.parameters()).dtype
     config = text_config(model)
@@ -201,6 +221,15 @@ def adapt(
     trainables += train_head(model, head, PREFIX, head_std)
     network = Network(model, model, prompts)
     return assemble(network, model, trainables, blocks, peft_config, PREFIX, columns=True)
+
+
+def refuse_two_stacks(model: Any, adapter: Adapter) -> None:
+    """Raises UserError for an encoder with a decoder."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(
+            f"adapter.kind={adapter.kind}: {type(model).__name__} is an encoder with a decoder, "
+            "and prompts go with one of the two alone; use adapter.kind=lora or bottleneck."
+        )
 
 
 def _task_type(model: Any, head: str | None) -> str:

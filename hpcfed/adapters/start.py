@@ -16,7 +16,7 @@ _SAME = (
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "num_virtual_tokens",
     "prefix_projection",
 )  # fmt: skip
-_SAME_OF_OURS = ("kind", "placement", "reduction", "width")
+_SAME_OF_OURS = ("kind", "placement", "reduction", "width", "virtual_tokens", "layer")
 _COLUMNS = "prompt_embeddings"
 
 
@@ -30,8 +30,9 @@ class Saved:
     labels: list[str] | None
 
 
-def read(folder: str) -> Saved:
-    """An adapter folder. Raises UserError if it is none, or cannot be read."""
+def read(folder: str, option: str = "adapter.start") -> Saved:
+    """An adapter folder. Raises UserError, which names the option, if it is none, or cannot be
+    read."""
     from safetensors.torch import load_file
 
     path = Path(folder).expanduser()
@@ -42,7 +43,7 @@ def read(folder: str) -> Saved:
         named = json.loads(labels.read_text()) if labels.is_file() else None
     except Exception as error:  # safetensors raises a type of its own
         raise UserError(
-            f"adapter.start: {folder!r} is no adapter folder that can be read ({error}); give one "
+            f"{option}: {folder!r} is no adapter folder that can be read ({error}); give one "
             "with adapter_config.json and adapter_model.safetensors."
         ) from None
     return Saved(folder, config, tensors, named)

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from hpcfed.app import scripts, sweep_cli
+from hpcfed.app import results_cli, scripts, sweep_cli
 from hpcfed.app.options import listing
-from hpcfed.app.plot import draw
 from hpcfed.app.run import check_ranks, quiet, refuse, run_command
 from hpcfed.cluster import launcher
 from hpcfed.cluster.topology import connect_world, launched_rank
@@ -33,7 +32,9 @@ _EPILOG = """examples:
   hpcfed plan my.yaml --nodes 2 --gpus 4            what it would take, before it takes it
   hpcfed sweep submit my-sweep.yaml                 many runs, as jobs of Slurm or here
   hpcfed scripts my-cluster                         Slurm scripts and DeepSpeed JSON to edit
-  hpcfed plot runs/*                                curves of their validation scores
+  hpcfed export runs/demo                           an adapter for PEFT, with a model card
+  hpcfed predict runs/demo texts.csv                labels and probabilities
+  hpcfed report runs/*                              a page of curves, clients, costs
   hpcfed doctor --ranks 2                           whether this machine can
 """
 
@@ -118,18 +119,6 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--memory", type=float, default=80.0, metavar="GB", help="of a GPU; default: 80"
     )
-    plot = commands.add_parser(
-        "plot",
-        help="draw the validation scores of runs",
-        description="Draw the validation scores of runs, finished or not, over rounds, samples and "
-        "uploaded bytes. Runs that differ only in the seed are one curve, their mean, with a band "
-        "from the lowest to the highest. Needs matplotlib.",
-    )
-    plot.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="a run directory")
-    plot.add_argument(
-        "-o", "--output", type=Path, default=Path("curves.png"), metavar="FILE",
-        help="a .png, .pdf or .svg; default: curves.png",
-    )  # fmt: skip
     doctor = commands.add_parser(
         "doctor",
         help="check what a run needs of the machine",
@@ -139,6 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_ranks(doctor)
     doctor.add_argument("--folder", default="runs", help="where runs will lie; default: runs")
+    results_cli.add_parsers(commands)
     sweep_cli.add_parser(commands)
     script = commands.add_parser(
         "scripts",
@@ -201,10 +191,8 @@ def main(
         if options.command == "options":
             print("\n".join(listing(options.words)))
             return 0
-        if options.command == "plot":
-            draw(options.folders, options.output)
-            print(f"{options.output} shows {len(options.folders)} runs")
-            return 0
+        if options.command in results_cli.COMMANDS:
+            return results_cli.call(options)
         if options.command == "sweep":
             return sweep_cli.call(options)
         if options.command == "scripts":

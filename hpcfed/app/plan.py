@@ -19,7 +19,6 @@ from hpcfed.adapters.base import Adapted
 from hpcfed.adapters.layout import HEAD
 from hpcfed.cluster.topology import check_hosts
 from hpcfed.data import partition, sources
-from hpcfed.data.batches import Tokens
 from hpcfed.data.partition import ClientRows
 from hpcfed.errors import UserError
 from hpcfed.objectives import heads
@@ -78,6 +77,7 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
     tokenizer = model.load_tokenizer(config)
     head = heads.build(config, task, tokenizer)
     tokens, test = fitting.encode(head, (task.train, task.test), tokenizer, config)
+    cuts = fitting.Cuts(tokens, head, task.train, tokenizer, config)
     adapted = model.outline(config, task.labels, tokens.pad_id)
     fitting.check_ids(adapted.network.backbone, (tokens, test), tokenizer, config.model.name)
     activations, traced = activation_bytes(adapted, micro_batch(config), config.task.max_length)
@@ -89,7 +89,7 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
     slots = ranks // per_client
     yield (
         f"{config.method} on {config.task.name}: {len(rows)} clients, "
-        f"{config.federation.per_round} a round, {config.federation.rounds} rounds"
+        f"{min(config.federation.per_round, len(rows))} a round, {config.federation.rounds} rounds"
     )
     yield (
         f"{nodes} node{'s'[: nodes > 1]} x {gpus} = {ranks} ranks = {slots} "
@@ -97,6 +97,7 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
     )
     yield ""
     yield from _memory_lines(config, settings, adapted, activations, gigabytes)
+    yield from (f"  ({said})" for said in fitting.shortened((tokens, test), config))
     if not traced:
         yield "  (activations by the sizes of the weights: this model's forward cannot be followed)"
     yield ""
@@ -105,7 +106,7 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
     if PRIVATE.holds(config):
         yield from _privacy_lines(config, len(rows))
     else:
-        yield from _lane_lines(config, rows, tokens, slots)
+        yield from _lane_lines(config, rows, cuts, slots)
 
 
 def _memory_lines(
@@ -251,7 +252,7 @@ def _traffic_lines(config: Config, adapted: Adapted, slots: int) -> Iterator[str
     rule = config.sharing.rule
     if rule != "layers":
         how += f", of them what sharing.rule={rule} lets travel"
-    sampled = config.federation.per_round
+    sampled = 1 if config.federation.pooled else config.federation.per_round
     variates = configured(config)
     sharing = Sharing(registry.SHARING[rule], layout)
     # What is shared may differ from one round to the next.
@@ -279,10 +280,16 @@ def _traffic_lines(config: Config, adapted: Adapted, slots: int) -> Iterator[str
 
 
 def _lane_lines(
-    config: Config, rows: list[ClientRows], tokens: Tokens, slots: int
+    config: Config, rows: list[ClientRows], cuts: fitting.Cuts, slots: int
 ) -> Iterator[str]:
     """Which slot runs which clients, by tokens of their rows."""
+    if config.curriculum.cut != "none":
+        at = [cuts.length(number) for number in range(config.federation.rounds)]
+        whole = config.task.max_length
+        full = next((f"from round {n + 1} on" for n, own in enumerate(at) if own == whole), "never")
+        yield f"training texts are cut at {at[0]} tokens in round 1, at {whole} {full}"
     for round_number in range(min(ROUNDS_SHOWN, config.federation.rounds)):
+        tokens = cuts.at(round_number)
         sampled = sampling.sample(config.seed, round_number, len(rows), config.federation.per_round)
         costs = {k: int(tokens.lengths[rows[k].train].sum()) for k in sampled}
         lanes = sampling.spread(costs, slots)
@@ -295,7 +302,7 @@ def _lane_lines(
 
 
 def _privacy_lines(config: Config, clients: int) -> Iterator[str]:
-    """What privacy costs, and what the noise is beside what it hides. Who is sampled is a secret."""
+    """What privacy costs, and what the noise is beside what it hides; who is sampled is secret."""
     terms, rounds = accountant.terms(config, clients), config.federation.rounds
     expected = config.federation.per_round
     yield (

@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -330,18 +330,32 @@ def _device(node: Any, cluster: Cluster) -> tuple[torch.device, int]:
     if cluster.device == "cpu" or no_gpu():
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu"), node.rank
-    visible = torch.cuda.device_count()
-    # With --gpus-per-task each rank sees one GPU, its own, and numbers it 0.
-    views = node.allgather(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-    own_gpu = visible == 1 and node.size > 1 and len(set(views)) == node.size
-    if not own_gpu and node.size > visible and cluster.ranks_per_client > 1:
+    # A GPU has a number for each process that sees it, and one name for all.
+    own = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    views = node.allgather(own)
+    chosen = choose_gpus(views)
+    taken = Counter(view[index] for view, index in zip(views, chosen, strict=True))
+    if cluster.ranks_per_client > 1 and max(taken.values()) > 1:
         raise UserError(
-            f"{node.size} ranks on {socket.gethostname()} but {visible} GPUs; ranks of one client "
-            "cannot share a GPU: start one rank per GPU."
+            f"{node.size} ranks on {socket.gethostname()} but {len(taken)} GPUs; ranks of one "
+            "client cannot share a GPU: start one rank per GPU."
         )
-    index = 0 if own_gpu else node.rank % visible
+    index = chosen[node.rank]
     torch.cuda.set_device(index)
     return torch.device("cuda", index), index
+
+
+def choose_gpus(views: Sequence[Sequence[str]]) -> list[int]:
+    """For each rank of a node which of the GPUs that it sees it takes, by number: the one that the
+    fewest ranks before it have taken. views: names of the GPUs that each rank sees, in its order,
+    which are all of the node, or with --gpus-per-task each rank's own."""
+    taken: Counter[str] = Counter()
+    chosen = []
+    for view in views:
+        index = min(range(len(view)), key=lambda number: taken[view[number]])
+        taken[view[index]] += 1
+        chosen.append(index)
+    return chosen
 
 
 def _start_distributed(slot: Any, local_rank: int, device: torch.device, minutes: float) -> None:

@@ -34,7 +34,10 @@ class Tokens:
     offsets: Ids
     labels: Ids
     pad_id: int
-    positions: Ids | None = None  # (n,) where a template has its gap
+    positions: Ids | None = None  # (n,) where a template has its gap, or the last answer begins
+    answers: npt.NDArray[np.bool_] | None = None  # (total,) tokens of answers
+    worse: "Tokens | None" = None  # of preferences: the same rows with the worse answer
+    cut: int = 0  # rows that were too long and have lost a part
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -16,13 +16,14 @@ from hpcfed.data.rows import Record, shown
 from hpcfed.errors import UserError
 
 
-def records(path: Path) -> Iterator[tuple[str, Record]]:
-    """(place, record) of a .jsonl or .csv file. Raises UserError for a file that cannot be read, is
-    not UTF-8, or is malformed."""
-    lines = _jsonl if path.suffix == ".jsonl" else _csv
+def records(path: Path, columns: int = 2) -> Iterator[tuple[str, Record]]:
+    """(place, record) of a .jsonl or .csv file, which has at least so many columns. Raises
+    UserError for a file that cannot be read, is not UTF-8, or is malformed."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            for number, record in lines(stream, path):
+            jsonl = path.suffix == ".jsonl"
+            lines = _jsonl(stream, path) if jsonl else _csv(stream, path, columns)
+            for number, record in lines:
                 yield f"{path}, line {number}", record
     except UnicodeDecodeError as error:
         raise UserError(
@@ -82,7 +83,7 @@ def _jsonl(stream: Iterable[str], path: Path) -> Iterator[tuple[int, Record]]:
         yield number, record
 
 
-def _csv(stream: Iterable[str], path: Path) -> Iterator[tuple[int, Record]]:
+def _csv(stream: Iterable[str], path: Path, columns: int) -> Iterator[tuple[int, Record]]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(stream, strict=True)
     header: list[str] | None = None
@@ -100,7 +101,7 @@ def _csv(stream: Iterable[str], path: Path) -> Iterator[tuple[int, Record]]:
         if not fields:
             continue
         if header is None:
-            header = _header(fields, f"{path}, line {number}")
+            header = _header(fields, f"{path}, line {number}", columns)
         elif len(fields) != len(header):
             raise UserError(
                 f"{path}, line {number}: expected {len(header)} columns as in the header, not "
@@ -110,12 +111,12 @@ def _csv(stream: Iterable[str], path: Path) -> Iterator[tuple[int, Record]]:
             yield number, dict(zip(header, fields, strict=True))
 
 
-def _header(fields: list[str], where: str) -> list[str]:
+def _header(fields: list[str], where: str, columns: int) -> list[str]:
     names = [name.strip() for name in fields]
     twice = _repeated(name for name in names if name)  # Excel leaves columns without a name
     if twice is not None:
         raise UserError(f"{where}: two columns are called {shown(twice)}; name each once.")
-    if len(names) < 2:
+    if len(names) < columns:
         raise UserError(
             f"{where}: the header has one column, {shown(names[0])}; it must name the columns, and "
             "commas must stand between them."

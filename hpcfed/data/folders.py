@@ -7,8 +7,8 @@ data set saved without splits is the training split.
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpcfed.data import files, rows, tables
-from hpcfed.data.rows import Record, Row, listed
+from hpcfed.data import files, tables
+from hpcfed.data.rows import Reader, Record, Row, listed
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Data
 
@@ -16,9 +16,8 @@ _SUFFIXES = (".jsonl", ".csv", ".parquet")
 _SAVED = "state.json"  # in each data set that save_to_disk wrote
 
 
-def read(folder: Path, data: Data, owner: str | None) -> tuple[list[Row], list[Row] | None]:
-    """Train and test rows; None where the test rows are to be held out. owner: the column that
-    names the client.
+def read(folder: Path, data: Data, reader: Reader) -> tuple[list[Row], list[Row] | None]:
+    """Train and test rows; None where the test rows are to be held out.
 
     Raises UserError for what is not there, or there twice, and for the first malformed row.
     """
@@ -49,8 +48,8 @@ def read(folder: Path, data: Data, owner: str | None) -> tuple[list[Row], list[R
             "leave out data.test, or name another data.splits.test."
         )
     return (
-        rows.read(_records(train, data, owner), data.columns, owner),
-        rows.read(_records(test, data, owner), data.columns, owner, owned=False) if test else None,
+        reader.read(_records(train, reader)),
+        reader.read(_records(test, reader), owned=False) if test else None,
     )
 
 
@@ -75,8 +74,8 @@ def _nearest(folder: Path) -> str:
     return f"{here} holds {listed(sorted(path.name for path in here.iterdir())) or 'nothing'}"
 
 
-def _records(path: Path, data: Data, owner: str | None) -> Iterator[tuple[str, Record]]:
+def _records(path: Path, reader: Reader) -> Iterator[tuple[str, Record]]:
     if path.suffix in (".jsonl", ".csv"):
         return files.records(path)
     dataset = tables.parquet(path) if path.suffix == ".parquet" else tables.saved(path)
-    return tables.records(dataset, str(path), data.columns, owner)
+    return tables.of(reader, dataset, str(path))

@@ -31,13 +31,18 @@ def encode(split: Split, wording: Wording, tokenizer: Any, room: int, ends: bool
 
 def _texts(split: Split, tokenizer: Any) -> Iterator[tuple[str, str]]:
     """Texts in pairs; one that spells a special token must not be taken for the gap, or an end."""
-    # A mark, as "!", may serve as padding, and is no harm.
-    tokens = sorted((own for own in tokenizer.all_special_tokens if len(own) > 2), reverse=True)
-    special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+    special = spelled(tokenizer)
     pairs = split.pairs or [""] * len(split)
     for pair in zip(split.texts, pairs, strict=True):
         a, b = (special.sub(" ", text) for text in pair)
         yield a, b
+
+
+def spelled(tokenizer: Any) -> re.Pattern[str]:
+    """Finds the special tokens that a text spells."""
+    # A mark, as "!", may serve as padding, and is no harm.
+    tokens = sorted((own for own in tokenizer.all_special_tokens if len(own) > 2), reverse=True)
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
 def _row(a: str, b: str, wording: Wording, tokenizer: Any, gap: str, room: int) -> list[int]:

@@ -42,3 +42,21 @@ def sampling_error(
     rest = right - right.sum() / rows.sum() * rows
     variance = (1 - drawn / clients) * drawn / (drawn - 1) * (rest**2).sum()
     return float(np.sqrt(variance) / rows.sum())
+
+
+def over_clients(
+    correct: npt.NDArray[np.bool_], owners: npt.NDArray[np.int64]
+) -> dict[str, float | int]:
+    """How the accuracy is spread over the clients that have rows, each counted once: its mean,
+    standard deviation, minimum, and the mean of the tenth of them (rounded up) that fare worst.
+    correct, owners: (rows,), whether it is right and whose it is."""
+    _, each = np.unique(owners, return_inverse=True)
+    own = np.sort(np.bincount(each, weights=correct) / np.bincount(each))
+    worst = own[: math.ceil(len(own) / 10)]
+    return {
+        "clients": len(own),
+        "mean": float(own.mean()),
+        "std": float(own.std()),
+        "worst_tenth": float(worst.mean()),
+        "min": float(own[0]),
+    }

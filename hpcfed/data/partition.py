@@ -30,7 +30,7 @@ class ClientRows:
 
 def partition(task: TaskData, config: Config) -> list[ClientRows]:
     """The rows of each of `federation.clients` clients, each with at least one training row; if
-    it is null, of as many as the data name.
+    it is null, of as many as the data name. With federation.pooled one client has them all.
 
     Raises UserError where the data cannot be shared out as asked.
     """
@@ -56,6 +56,10 @@ def partition(task: TaskData, config: Config) -> list[ClientRows]:
         result.append(
             ClientRows(np.sort(rows[held_out:]), np.sort(rows[:held_out]), np.sort(test[client]))
         )
+    if config.federation.pooled:
+        names = ("train", "validation", "test")
+        parts = [[getattr(rows, name) for rows in result] for name in names]
+        return [ClientRows(*(np.sort(np.concatenate(part)) for part in parts))]
     return result
 
 
@@ -94,7 +98,7 @@ def _shape(
 ) -> tuple[Floats, Floats]:
     """Fraction of the rows (K,) and class prior (K, classes) of each client."""
     spec = config.data.partition
-    classes = len(task.labels)
+    classes = len(task.kinds)
     frequencies = np.bincount(task.train.labels, minlength=classes) / len(task.train)
     fractions = np.full(clients, 1 / clients)
     priors = np.tile(frequencies, (clients, 1))
@@ -163,7 +167,7 @@ def _natural(task: TaskData, rng: np.random.Generator) -> tuple[list[Ids], list[
     train = _by_owner(owners, place)
     if task.test.owners is not None:
         return train, _by_owner(task.test.owners, place)
-    held = [np.bincount(task.train.labels[rows], minlength=len(task.labels)) for rows in train]
+    held = [np.bincount(task.train.labels[rows], minlength=len(task.kinds)) for rows in train]
     sizes = np.array([len(rows) for rows in train])
     priors = np.array(held) / sizes[:, None]
     return train, _draw(task.test, sizes / len(task.train), priors, rng, at_least=0)
@@ -185,7 +189,7 @@ def _by_owner(owners: list[str], place: dict[str, int]) -> list[Ids]:
 def summary(task: TaskData, rows: list[ClientRows]) -> dict[str, object]:
     """Clients x classes: how many rows of each class every client holds in each split; and the
     names of natural clients."""
-    width = len(task.labels)
+    width = len(task.kinds)
 
     def table(split: Split, picks: list[Ids]) -> list[list[int]]:
         return [np.bincount(split.labels[ids], minlength=width).tolist() for ids in picks]
@@ -193,7 +197,7 @@ def summary(task: TaskData, rows: list[ClientRows]) -> dict[str, object]:
     names = {} if task.train.owners is None else {"clients": _names(task.train.owners)}
     return {
         **names,
-        "labels": list(task.labels),
+        "labels": list(task.kinds),
         "train": table(task.train, [r.train for r in rows]),
         "validation": table(task.train, [r.validation for r in rows]),
         "test": table(task.test, [r.test for r in rows]),

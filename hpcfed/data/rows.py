@@ -1,9 +1,9 @@
-"""Labelled examples: what the records of any source must hold, checked one by one."""
+"""Rows: what the records of any source must hold, checked one by one; and those with labels."""
 
 import reprlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Columns
@@ -16,7 +16,7 @@ _SHORT.maxstring = 80
 
 @dataclass(frozen=True)
 class Row:
-    """One labelled example. label: a text, or true or false, which is no other label's text.
+    """One example. label: a text, or true or false, which is no other label's text.
     owner: the client's name. where: its place in the source, for messages."""
 
     text: str
@@ -24,6 +24,42 @@ class Row:
     label: str | bool
     owner: str | None
     where: str
+
+
+class Reader(Protocol):
+    """How records become rows."""
+
+    @property
+    def columns(self) -> Columns:
+        """Which column is which."""
+
+    @property
+    def named(self) -> Sequence[tuple[str, str]]:
+        """(option in data.columns, column) of what it looks for."""
+
+    def read(self, records: Iterable[tuple[str, Record]], owned: bool = True) -> list[Row]:
+        """Rows of a split's (place, record). owned: each row names its client, if a column does;
+        else a split may lack it altogether.
+
+        Raises UserError naming the place of the first fault.
+        """
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Rows with labels. owner: the column that names the client."""
+
+    columns: Columns
+    owner: str | None = None
+
+    @property
+    def named(self) -> Sequence[tuple[str, str]]:
+        """As of Reader."""
+        return [(name, getattr(self.columns, name)) for name in ("text", "text_pair", "label")]
+
+    def read(self, records: Iterable[tuple[str, Record]], owned: bool = True) -> list[Row]:
+        """As of Reader."""
+        return read(records, self.columns, self.owner, owned)
 
 
 def read(
@@ -37,18 +73,27 @@ def read(
 
     Raises UserError naming the place of the first fault.
     """
-    rows: list[Row] = []
+    return [
+        _row(where, record, columns, own)
+        for where, record, own in with_owner(records, owner, owned)
+    ]
+
+
+def with_owner(
+    records: Iterable[tuple[str, Record]], owner: str | None, owned: bool
+) -> Iterator[tuple[str, Record, str | None]]:
+    """(place, record, column that names its client) of a split; None throughout for one that lacks
+    it, which only one that is not `owned` may."""
     lacking = False
-    for where, record in records:
+    for number, (where, record) in enumerate(records):
         if owner is not None and not owned:
-            lacking = owner not in record if not rows else lacking
+            lacking = owner not in record if number == 0 else lacking
             if lacking and owner in record:
                 raise UserError(
                     f"{where}: {owner!r} is here and not in the rows before; give it in all rows "
                     "of the test split, or in none."
                 )
-        rows.append(_row(where, record, columns, None if lacking else owner))
-    return rows
+        yield where, record, None if lacking else owner
 
 
 def _row(where: str, record: Record, columns: Columns, owner: str | None) -> Row:
@@ -59,10 +104,10 @@ def _row(where: str, record: Record, columns: Columns, owner: str | None) -> Row
     if pair is not None and not isinstance(pair, str):
         raise UserError(f"{where}: {columns.text_pair!r} must be a text, not {shown(pair)}.")
     if not isinstance(label, bool):
-        label = _name(where, columns.label, label)
-    name = _name(where, owner, record[owner]) if owner is not None else None
-    _check_encodable(where, columns.text, text)
-    _check_encodable(where, columns.text_pair, pair or "")
+        label = named(where, columns.label, label)
+    name = named(where, owner, record[owner]) if owner is not None else None
+    check_encodable(where, columns.text, text)
+    check_encodable(where, columns.text_pair, pair or "")
     return Row(text, pair, label, name, where)
 
 
@@ -81,16 +126,17 @@ def require(where: str, names: Collection[str], columns: Columns, owner: str | N
         )
 
 
-def _name(where: str, column: str, value: Any) -> str:
+def named(where: str, column: str, value: Any) -> str:
     """A label, or a client's name, without the blanks around it."""
     name = str(value).strip() if isinstance(value, (str, int)) else ""
     if not name or isinstance(value, bool):
         raise UserError(f"{where}: {column!r} must be a text or whole number, not {shown(value)}.")
-    _check_encodable(where, column, name)
+    check_encodable(where, column, name)
     return name
 
 
-def _check_encodable(where: str, column: str, text: str) -> None:
+def check_encodable(where: str, column: str, text: str) -> None:
+    """Raises UserError for half of a surrogate pair."""
     if text.isascii():  # most are, and it takes no time
         return
     try:

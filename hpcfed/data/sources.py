@@ -13,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from hpcfed.data import corpus, folders, tables
-from hpcfed.data.rows import Row, listed, shown
+from hpcfed.data.instructions import Instructions
+from hpcfed.data.rows import Labelled, Reader, Row, listed, shown
 from hpcfed.data.tasks import TASKS, HubSource, Metric
 from hpcfed.errors import UserError
 from hpcfed.rng import generator
+from hpcfed.settings import counts
 from hpcfed.settings.config import Columns, Config
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,4000}")  # no longer text is read as a number
@@ -24,7 +26,8 @@ _WHOLE = re.compile(r"[+-]?[0-9]{1,4000}")  # no longer text is read as a number
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one split, column by column; `labels` (n,) int64 indexes TaskData.labels."""
+    """The rows of one split, column by column; `labels` (n,) int64 indexes TaskData.kinds. texts:
+    of rows with prompts and answers the JSON of an `instructions.Example`."""
 
     texts: list[str]
     pairs: list[str] | None
@@ -37,7 +40,8 @@ class Split:
 
 @dataclass(frozen=True)
 class TaskData:
-    """labels: in order, by value if all of them are whole numbers, else as texts."""
+    """labels: in order, by value if all of them are whole numbers, else as texts; none where rows
+    are prompts and answers. groups: of such rows, what data.partition.column says."""
 
     name: str
     labels: tuple[str, ...]
@@ -45,23 +49,35 @@ class TaskData:
     positive: int
     train: Split
     test: Split
+    groups: tuple[str, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What Split.labels stand for, and partitions go by."""
+        return self.groups or self.labels
 
 
 def load(config: Config) -> TaskData:
     """The task's rows. Raises UserError for missing, empty or malformed data."""
     check_options(config)
     name, data = config.task.name, config.data
-    owner = data.partition.column if data.partition.kind == "natural" else None
+    reader = _reader(config)
     test: list[Row] | None
     if name == corpus.NAME:
+        if counts.ANSWERED.holds(config):
+            raise UserError(
+                f"model.head={config.model.head} needs rows of prompts and answers, which task "
+                f"{name!r} has not; set task.name and data.root to data of your own, or use "
+                "another model.head."
+            )
         train, test = (_corpus_rows(split) for split in corpus.generate())
     elif data.root is not None:
-        train, test = folders.read(Path(data.root) / name, data, owner)
+        train, test = folders.read(Path(data.root) / name, data, reader)
     elif name in TASKS:
-        train, test = tables.from_hub(TASKS[name].hub, data.test is not None, owner)
+        train, test = tables.from_hub(TASKS[name].hub, data.test is not None, reader)
     elif "/" in name:
         own = HubSource(name, data.subset, data.splits.train, data.splits.test, data.columns)
-        train, test = tables.from_hub(own, data.test is not None, owner)
+        train, test = tables.from_hub(own, data.test is not None, reader)
     else:
         raise UserError(
             f"Unknown task {name!r}: name one of {', '.join([*TASKS, corpus.NAME])}, "
@@ -92,7 +108,7 @@ def check_options(config: Config) -> None:
             f"data.splits.train and data.splits.test are both {data.splits.train!r}; rows to train "
             "on are no test: name another split, or hold rows out with data.test."
         )
-    columns = [(option, getattr(data.columns, option)) for option in ("text", "text_pair", "label")]
+    columns = _reader(config).named
     for i, (option, column) in enumerate(columns):
         for other, same in columns[:i]:
             if column == same:
@@ -100,8 +116,25 @@ def check_options(config: Config) -> None:
                     f"data.columns.{other} and data.columns.{option} are both {column!r}; name a "
                     "column for each."
                 )
+    by_kind = data.partition.kind in ("dirichlet", "pathological")
+    if counts.ANSWERED.holds(config) and by_kind and data.partition.column is None:
+        raise UserError(
+            f"data.partition.kind={data.partition.kind} goes by the rows' kinds, and prompts have "
+            "no labels: name a column in data.partition.column, as topic or source, or use "
+            "data.partition.kind=iid, quantity or natural."
+        )
     if data.test is not None and name == corpus.NAME:
         raise UserError(f"data.test holds out training rows, but task {name!r} has test rows.")
+
+
+def _reader(config: Config) -> Reader:
+    """How a task's records become rows."""
+    columns, partition = config.data.columns, config.data.partition
+    owner = partition.column if partition.kind == "natural" else None
+    if not counts.ANSWERED.holds(config):
+        return Labelled(columns, owner)
+    kind = partition.column if partition.kind in ("dirichlet", "pathological") else None
+    return Instructions(columns, owner, kind, counts.PREFERRED.holds(config))
 
 
 def _is_plain(name: str) -> bool:
@@ -142,8 +175,10 @@ def _kinds(row: Row) -> list[tuple[str, str | bool | None]]:
 def _assemble(name: str, train: list[Row], test: list[Row], config: Config) -> TaskData:
     if not test:
         raise UserError(f"The test split of task {name!r} is empty.")
-    _check_kinds_of_labels(train + test)
-    _check_pairs(train, test, config.data.columns)
+    answered = counts.ANSWERED.holds(config)
+    if not answered:
+        _check_kinds_of_labels(train + test)
+        _check_pairs(train, test, config.data.columns)
     if len(train) == len(test) and _contents(train) == _contents(test):
         raise UserError(
             f"The train and test splits of task {name!r} hold the same rows ({train[0].where}; "
@@ -153,14 +188,18 @@ def _assemble(name: str, train: list[Row], test: list[Row], config: Config) -> T
     whole, train = train, _at_most(train, config)
     _check_owners(whole, train, test)
     labels = _in_order({str(row.label) for row in train})
-    if len(labels) < 2:
+    if len(labels) < 2 and not answered:
         raise UserError(f"Task {name!r}: all training rows have the label {shown(labels[0])}.")
     unseen = next((row for row in test if str(row.label) not in labels), None)
     if unseen is not None:
+        what = "kind" if answered else "label"
         raise UserError(
-            f"{unseen.where}: test label {shown(str(unseen.label))} never occurs in the training "
+            f"{unseen.where}: test {what} {shown(str(unseen.label))} never occurs in the training "
             f"rows (there: {listed(labels)})."
         )
+    if answered:
+        splits = _columns(train, labels), _columns(test, labels)
+        return TaskData(name, (), "loss", 0, *splits, groups=labels)
     spec = TASKS.get(name)
     positive = spec.positive if spec and spec.positive in labels else labels[-1]
     metric: Metric = spec.metric if spec and len(labels) == 2 else "accuracy"

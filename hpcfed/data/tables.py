@@ -5,11 +5,12 @@ when one of these forms is read: it takes a second.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hpcfed.data import rows
-from hpcfed.data.rows import Record, Row
+from hpcfed.data.rows import Reader, Record, Row
 from hpcfed.data.tasks import HubSource
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Columns
@@ -44,6 +45,15 @@ def records(
         if rename and isinstance(label, (str, int)):
             label = rename.get(label, label)
         yield where, {**record, columns.label: label}
+
+
+def of(
+    reader: Reader, dataset: Any, place: str, rename: Mapping[Any, str] | None = None
+) -> Iterator[tuple[str, Record]]:
+    """(place, record) of a `datasets.Dataset` for a reader."""
+    if isinstance(reader, rows.Labelled):
+        return records(dataset, place, reader.columns, reader.owner, rename)
+    return ((f"{place}, row {index}", record) for index, record in enumerate(dataset))
 
 
 def parquet(path: Path) -> Any:
@@ -85,11 +95,9 @@ def saved(folder: Path) -> Any:
         ) from None
 
 
-def from_hub(
-    source: HubSource, held_out: bool, owner: str | None
-) -> tuple[list[Row], list[Row] | None]:
+def from_hub(source: HubSource, held_out: bool, reader: Any) -> tuple[list[Row], list[Row] | None]:
     """Train and test rows of a hub data set. held_out: test rows will be taken from the training
-    rows, and are None here. owner: the column that names the client.
+    rows, and are None here. reader: a dataclass of rows.Reader.
 
     Raises UserError where the hub cannot be reached, or has no such split.
     """
@@ -114,10 +122,12 @@ def from_hub(
             "leave out data.test, or name another data.splits.test."
         )
 
+    own = replace(reader, columns=source.columns)
+
     def read(split: str, owned: bool) -> list[Row]:
         place = f"{source.path}, {split}"
-        found = records(loaded[split], place, source.columns, owner, source.rename)
-        return rows.read(found, source.columns, owner, owned)
+        found: list[Row] = own.read(of(own, loaded[split], place, source.rename), owned)
+        return found
 
     return read(source.train, True), None if held_out else read(source.test, False)
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from hpcfed.settings.config import Columns
 
-Metric = Literal["accuracy", "matthews", "accuracy_f1"]
+Metric = Literal["accuracy", "matthews", "accuracy_f1", "loss"]
 
 
 @dataclass(frozen=True)

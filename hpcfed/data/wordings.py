@@ -71,6 +71,14 @@ class Wording:
         return "".join(values.get(part, part) for part in self.parts)
 
 
+def template_of(config: Config) -> str | None:
+    """The template that is configured, or the one that comes with the task; None: there is none."""
+    shipped = SHIPPED.get(config.task.name)
+    if config.task.template is not None or shipped is None:
+        return config.task.template
+    return shipped.ending if config.model.head == "label_words" else shipped.template
+
+
 def wording(config: Config, task: TaskData) -> Wording:
     """The template and words of a task, for the head that is configured.
 
@@ -78,9 +86,7 @@ def wording(config: Config, task: TaskData) -> Wording:
     """
     decoder = config.model.head == "label_words"
     shipped = SHIPPED.get(task.name)
-    template = config.task.template
-    if template is None and shipped is not None:
-        template = shipped.ending if decoder else shipped.template
+    template = template_of(config)
     verbalizer = config.task.verbalizer or (shipped.verbalizer if shipped else None)
     missing = [
         *(["task.template, as " + repr(_SINGLE_END if decoder else _SINGLE)] * (template is None)),

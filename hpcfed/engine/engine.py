@@ -21,6 +21,7 @@ from hpcfed.data.batches import Ids, Tokens, split_batch
 from hpcfed.engine.failures import Failures
 from hpcfed.engine.masters import Masters
 from hpcfed.engine.observer import Observer
+from hpcfed.engine.optimizer import make_optimizer
 from hpcfed.engine.trained import Trained
 from hpcfed.engine.values import Values
 from hpcfed.errors import UserError
@@ -39,6 +40,7 @@ STEPS = "steps"  # beside an optimizer's moments, how many steps it had made
 
 # What a rank reports to its slot in place of a problem, if the round has to be dropped.
 _STOPPING = "the job has to stop"
+_LOSS = "the loss is not finite"
 
 
 class ClientError(Exception):
@@ -114,6 +116,7 @@ class Engine:
         trainable: torch.Tensor | None = None,
         moments: dict[str, torch.Tensor] | None = None,
         control: torch.Tensor | None = None,
+        rate: float | None = None,
     ) -> None:
         """Make the trainable values equal `vector` (layout.size,) fp32 on the CPU, with no trace
         of an earlier client: master copy, working copy, and a fresh optimizer.
@@ -121,9 +124,10 @@ class Engine:
         trainable: (layout.size,) bool; what is False stays bit for bit as it is until the next
         load, has no gradient before clipping, no moment and no weight decay. None: all train.
         moments: what `moments` gave after this client's last round. control: (layout.size,), added
-        to the gradient of every step.
+        to the gradient of every step. rate: the learning rate; None: the configured one.
         """
         masters = self._masters
+        masters.set_rate(self._local.lr if rate is None else rate)
         masters.release()
         absent = None if trainable is None or bool(trainable.all()) else ~trainable
         # Written like values, a vector takes the order of DeepSpeed's own partitions.
@@ -145,6 +149,8 @@ class Engine:
             masters.pull(self._local.proximal)
 
     def _in_master_order(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        if self.stage == 0:  # the masters are the parameters
+            return self._values.shaped(vector)
         self._values.write(vector)
         return self._masters.copies()
 
@@ -185,6 +191,8 @@ class Engine:
         torch.manual_seed(dropout_seed)
         self._deepspeed.train()
         result = Trained()
+        # On the device: to read it, the host would wait for each step.
+        total = torch.zeros((), dtype=torch.float64, device=topology.device)
         seen = (
             Observer(self.layout, self.owners, self.taps, topology, len(tokens))
             if observe and len(batches)
@@ -209,11 +217,15 @@ class Engine:
                 self._backward(losses.sum() * scale)
                 if seen and len(rows):
                     seen.end(rows, losses)
-                result.loss_sum += losses.sum().item()
-            self._step()
+                total += losses.detach().sum()
+            self._step(total)
             result.samples += len(batch)
+            result.tokens += int(tokens.lengths[batch].sum())
             result.steps += 1
         self.taps.listen(None)
+        result.loss_sum = total.item()
+        if problem := self._first_problem("" if math.isfinite(result.loss_sum) else _LOSS):
+            raise ClientError(problem)
         if seen:
             result.rows = np.unique(np.concatenate(list(batches)))
             observed = seen.whole(result.rows, result.samples)
@@ -231,15 +243,16 @@ class Engine:
             self._recover()
             raise ClientError(problem)
 
-    def _step(self) -> None:
-        """The optimizer's step. Raises ClientError if it fails where no rank waits for this one, or
-        was left out."""
+    def _step(self, total: torch.Tensor) -> None:
+        """The optimizer's step; total: the losses so far. Raises ClientError if it fails where no
+        rank waits for this one, or was left out."""
         skipped = self._deepspeed.skipped_steps
         problem = self._tried(self._deepspeed.step)
         if problem:
             self._recover()
         elif self._deepspeed.skipped_steps > skipped:  # the ranks of the slot agree on that
-            problem = "its gradient is not finite"
+            problem = "" if math.isfinite(total.item()) else _LOSS
+            problem = self._first_problem(problem) or "its gradient is not finite"
         if problem:
             self.taps.listen(None)
             raise ClientError(problem)
@@ -299,8 +312,9 @@ class Engine:
                 losses = self.rehearsal.losses(losses, self.parameters[0])
             if not len(rows):
                 losses = losses * 0.0
-            if not math.isfinite(losses.sum().item()):
-                problem = "the loss is not finite"
+            # In training a step tells: a loss that is not finite has no finite gradient.
+            if probing and not math.isfinite(losses.sum().item()):
+                problem = _LOSS
         except Exception as error:
             problem = self.failures.told(error)
         self.topology.world.watch.moves()
@@ -337,8 +351,8 @@ class Engine:
         return next(text for text in topology.slot.allgather(problem) if text)
 
     def _discard(self, accumulated: bool) -> None:
-        """Clear gradients that micro-steps left in the engine: finish the step with a zero loss.
-        Values and optimizer state are spoiled by it, and overwritten by the next load."""
+        """Clear gradients that micro-steps left in the engine: finish the step with a zero loss,
+        which spoils values and optimizer state until the next load."""
         if not accumulated:
             return
         self._deepspeed.set_gradient_accumulation_boundary(True)
@@ -384,12 +398,3 @@ class Engine:
         """Free the engine, and undo what ZeRO-3 leaves behind in the process."""
         self._deepspeed.destroy()
         nn.functional.linear = _LINEAR
-
-
-def make_optimizer(parameters: Sequence[nn.Parameter], local: Local) -> torch.optim.Optimizer:
-    """The client's torch optimizer, with torch's own defaults for what is not configured."""
-    lr, decay = local.lr, local.weight_decay
-    if local.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, weight_decay=decay, momentum=local.momentum)
-    kind = torch.optim.AdamW if local.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=lr, weight_decay=decay)

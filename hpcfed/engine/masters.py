@@ -44,6 +44,11 @@ class Masters:
             return list(self._deepspeed.optimizer.fp32_partitioned_groups_flat)
         return [p for group in self._base.param_groups for p in group["params"]]
 
+    def set_rate(self, rate: float) -> None:
+        """The learning rate from now on."""
+        for group in self._base.param_groups:
+            group["lr"] = rate
+
     def copies(self) -> list[torch.Tensor]:
         """What they hold now: a vector that was written into the engine, in the masters' order."""
         return [master.detach().clone() for master in self.tensors()]

@@ -30,10 +30,13 @@ class Observer:
         axes = [layout.entries[indices[0]].neuron_axis for indices in owners.values()]
         self._sums = FisherSums(axes, topology.device)
         self._losses, self._fisher = np.zeros(rows), np.zeros(rows)
+        # What happened, in order, to be read from the device at once: rows, and their losses and
+        # traces (2, rows); None where they are forgotten.
+        self._events: list[tuple[Ids, torch.Tensor | None]] = []
 
     def forget(self, batch: Ids) -> None:
         """These rows are about to be trained on, on some rank."""
-        self._losses[batch] = self._fisher[batch] = 0
+        self._events.append((batch, None))
 
     def begin(self, rows: int, scale: float) -> None:
         """Before the forward of this many rows, whose losses enter with this factor."""
@@ -42,12 +45,13 @@ class Observer:
 
     def end(self, rows: Ids, losses: torch.Tensor) -> None:
         """After the backward."""
-        self._losses[rows] = losses.detach().cpu().numpy()
-        self._fisher[rows] = self._sums.trace.cpu().numpy()
+        told = torch.stack([losses.detach().double(), self._sums.trace.double()])
+        self._events.append((rows, told))
 
     def whole(self, rows: Ids, samples: int) -> tuple[Floats, Floats, torch.Tensor]:
         """Added up over the ranks of the slot: losses, Fisher traces, mean Fisher per neuron."""
         layout = self._layout
+        self._replay()
         neurons = torch.zeros(layout.neurons[-1].stop)
         for total, indices in zip(self._sums.neurons, self._owners.values(), strict=True):
             if total is not None:
@@ -59,3 +63,16 @@ class Observer:
             whole[len(rows) : 2 * len(rows)],
         )
         return self._losses, self._fisher, torch.from_numpy(whole[2 * len(rows) :]).float()
+
+    def _replay(self) -> None:
+        kept = [told for _, told in self._events if told is not None]
+        table = torch.cat(kept, dim=1).cpu().numpy() if kept else np.zeros((2, 0))
+        start = 0
+        for rows, told in self._events:
+            if told is None:
+                self._losses[rows] = self._fisher[rows] = 0
+            else:
+                stop = start + len(rows)
+                self._losses[rows], self._fisher[rows] = table[:, start:stop]
+                start = stop
+        self._events.clear()

@@ -10,7 +10,8 @@ from hpcfed.data.batches import Floats, Ids
 
 @dataclass
 class Trained:
-    """What local training did: loss summed over samples, samples and optimizer steps.
+    """What local training did: loss summed over samples, samples, their tokens without padding, and
+    optimizer steps.
 
     losses, fisher: (len(tokens),) each row's loss and Fisher trace when it was last trained on.
     neurons: mean squared per-sample gradient per neuron, in the layout's order. rows: the rows that
@@ -20,6 +21,7 @@ class Trained:
     loss_sum: float = 0.0
     samples: int = 0
     steps: int = 0
+    tokens: int = 0
     losses: Floats = field(default_factory=lambda: np.zeros(0))
     fisher: Floats = field(default_factory=lambda: np.zeros(0))
     neurons: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -38,6 +40,6 @@ class Trained:
             neurons = (self.neurons * self.samples + later.neurons * later.samples) / samples
             rows = np.union1d(self.rows, later.rows)
         return Trained(
-            self.loss_sum + later.loss_sum, samples, self.steps + later.steps, losses, fisher,
-            neurons, rows,
+            self.loss_sum + later.loss_sum, samples, self.steps + later.steps,
+            self.tokens + later.tokens, losses, fisher, neurons, rows,
         )  # fmt: skip

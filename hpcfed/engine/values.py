@@ -24,10 +24,8 @@ class Values:
 
     def shaped(self, vector: torch.Tensor) -> list[torch.Tensor]:
         """A vector (layout.size,) as the parameters are shaped, on the device."""
-        return [
-            vector[entry.values].reshape(entry.shape).to(self._topology.device)
-            for entry in self._layout.entries
-        ]
+        there = vector.to(self._topology.device)  # one copy, whatever the number of parameters
+        return [there[entry.values].reshape(entry.shape).clone() for entry in self._layout.entries]
 
     def write(self, vector: torch.Tensor) -> None:
         """Make master and working copy equal `vector` (layout.size,)."""
@@ -62,8 +60,10 @@ class Values:
         """(layout.size,) fp32 on the CPU, the same on all ranks of the slot."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        vector = torch.empty(self._layout.size, dtype=torch.float32)
+        vector = torch.empty(
+            self._layout.size, dtype=torch.float32, device=self._topology.device
+        )  # copied to the host at once
         for entry, parameter in zip(self._layout.entries, self._parameters, strict=True):
             value = safe_get_full_fp32_param(parameter) if from_master else parameter.data
-            vector[entry.values] = value.detach().flatten()[: entry.size].float().cpu()
-        return vector
+            vector[entry.values] = value.detach().flatten()[: entry.size].float()
+        return vector.cpu()

@@ -1,4 +1,5 @@
-"""Curriculum: which of a client's batches a round trains on, the easiest first.
+"""Curriculum: which of a client's batches a round trains on, the easiest first, and how much of
+their texts.
 
 FibecFed (EMNLP 2024) orders by Fisher information and widens the portion of the data in use; the
 shapes of the pace are our reading.
@@ -14,6 +15,8 @@ from hpcfed.data.batches import Floats, Ids, Tokens
 
 # Difficulty of a row that no pass has met yet.
 UNKNOWN = np.inf
+# Tokens that are left of any text.
+SHORTEST = 4
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,26 @@ def portion(pace: str, start: float, full_at: float, round_number: int, rounds: 
     if pace == "exp":
         return float(start ** (1 - x))
     raise ValueError(f"unknown pace {pace!r}")
+
+
+def cut_at(
+    cut: str, shortest: float, full_at: float, round_number: int, rounds: int, longest: int
+) -> int:
+    """The number of tokens at which training texts are cut in round `round_number` (from 0).
+
+    linear (sequence length warm-up, Li et al. 2022): from shortest * longest to longest; stage
+    (Shortformer, Press et al. 2021): the one, then the other; none: longest. full_at: as in
+    `portion`.
+    """
+    x = round_number / (full_at * rounds)
+    if cut == "none" or x >= 1:
+        return longest
+    first = max(SHORTEST, round(shortest * longest))
+    if cut == "linear":
+        return first + math.floor((longest - first) * x)
+    if cut == "stage":
+        return first
+    raise ValueError(f"unknown cut {cut!r}")
 
 
 def length(rows: Ids, tokens: Tokens) -> Floats:

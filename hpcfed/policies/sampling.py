@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
+from hpcfed.data.batches import Ids
 from hpcfed.rng import generator
 
 
@@ -14,13 +15,13 @@ def sample(
     per_round: int,
     earlier: Sequence[Collection[int]] = (),
 ) -> list[int]:
-    """Clients of a round, uniformly without replacement, ascending. earlier: its draws that came to
-    nothing."""
+    """Clients of a round, uniformly without replacement, ascending; all if there are fewer.
+    earlier: its draws that came to nothing."""
     if earlier:
         rng = generator(seed, "sample again", round_number, len(earlier))
         return again(rng, clients, per_round, earlier)
     rng = generator(seed, "sample", round_number)
-    return sorted(int(k) for k in rng.choice(clients, per_round, replace=False))
+    return sorted(int(k) for k in rng.choice(clients, min(per_round, clients), replace=False))
 
 
 def again(
@@ -32,6 +33,17 @@ def again(
     others = np.setdiff1d(np.arange(clients), tried)
     ordered = [*rng.permutation(others), *rng.permutation(tried)]
     return sorted(int(k) for k in ordered[:number])
+
+
+def stream(seed: int, rows: Ids, start: int, stop: int) -> list[Ids]:
+    """What stands from `start` to `stop` in an endless stream of `rows`, shuffled anew each time
+    they come; cut where they begin again."""
+    parts = []
+    for turn in range(start // len(rows), -(-stop // len(rows))):
+        shuffled = generator(seed, "stream", turn).permutation(rows)
+        first = turn * len(rows)
+        parts.append(shuffled[max(start - first, 0) : stop - first])
+    return parts
 
 
 def spread(costs: Mapping[int, int], slots: int) -> list[list[int]]:

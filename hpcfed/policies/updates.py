@@ -5,6 +5,7 @@ A transform is a class, constructed with the configuration and the layout; a run
 `updates.transforms` names, in that order. Most override one or two methods.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -58,3 +59,13 @@ class Transform:
         """(n,) what the server's step gets for the mean (n,) of the shared part; before (n,): what
         was handed out. The same on every rank."""
         return mean
+
+
+def held(transforms: Sequence[Transform], client: int, memo: Memo) -> torch.Tensor | None:
+    """(layout.size,) bool: the values that a client has under all of them; None: all."""
+    mask: torch.Tensor | None = None
+    for transform in transforms:
+        own = transform.has(client, memo)
+        if own is not None:
+            mask = own if mask is None else mask & own
+    return mask

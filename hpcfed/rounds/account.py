@@ -66,6 +66,7 @@ class Account:
         down += len(now.clients) * split.fetched.size + traffic.newcomers * split.personal.size
         scored = int(tally.total("scored", failed_too=True)) + self._passes
         samples = int(tally.total("samples", failed_too=True)) + scored
+        tokens = int(tally.total("tokens", failed_too=True))
         steps = int(tally.total("steps", failed_too=True))
         trained = tally.total("samples")
         for phase, value in self._pending.items():
@@ -76,6 +77,7 @@ class Account:
         totals = self._totals
         totals.samples += samples
         totals.scored += scored
+        totals.tokens += tokens
         totals.steps += steps
         totals.failures += len(failed)
         totals.updates += updates
@@ -90,6 +92,7 @@ class Account:
             "train_loss": float(tally.losses.sum() / trained) if trained else None,
             "samples": samples,
             "scored": scored,
+            "tokens": tokens,
             "steps": steps,
             "shared_layers": list(now.shared.layers),
             "values": {"up": up, "down": down, "head": head},
@@ -115,6 +118,7 @@ class Account:
         return {
             "samples": totals.samples,
             "scored": totals.scored,
+            "tokens": totals.tokens,
             "steps": totals.steps,
             "bytes": {
                 "up": totals.up,

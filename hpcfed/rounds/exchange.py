@@ -12,7 +12,7 @@ import torch
 
 from hpcfed import registry
 from hpcfed.cluster.collectives import MaskedSum
-from hpcfed.policies.updates import Memo, Transform, Update
+from hpcfed.policies.updates import Memo, Transform, Update, held
 from hpcfed.round import Outcome, Round
 from hpcfed.rounds.setup import Setup
 from hpcfed.rounds.tally import Tally
@@ -61,12 +61,7 @@ class Exchange:
         of the method."""
         if not self.masks or (now is not None and now.warm):
             return None
-        memo = self._memo(client)
-        mask = torch.ones(self._layout.size, dtype=torch.bool)
-        for transform in self.transforms:
-            own = transform.has(client, memo)
-            mask = mask if own is None else mask & own
-        return mask
+        return held(self.transforms, client, self._memo(client))
 
     def size(self, client: int, now: Round) -> int:
         """How many values of the shared part a client has."""

@@ -235,6 +235,8 @@ class Federation:
         record = self.account.record(now, tally, reasons, traffic, seconds)
         if config.curriculum.pace != "all":
             record["share"] = self.local.portion(now.number)
+        if config.curriculum.cut != "none":
+            record["length"] = self.setup.cuts.length(now.number)
         if config.sparsity.keep < 1:
             densities = tally.column("density").tolist()
             record["mask_density"] = dict(zip(map(str, now.clients), densities, strict=True))

@@ -15,7 +15,7 @@ from hpcfed.data.batches import Floats, Ids, form_batches
 from hpcfed.engine.engine import STEPS, ClientError
 from hpcfed.engine.probe import fisher_traces, row_losses
 from hpcfed.engine.trained import Trained
-from hpcfed.policies import curriculum, sampling, sparsity
+from hpcfed.policies import curriculum, rates, sampling, sparsity
 from hpcfed.rng import derive, generator
 from hpcfed.round import Outcome, Round
 from hpcfed.rounds.setup import Setup
@@ -41,7 +41,9 @@ class LocalRounds:
         """states: what clients keep, by kind."""
         self._config = setup.config
         self._engine = setup.engine
+        self._extra = setup.prepared.adapted.extra
         self._rows = setup.rows
+        self._cuts = setup.cuts
         self._tokens = setup.train_tokens
         self._directory = setup.directory
         self._personal = states[PERSONAL]
@@ -67,6 +69,11 @@ class LocalRounds:
             spec.pace, spec.start, spec.full_at, round_number, self._config.federation.rounds
         )
 
+    def rate(self, round_number: int) -> float:
+        """The learning rate of round `round_number`, from 0."""
+        spec, rounds = self._config.local, self._config.federation.rounds
+        return rates.rate(spec.lr_schedule, spec.lr, spec.lr_end, round_number, rounds)
+
     def _must_score(self, client: int, now: Round) -> bool:
         """Whether a client's round begins with a pass over its rows; the same on all ranks."""
         own_pass = self._needs is not None and self._config.curriculum.when != "training"
@@ -74,8 +81,11 @@ class LocalRounds:
 
     def cost(self, client: int, now: Round) -> int:
         """Tokens that a client will pass through the model in a round, about."""
-        tokens = int(self._tokens.lengths[self._rows[client].train].sum())
-        passes = self._config.local.epochs * self.portion(now.number)
+        tokens = int(self._cuts.at(now.number).lengths[self._rows[client].train].sum())
+        local, rows = self._config.local, len(self._rows[client].train)
+        passes = local.epochs * self.portion(now.number)
+        if local.max_steps is not None:
+            passes = min(passes, local.max_steps * local.batch_size / rows)
         return round(tokens * (passes + self._must_score(client, now)))
 
     def accept(self, now: Round, clients: list[int]) -> None:
@@ -115,14 +125,16 @@ class LocalRounds:
         tracks = not now.warm and config.sparsity.keep < 1 and bool(now.personal)
         try:
             moments = self._moments.load(client)
-            engine.load(vector, first, moments, control)
+            engine.load(vector, first, moments, control, self.rate(round_number))
             clock = time.monotonic()
             schedule = self._schedule(client, now)
-            done.scored = schedule.scored
+            done.scored = schedule.scored * (1 + self._extra)
             if schedule.scored:
                 done.score_seconds = time.monotonic() - clock
             trained = self._train(client, round_number, schedule, tracks, later)
             done.samples, done.steps = trained.samples, trained.steps
+            done.tokens = trained.tokens
+            done.scored += trained.samples * self._extra
             values = engine.read()
             if not bool(torch.isfinite(values).all()):
                 raise ClientError("its values are not finite after training")
@@ -174,16 +186,17 @@ class LocalRounds:
         the phases after the one that is loaded."""
         config, engine = self._config, self._engine
         spec, rank = config.curriculum, engine.topology.rank_in_slot
+        tokens = self._cuts.at(round_number)
         known = schedule.difficulty
         learns = known is not None and (spec.refresh or spec.when == "training")
         batches = self._epochs(client, round_number, schedule)
         seed = derive(config.seed, "dropout", round_number, client, rank)
         cuts = [len(batches) * phase // (1 + len(later)) for phase in range(2 + len(later))]
         first, *others = (batches[start:stop] for start, stop in itertools.pairwise(cuts))
-        trained = engine.train(first, self._tokens, seed, observe=tracks or learns)
+        trained = engine.train(first, tokens, seed, observe=tracks or learns)
         for phase, (mask, part) in enumerate(zip(later, others, strict=True), 1):
-            engine.load(engine.read(), mask)
-            more = engine.train(part, self._tokens, seed + phase, observe=tracks or learns)
+            engine.load(engine.read(), mask, rate=self.rate(round_number))
+            more = engine.train(part, tokens, seed + phase, observe=tracks or learns)
             trained = trained.followed_by(more)
         if known is not None and learns:
             fresh = trained.fisher if self._needs == "fisher" else trained.losses
@@ -218,14 +231,14 @@ class LocalRounds:
             try:
                 engine.rehearsal.enter("score", state.rounds + 1, k)
                 engine.load(state.values)
-                difficulty = self._score(k)
+                difficulty = self._score(k, state.rounds)
             except ClientError:
                 if engine.interrupted:
                     break
                 continue  # it is scored, or fails again, in its first round
             if topology.leads_slot:
                 self._save_difficulty(k, state.rounds, difficulty)
-                passes[k] = sizes[k]
+                passes[k] = sizes[k] * (1 + self._extra)
         sum_over_ranks(passes, topology)
         engine.leave_if_interrupted()
         self._difficulties.accept(state.rounds, [int(k) for k in np.flatnonzero(passes)])
@@ -267,7 +280,7 @@ class LocalRounds:
             elif spec.when == "training":
                 difficulty = np.full(len(self._tokens), curriculum.UNKNOWN)
             else:
-                difficulty = self._score(client)
+                difficulty = self._score(client, round_number)
                 scored = len(rows)
             order = self._order(client, batches, difficulty)
         used = curriculum.in_use(order, self.portion(round_number))
@@ -281,11 +294,11 @@ class LocalRounds:
         hard = curriculum.batch_difficulty(batches, difficulty, self._hardest_first)
         return curriculum.order(hard, len(batches), rng)
 
-    def _score(self, client: int) -> Floats:
+    def _score(self, client: int, round_number: int) -> Floats:
         """(len(tokens),) difficulties of a client's rows at the values in the engine."""
         batches = self._formed(client)
         take = fisher_traces if self._needs == "fisher" else row_losses
-        return take(self._engine, batches, self._tokens)
+        return take(self._engine, batches, self._cuts.at(round_number))
 
     def _save_difficulty(self, client: int, round_number: int, difficulty: Floats) -> None:
         values = torch.from_numpy(difficulty[self._rows[client].train])
@@ -299,6 +312,8 @@ class LocalRounds:
     def _epochs(self, client: int, round_number: int, schedule: Schedule) -> list[Ids]:
         """Batches of the local epochs; with a curriculum those in use, shuffled in each."""
         config = self._config
+        if config.federation.pooled:
+            return self._pooled(round_number)
         batches: list[Ids] = []
         for epoch in range(config.local.epochs):
             rng = generator(config.seed, "batches", round_number, client, epoch)
@@ -308,4 +323,18 @@ class LocalRounds:
             else:
                 rows, lengths = self._rows[client].train, self._tokens.lengths
                 batches += form_batches(rows, lengths, config.local.batch_size, rng)
-        return batches
+        return batches[: config.local.max_steps]
+
+    def _pooled(self, round_number: int) -> list[Ids]:
+        """Batches of a round of the one client that has all rows: on from where the last round
+        ended, as many rows as the clients of a round have on average, times the local epochs."""
+        config, rows = self._config, self._rows[0].train
+        spec, local = config.federation, config.local
+        assert spec.clients is not None
+        size = max(1, round(local.epochs * len(rows) * spec.per_round / spec.clients))
+        start = round_number * size
+        batches: list[Ids] = []
+        for turn, part in enumerate(sampling.stream(config.seed, rows, start, start + size)):
+            rng = generator(config.seed, "batches", round_number, 0, turn)
+            batches += form_batches(part, self._tokens.lengths, local.batch_size, rng)
+        return batches[: local.max_steps]

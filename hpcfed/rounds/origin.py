@@ -41,7 +41,7 @@ _SAID = {
 def of_input(checked: Checked) -> Origin:
     """Of what there is before a model is loaded."""
     task = checked.task
-    found = hashlib.sha256(json.dumps(task.labels).encode())
+    found = hashlib.sha256(json.dumps(task.kinds).encode())
     for split in (task.train, task.test):
         found.update(str(len(split)).encode())
         found.update(np.ascontiguousarray(split.labels).tobytes())
@@ -68,7 +68,7 @@ def of_tokens(*splits: Tokens) -> str:
     """Of what a tokenizer has made of the rows."""
     found = hashlib.sha256()
     for tokens in splits:
-        for name in ("ids", "types", "offsets", "labels", "positions"):
+        for name in ("ids", "types", "offsets", "labels", "positions", "answers"):
             array = getattr(tokens, name)
             found.update(name.encode())
             found.update(b"" if array is None else np.ascontiguousarray(array).tobytes())

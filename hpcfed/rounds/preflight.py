@@ -20,6 +20,7 @@ from hpcfed.errors import UserError
 from hpcfed.privacy import options as privacy
 from hpcfed.settings import deepspeed_config, plugins
 from hpcfed.settings.config import Config
+from hpcfed.settings.counts import IN_FRONT
 from hpcfed.settings.resolve import Resolved, changed, refuse_without_effect
 from hpcfed.storage.checks import DamageError, read_bytes, read_object
 from hpcfed.storage.paths import CONFIG, LIVES, PARTITION, SUMMARY
@@ -93,6 +94,14 @@ def check_options(resolved: Resolved, ranks: int) -> None:
         raise UserError(
             f"federation.min_clients is {spec.min_clients} but federation.per_round is "
             f"{spec.per_round}; no more can come through than are sampled."
+        )
+    if spec.pooled and (
+        spec.clients is None or spec.min_clients > 1 or config.curriculum.pace != "all"
+    ):
+        raise UserError(
+            "federation.pooled makes one client of all, which trains on a share of its rows in "
+            "each round: it needs federation.clients as a number, federation.min_clients=1 and "
+            "curriculum.pace=all."
         )
     if config.curriculum.warmup >= spec.rounds:
         raise UserError(
@@ -177,17 +186,23 @@ def _check_unchanged(config: Config, output: Path) -> None:
 def check_rounds(config: Config, planned: int, output: Path) -> None:
     """Raises UserError unless a run that was to have so many rounds may have as many as are asked
     for now."""
-    asked, pace = config.federation.rounds, config.curriculum.pace
+    asked, spec = config.federation.rounds, config.curriculum
     if asked < planned:
         raise UserError(
             f"The run in {output} began with {ROUNDS}={planned}, not {asked}; it may get more "
             f"rounds, not fewer: resume it with {ROUNDS}={planned}, or give another output=..."
         )
-    if asked > planned and pace != "all":
+    grows = {
+        f"curriculum.pace={spec.pace}": spec.pace != "all",
+        f"curriculum.cut={spec.cut}": spec.cut != "none",
+        f"local.lr_schedule={config.local.lr_schedule}": config.local.lr_schedule != "constant",
+    }
+    if asked > planned and any(grows.values()):
+        grown = next(name for name, holds in grows.items() if holds)
         raise UserError(
-            f"The run in {output} began with {ROUNDS}={planned}, not {asked}: with curriculum.pace="
-            f"{pace} each round depends on how many there are, so it cannot get more; give another "
-            "output=..."
+            f"The run in {output} began with {ROUNDS}={planned}, not {asked}: with "
+            f"{grown} each round depends on how many there are, so it cannot get more; give "
+            "another output=..."
         )
     if asked > planned and config.privacy.epsilon is not None and config.privacy.noise is None:
         raise UserError(
@@ -222,10 +237,15 @@ def _whole(output: Path) -> Iterator[None]:
 def _check_choices(config: Config) -> None:
     """Raises UserError for options that contradict each other."""
     kind, layers, server, local = config.adapter.kind, config.layers, config.server, config.local
-    if kind == "prompt" and layers.score != "all":
+    if kind in IN_FRONT and layers.score != "all":
         raise UserError(
-            f"layers.score={layers.score} chooses among layers, but adapter.kind=prompt has values "
-            "in front of the first layer only; use layers.score=all, or adapter.kind=prefix."
+            f"layers.score={layers.score} chooses among layers, but adapter.kind={kind} has values "
+            "in one place only; use layers.score=all, or adapter.kind=prefix."
+        )
+    if kind == "attempt" and not config.adapter.sources:
+        raise UserError(
+            "adapter.kind=attempt mixes prompts that other tasks have trained, and there are none: "
+            "run prompt-tuning on them, and give adapter.sources=[runs/.../adapter, ...]."
         )
     if server.optimizer != "momentum" and (server.control or server.gradient == "difference"):
         raise UserError(
@@ -244,7 +264,41 @@ def _check_choices(config: Config) -> None:
         raise UserError(
             "local.moments=keep: plain sgd has no moments to keep; set local.momentum, or reset."
         )
+    if local.lr_schedule != "constant" and local.lr_end > local.lr:
+        raise UserError(
+            f"local.lr_end is {local.lr_end:g} and local.lr {local.lr:g}; a rate falls, so give a "
+            "smaller local.lr_end."
+        )
+    if local.lr_schedule != "constant" and server.control and server.gradient == "difference":
+        raise UserError(
+            "server.control with server.gradient=difference divides by local.lr, so that it cannot "
+            "change; use local.lr_schedule=constant."
+        )
     _check_sharing(config)
+    if config.model.head == "dpo":
+        _check_preferences(config)
+
+
+def _check_preferences(config: Config) -> None:
+    """Raises UserError for what model.head=dpo, which passes two answers through the model, cannot
+    have."""
+    if config.adapter.kind != "lora":
+        raise UserError(
+            "model.head=dpo compares with the model whose adapter is off, which needs "
+            f"adapter.kind=lora, not {config.adapter.kind}."
+        )
+    if config.layers.score in ("sensitivity", "eigenvalue") or config.layers.keep == "lossless":
+        raise UserError(
+            "model.head=dpo passes two answers a row, and layers.score=sensitivity and eigenvalue, "
+            "and layers.keep=lossless, measure one; choose layers.score=first, last or random, and "
+            "a share."
+        )
+    spec = config.curriculum
+    if spec.pace != "all" and spec.difficulty in ("fisher", "reversed") and spec.when != "training":
+        raise UserError(
+            f"model.head=dpo takes curriculum.difficulty={spec.difficulty} from training passes "
+            "only; use curriculum.when=training, or curriculum.difficulty=loss."
+        )
 
 
 _OF_LORA = ("ffa", "fedsa", "rolora")  # sharing rules that tell A from B

@@ -115,13 +115,19 @@ class Results:
         """To the accuracy of a sample of clients, its standard error."""
         if "accuracy" not in result.scores:
             return
-        owner = np.zeros(len(tokens), dtype=np.int64)
-        for k, own in enumerate(rows):
-            owner[own] = k
+        owner = self._owners(rows, len(tokens))
         correct = result.told == tokens.labels[result.rows]
         clients = len(rows)
         error = metrics.sampling_error(correct, owner[result.rows], clients)
         result.scores["accuracy_error"] = error
+
+    @staticmethod
+    def _owners(rows: list[Ids], size: int) -> Ids:
+        """(size,) the client of each row."""
+        owner = np.zeros(size, dtype=np.int64)
+        for k, own in enumerate(rows):
+            owner[own] = k
+        return owner
 
     def _test(self, values: torch.Tensor, files: Mapping[int, int]) -> dict[str, Evaluation]:
         rows = self._of_asked([r.test for r in self._setup.rows])
@@ -150,7 +156,7 @@ class Results:
             "seed": config.seed,
             "rounds": config.federation.rounds,
             "metric": setup.task.metric,
-            **self._of_classes(final, results["global"].rows),
+            **self._of_classes(final, results),
             "score": {name: result["score"] for name, result in final.items()},
             "test": final,
             "best": best,
@@ -170,26 +176,38 @@ class Results:
         setup.topology.world.comm.Barrier()
         return summary
 
-    def _of_classes(self, final: dict[str, dict[str, Any]], rows: Ids) -> dict[str, Any]:
-        """What only classification has: accuracies, and that of always the largest class."""
+    def _of_classes(
+        self, final: dict[str, dict[str, Any]], results: dict[str, Evaluation]
+    ) -> dict[str, Any]:
+        """What only classification has: accuracies, their spread over clients, and that of always
+        the largest class."""
         if not all("accuracy" in result for result in final.values()):
             return {}
-        labels = self._setup.test_tokens.labels[rows]
+        labels = self._setup.test_tokens.labels
+        owner = self._owners([own.test for own in self._setup.rows], len(labels))
+        rows = results["global"].rows
         return {
             "accuracy": {name: result["accuracy"] for name, result in final.items()},
-            "majority": float(np.bincount(labels).max() / len(labels)),
+            "clients": {
+                name: metrics.over_clients(found.told == labels[found.rows], owner[found.rows])
+                for name, found in results.items()
+            },
+            "majority": float(np.bincount(labels[rows]).max() / len(rows)),
         }
 
     def _save(self, results: dict[str, Evaluation], summary: dict[str, Any]) -> None:
         setup, directory = self._setup, self._setup.directory
         prepared, rows = setup.prepared, results["personal"].rows
+        owner = self._owners([own.test for own in setup.rows], len(setup.test_tokens))
         directory.save_adapter(
-            prepared.adapted, self._state.values, prepared.fresh, setup.task.labels, prepared.source
-        )
+            prepared.adapted, self._state.values, prepared.fresh, setup.task.labels,
+            prepared.source, prepared.head.model_class,
+        )  # fmt: skip
         directory.save_predictions(
             {
                 "labels": list(setup.task.labels),
                 "row": rows.tolist(),
+                "client": owner[rows].tolist(),
                 "label": setup.test_tokens.labels[rows].tolist(),
                 **{
                     name: [int(v) if v.is_integer() else v for v in result.told.tolist()]

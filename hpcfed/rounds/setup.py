@@ -53,7 +53,7 @@ class Setup:
     config: Config
     task: TaskData
     rows: list[ClientRows]
-    train_tokens: Tokens
+    cuts: fitting.Cuts
     test_tokens: Tokens
     prepared: Prepared
     engine: Engine
@@ -66,6 +66,11 @@ class Setup:
     earlier_seconds: float
     guard: privacy.Guard | None = None  # with privacy
 
+    @property
+    def train_tokens(self) -> Tokens:
+        """Of the training split, texts as long as task.max_length lets them be."""
+        return self.cuts.whole
+
     def opening(self) -> Opening:
         """What a person is told at the start."""
         config, topology = self.config, self.topology
@@ -73,7 +78,7 @@ class Setup:
             what=f"{config.method} on {config.task.name}",
             training_rows=len(self.task.train),
             clients=len(self.rows),
-            per_round=config.federation.per_round,
+            per_round=min(config.federation.per_round, len(self.rows)),
             rounds=config.federation.rounds,
             model=config.model.name,
             frozen=self.prepared.backbone_values,
@@ -143,8 +148,11 @@ def _set_up(
         tokenizer = model.load_tokenizer(config)
         head = heads.build(config, task, tokenizer)
         train_tokens, test_tokens = fitting.encode(head, (task.train, task.test), tokenizer, config)
+        cuts = fitting.Cuts(train_tokens, head, task.train, tokenizer, config)
     with world.agreement("loading the model"):
         prepared = model.prepare(config, task.labels, train_tokens.pad_id, settings, head)
+        said = fitting.shortened((train_tokens, test_tokens), config)
+        prepared = replace(prepared, notes=(*prepared.notes, *said))
         backbone = prepared.adapted.network.backbone
         fitting.check_ids(backbone, (train_tokens, test_tokens), tokenizer, config.model.name)
     began = replace(
@@ -190,11 +198,11 @@ def _set_up(
         elif world.rank == 0:
             table = partition.summary(task, checked.rows)
             state.seconds.total = time.monotonic() - started
-            secret = key if config.privacy.secret else None
-            directory.create(checked.resolved, facts, here, table, state, began, job(), secret)
+            hidden = key if config.privacy.secret else None
+            directory.create(checked.resolved, facts, here, table, state, began, job(), hidden)
     directory.clients.run = world.comm.bcast(directory.clients.run)
     return Setup(
-        config, task, checked.rows, train_tokens, test_tokens, prepared, engine, topology, stop,
+        config, task, checked.rows, cuts, test_tokens, prepared, engine, topology, stop,
         directory, state, started, init_seconds, earlier_seconds,
         privacy.build(config, len(checked.rows), topology, state.privacy, key),
     )  # fmt: skip

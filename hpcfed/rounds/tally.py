@@ -13,7 +13,7 @@ class Tally:
     client, seconds of scoring and training for each slot, and two counts of ranks: asked to stop,
     and left in the middle of the round."""
 
-    COLUMNS = ("loss_sum", "samples", "steps", "failed", "scored", "density")
+    COLUMNS = ("loss_sum", "samples", "tokens", "steps", "failed", "scored", "density")
     SECONDS = ("score", "train")
 
     def __init__(self, clients: Sequence[int], slots: int) -> None:
@@ -36,8 +36,8 @@ class Tally:
         if failed:
             self.reasons[client] = outcome.reason
         self._table[self.clients.index(client)] = (
-            outcome.loss_sum, outcome.samples, outcome.steps, failed, outcome.scored,
-            outcome.density,
+            outcome.loss_sum, outcome.samples, outcome.tokens, outcome.steps, failed,
+            outcome.scored, outcome.density,
         )  # fmt: skip
 
     @property

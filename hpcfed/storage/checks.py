@@ -58,17 +58,19 @@ def read_object(file: Path) -> dict[str, Any]:
         raise DamageError(file, f"is damaged ({error})") from None
 
 
-def check_kinds(run: Path) -> None:
+def check_kinds(run: Path, writable: bool = True) -> None:
     """Raises DamageError where in a run directory a folder stands for a file, or a file for a
-    folder, or one must not be written."""
+    folder, or one must not be read or, if it is to be `writable`, written."""
+    access = os.R_OK | os.W_OK * writable
     for name in ("", *FILES, *FOLDERS):
         path = run / name
         folder = name not in FILES
         if path.exists() and folder != path.is_dir():
             kinds = ("a file", "a folder")
             raise DamageError(path, f"is {kinds[not folder]}, where {kinds[folder]} should be")
-        if path.exists() and not os.access(path, os.R_OK | os.W_OK | os.X_OK * folder):
-            raise DamageError(path, "must be readable and writable, and is not")
+        if path.exists() and not os.access(path, access | os.X_OK * folder):
+            needed = "readable and writable" if writable else "readable"
+            raise DamageError(path, f"must be {needed}, and is not")
 
 
 def parse(kind: Any, value: Any, name: str = "") -> Any:

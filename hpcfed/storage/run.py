@@ -36,6 +36,7 @@ from hpcfed.errors import DiskError, UserError
 from hpcfed.settings.resolve import Resolved, describe
 from hpcfed.state import RunState
 from hpcfed.storage import secret
+from hpcfed.storage.adapters import write_adapter
 from hpcfed.storage.checks import DamageError, check_kinds, digest, read_bytes, read_object
 from hpcfed.storage.clients import ClientFolders
 from hpcfed.storage.commits import (
@@ -52,7 +53,6 @@ from hpcfed.storage.files import (
     append_line,
     as_json,
     make_folder,
-    sync_file,
     sync_folder,
     write_bytes,
     write_json,
@@ -183,8 +183,24 @@ class RunDirectory:
         """After `reopen`: the secret key that `create` was given. Raises UserError."""
         return secret.read(secret.place(self.path, self.clients.run), self.path)
 
+    def look(self) -> RunState:
+        """Check all that a commit refers to, return the last committed state that is whole; nothing
+        is locked or changed.
+
+        Raises UserError for a folder that holds none.
+        """
+        try:
+            check_kinds(self.path, writable=False)
+            self._state = self._last_whole()
+            return self._state
+        except (DamageError, OSError) as error:
+            raise UserError(
+                f"{self.path} cannot be read as a run: {error}; give the run directory of a run "
+                "that has begun, whole."
+            ) from None
+
     def check_layout(self, layout: AdapterLayout) -> None:
-        """After `reopen`: raises UserError if the state is not one of this adapter."""
+        """After `reopen` or `look`: raises UserError if the state is not one of this adapter."""
         assert self._state is not None
         odd = set(self._state.chosen) - set(layout.blocks)
         if odd or len(self._state.values) != layout.size:
@@ -315,13 +331,9 @@ class RunDirectory:
         fresh: dict[str, torch.Tensor],
         labels: tuple[str, ...],
         source: str,
+        model_class: str = "AutoModelForSequenceClassification",
     ) -> None:
-        """The adapter as a folder that `PeftModel.from_pretrained` loads, or the adapter's own
-        `load` where PEFT has none of its kind.
-
-        values: (layout.size,) fp32. fresh: frozen weights that the checkpoint lacked; without them
-        the adapter would be loaded over other random ones, so they are part of it.
-        """
+        """The adapter of the last round, see `write_adapter`."""
         final = self.path / ADAPTER
         folder = final.with_name("adapter.new")
         with writing(final):
@@ -329,17 +341,7 @@ class RunDirectory:
                 if old.exists():
                     shutil.rmtree(old)
             folder.mkdir()
-            tensors = adapted.saved(values)
-            tensors |= {adapted.prefix + name: value.float() for name, value in fresh.items()}
-            write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-            if isinstance(adapted.description, dict):
-                description = {**adapted.description, "base_model_name_or_path": source}
-                write_json(folder / "adapter_config.json", description)
-            else:
-                _describe_to_peft(folder, adapted.description, fresh, source)
-            for file in folder.iterdir():
-                sync_file(file)
-            write_json(folder / "labels.json", list(labels))
+            write_adapter(folder, adapted, values, fresh, labels, source, model_class)
             folder.rename(final)
             sync_folder(self.path)
 
@@ -355,21 +357,6 @@ class RunDirectory:
         """Let another job in."""
         if self._lock is not None:
             self._lock.release()
-
-
-def _describe_to_peft(
-    folder: Path, config: Any, fresh: dict[str, torch.Tensor], source: str
-) -> None:
-    """adapter_config.json, from a peft.PeftConfig."""
-    whole = tuple(f"{name}." for name in config.modules_to_save)
-    parts = {name.rpartition(".")[0] for name in fresh if not name.startswith(whole)}
-    config.modules_to_save = sorted({*config.modules_to_save, *parts})
-    config.base_model_name_or_path = source
-    config.inference_mode = True
-    for name, value in vars(config).items():
-        if isinstance(value, set):  # target_modules; a set's order differs from process to process
-            setattr(config, name, sorted(value))
-    config.save_pretrained(folder)
 
 
 @contextlib.contextmanager

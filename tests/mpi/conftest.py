@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from tests import models
-from tests.mpi.variants import write_data
+from tests.mpi.variants import write_data, write_talks
 
 # Wide random weights: gradients of all blocks are then of a size that fp32 can show.
 MODELS = [
     ("bert", "classifier", 0.2), ("bert", "cloze", 0.2), ("roberta", "classifier", 0.2),
     ("gpt2", "classifier", 0.2), ("llama", "classifier", 0.2), ("llama", "label_words", 0.04),
-    ("gpt2", "label_words", 0.04),
+    ("gpt2", "label_words", 0.04), ("llama", "completion", 0.04), ("gpt2", "completion", 0.04),
+    ("qwen3", "completion", 0.04),
 ]  # fmt: skip
 
 
@@ -39,6 +40,7 @@ def data(common, once):
     def make():
         out.mkdir()
         write_data(out)
+        write_talks(out)
         for architecture, head, width in MODELS:
             models.save(architecture, out / f"{architecture}-{head}", head, initializer_range=width)
         return True

@@ -34,12 +34,19 @@ def federated_average(config: Config) -> tuple[torch.Tensor, torch.Tensor, list[
         total, weight = torch.zeros(len(shared), dtype=torch.float64), 0
         for client in sample(config.seed, number, len(rows), config.federation.per_round):
             _write(parameters, shared)
-            optimizer = _optimizer(config, parameters)
+            optimizer, steps = _optimizer(config, parameters), 0
+            if config.local.lr_schedule == "cosine":
+                end, whole = config.local.lr_end, config.federation.rounds
+                cosine = np.cos(np.pi * number / whole)
+                optimizer.param_groups[0]["lr"] = end + (config.local.lr - end) * (1 + cosine) / 2
             for epoch in range(config.local.epochs):
                 rng = generator(config.seed, "batches", number, client, epoch)
                 for batch in form_batches(
                     rows[client].train, tokens.lengths, config.local.batch_size, rng
                 ):
+                    if steps == config.local.max_steps:
+                        continue
+                    steps += 1
                     loss = obvious_losses(network, head, batch, tokens).mean()
                     optimizer.zero_grad()
                     loss.backward()

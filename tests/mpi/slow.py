@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hpcfed import model
 from hpcfed.data.batches import Ids, Tokens
+from hpcfed.objectives.completion import Completion
 from hpcfed.objectives.heads import Classifier, Cloze, Head, LabelWords
 from hpcfed.settings.config import Config
 
@@ -37,6 +38,12 @@ def obvious_losses(
         text = logits[-len(ids) :]  # virtual tokens may stand in front
         if isinstance(head, Classifier):
             wanted, picked = [label], logits[None]
+        elif isinstance(head, Completion):
+            assert tokens.answers is not None
+            marks = tokens.answers[tokens.offsets[row] : tokens.offsets[row + 1]]
+            places = [place for place, answer in enumerate(marks) if answer]
+            wanted = [ids[place] for place in places]
+            picked = torch.stack([text[place - 1] for place in places])
         elif isinstance(head, LabelWords):
             wanted = list(head.words[label])
             picked = text[len(ids) - 1 - len(wanted) : len(ids) - 1]

@@ -26,8 +26,12 @@ FACTORS: dict[str, list[Any]] = {
     "shape": [(1, 1), (1, 2)], "adapter": ["lora", "prefix", "prompt", "bottleneck"],
     "dtype": ["fp32", "bf16"], "file": list(FILES),
 }  # fmt: skip
-FEW = pairwise(FACTORS, legal)
-MANY = [case for case in product(FACTORS, legal) if case not in FEW]
+FEW = [
+    *pairwise(FACTORS, legal), ((1, 2), "idpg", "bf16", "partitioned"),
+    ((1, 1), "lpt", "bf16", "zero2"),
+]  # fmt: skip
+ALL = {**FACTORS, "adapter": [*FACTORS["adapter"], "idpg", "lpt"]}
+MANY = [case for case in product(ALL, legal) if case not in FEW]
 
 
 def located(tmp_path, name):

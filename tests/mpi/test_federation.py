@@ -70,7 +70,7 @@ def test_the_run_directory(data, tmp_path):
     assert rounds[0]["bytes"]["up"] == 3 * values * 4  # 3 clients
     assert rounds[0]["bytes"]["up_without_head"] == 3 * (values - layout["head"]) * 4
     # Two slots hand over float64 values, a weight and the statistics; then the fp32 mean.
-    small = 1 + 3 * 6 + 2 * 2 + 2
+    small = 1 + 3 * 7 + 2 * 2 + 2
     assert rounds[0]["bytes"]["wire"] == (values + small) * 8 * 2 + values * 4
     assert summary["accuracy"]["personal"] == summary["accuracy"]["global"]
     assert set(summary["seconds"]) == {
@@ -98,7 +98,7 @@ def test_personal_layers_stay_home(worlds, data, once, tmp_path, shape):
     packed = sum(values[block] for block in ("1", "2", "head"))
     assert metrics[0]["shared_layers"] == ["1", "2"]
     assert metrics[0]["bytes"]["up"] == 3 * packed * 4
-    small_ones = 1 + 3 * 6 + 2 * 2 + 2
+    small_ones = 1 + 3 * 7 + 2 * 2 + 2
     wire = (packed + small_ones) * 16 + packed * 4 if shape == (2, 1) else 0
     assert metrics[0]["bytes"]["wire"] == wire
     assert {len(own) for own in states.values()} == {values["0"]}

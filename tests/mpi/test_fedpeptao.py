@@ -208,7 +208,7 @@ def test_what_travels(worlds, reference, data, tmp_path, shape, name, sums, fact
     assert lines[-1]["values"]["up"] == 3 * shared * factor
     warm = loop.config.curriculum.warmup
     assert [line["values"]["up"] for line in lines[:warm]] == [3 * loop.layout.size] * warm
-    small = 1 + 3 * 6 + 2 * 2 + 2
+    small = 1 + 3 * 7 + 2 * 2 + 2
     assert lines[-1]["bytes"]["wire"] == (sums * shared + small) * 8 * 2 + sums * shared * 4
 
 

@@ -24,9 +24,15 @@ def legal(shape, architecture, file, adapter, head, spares):
     return architecture in HEADS[head]
 
 
-FEW = pairwise(FACTORS, legal)
+FEW = [
+    *pairwise(FACTORS, legal), ((1, 1), "bert", "partitioned", "idpg", "classifier", True),
+    ((1, 2), "llama", "zero2", "lpt", "classifier", False),
+]  # fmt: skip
 # One architecture for each head, with and without spares in turns.
-FULL = {**FACTORS, "architecture": ["bert", "llama"], "spares": [False]}
+FULL = {
+    **FACTORS, "architecture": ["bert", "llama"], "spares": [False],
+    "adapter": [*FACTORS["adapter"], "idpg", "lpt"],
+}  # fmt: skip
 USUAL = {"classifier": "bert", "cloze": "bert", "label_words": "llama"}
 MANY = [
     (*case[:-1], bool(index % 2))

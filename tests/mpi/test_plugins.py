@@ -51,7 +51,7 @@ def test_what_is_personal_stays_home(worlds, data, once, folder, shape):
         assert line["values"] == {"up": 3 * shared, "down": 3 * shared, "head": head}
         assert line["failed"] == {} and line["shared_layers"] == ["0", "1", "2"]
     for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
-        small = 1 + 3 * 6 + 2 * 2 + 2  # the weight, and the statistics
+        small = 1 + 3 * 7 + 2 * 2 + 2  # the weight, and the statistics
         wire = (shared + small) * 16 + shared * 4 if shape == (2, 1) else 0
         assert line["bytes"]["wire"] == wire
     for name, value in adapter.items():

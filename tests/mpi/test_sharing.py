@@ -139,7 +139,7 @@ def check_traffic(run, method, shape, loop):
         # Each slot's sums and, on each of its ranks, statistics; back come the means. With ranks a
         # weight beside each value, else one for all.
         weights = shared if method == "hetlora" else ranks_per_client
-        small = ranks_per_client * (3 * 6 + slots * 2 + 2)
+        small = ranks_per_client * (3 * 7 + slots * 2 + 2)
         wire = (shared + weights + small) * 8 * slots + shared * 4 if slots > 1 else 0
         assert line["bytes"]["wire"] == wire, number
 

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import numpy as np
+
 from hpcfed.data import corpus
 from tests.support import MODEL
 
@@ -51,3 +53,25 @@ def write_data(out: Path) -> None:
         lines = [json.dumps({"text": text, "label": label}) for text, label in rows[:ROWS]]
         keep = lines if split == "train" else lines[:8]
         (out / "few" / f"{split}.jsonl").write_text("\n".join(keep) + "\n")
+
+
+def write_talks(out: Path) -> None:
+    """out/talks/train.jsonl and test.jsonl: prompts of very unlike lengths and their answers, some
+    as conversations of two turns; `topic` says what is asked for."""
+    words = "cat dog horse river forest mountain bird flower tree lake street train office".split()
+    (out / "talks").mkdir()
+    rng = np.random.default_rng(5)
+    for split, count in (("train", ROWS), ("test", 8)):
+        lines = []
+        for number in range(count):
+            said = list(rng.choice(words, int(rng.integers(1, 14)), replace=False))
+            topic = ("first", "last", "all")[number % 3]
+            answer = {"first": said[0], "last": said[-1], "all": " ".join(sorted(said))}[topic]
+            row = {"prompt": f"name {topic} of {' '.join(said)}", "completion": answer}
+            if number % 4 == 0:
+                turns = ["name a bird", "bird", row["prompt"], row["completion"]]
+                roles = ["user", "assistant"] * 2
+                talk = zip(roles, turns, strict=True)
+                row = {"messages": [{"role": role, "content": text} for role, text in talk]}
+            lines.append(json.dumps({**row, "topic": topic, "who": f"c{number % 4}"}))
+        (out / "talks" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")

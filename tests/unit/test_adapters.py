@@ -13,9 +13,9 @@ from hpcfed import model
 from hpcfed.adapters import bottleneck
 from hpcfed.adapters.layout import HEAD, AdapterLayout, Part
 from hpcfed.errors import UserError
-from hpcfed.settings.config import Adapter, Config, Model
+from hpcfed.settings.config import Adapter, Config, Model, Task
 from hpcfed.storage.run import RunDirectory
-from tests import models
+from tests import architectures, models
 
 LABELS = ("a", "b", "c")
 
@@ -130,6 +130,68 @@ def test_wrong_targets_are_answered_with_the_legal_ones(prepared):
     assert "'wrong_proj'" in str(caught.value)
     for target in config.adapter.targets:
         assert target in str(caught.value).split("legal targets:")[1]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "usual"),
+    [
+        ("llama", {"q_proj", "v_proj"}), ("mistral", {"q_proj", "v_proj"}),
+        ("qwen3", {"q_proj", "v_proj"}), ("gemma2", {"q_proj", "v_proj"}),
+        ("phi", {"q_proj", "v_proj", "fc1", "fc2"}), ("gpt_neox", {"query_key_value"}),
+        ("distilbert", {"q_lin", "v_lin"}),  # PEFT does not know it
+    ],
+)  # fmt: skip
+def test_targets_by_architecture_and_all_linear(architecture, usual, tmp_path):
+    folder = str(architectures.save(architecture, tmp_path))
+    for wanted in (None, ("all-linear",)):
+        config = Config(
+            model=Model(name=folder), adapter=Adapter(targets=wanted), task=Task(max_length=32)
+        )
+        adapted = model.prepare(config, LABELS, 0, {}).adapted
+        found = {e.name.split(".lora_")[0] for e in adapted.layout.entries if "lora_" in e.name}
+        if wanted is None:
+            assert {name.rpartition(".")[2] for name in found} == usual
+        else:  # every matrix of a block, which here are linear layers all
+            matrices = [
+                name
+                for block in adapted.blocks
+                for name, value in block.named_parameters()
+                if value.ndim == 2 and "lora_" not in name
+            ]
+            assert len(found) == len(matrices) >= 8
+
+
+def test_unknown_architectures_want_targets(tmp_path):
+    folder = str(architectures.save("xlnet", tmp_path))
+    config = Config(model=Model(name=folder), task=Task(max_length=32))
+    with pytest.raises(UserError, match=r"give all-linear.*legal targets: layer_1, layer_2"):
+        model.prepare(config, LABELS, 0, {})
+    mixed = Config(model=Model(name=folder), adapter=Adapter(targets=("all-linear", "layer_1")))
+    with pytest.raises(UserError, match="give it alone"):
+        model.prepare(mixed, LABELS, 0, {})
+
+
+def test_rslora_scales_by_the_root_of_the_rank_and_reloads(tmp_path):
+    folder = models.save("llama", tmp_path / "model")
+    adapter = Adapter(rank=4, alpha=16, rslora=True)
+    config = Config(model=Model(name=str(folder)), adapter=adapter)
+    found = model.prepare(config, LABELS, 0, {})
+    adapted = found.adapted
+    scales = {m.scaling["default"] for m in adapted.network.modules() if hasattr(m, "scaling")
+              and isinstance(m.scaling, dict)}  # fmt: skip
+    assert scales == {16 / 2}
+    values = torch.randn(adapted.layout.size, generator=torch.Generator().manual_seed(0)) * 0.1
+    for parameter, entry in zip(adapted.parameters, adapted.layout.entries, strict=True):
+        parameter.data.copy_(values[entry.values].view(entry.shape))
+    RunDirectory(tmp_path).save_adapter(adapted, values, found.fresh, LABELS, str(folder))
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    base.config.pad_token_id = 0
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        wanted = adapted.network.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+        found_logits = loaded(input_ids=ids).logits
+    assert torch.allclose(found_logits, wanted, atol=1e-5) and wanted.std() > 1e-4
 
 
 def test_dropout_overrides_the_models_own(tmp_path):

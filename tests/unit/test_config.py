@@ -157,6 +157,8 @@ def configs():
         ["data.partition.kind=pathological"],
         ["data.partition.kind=iid"],
         ["task.name=owner/name"],
+        ["task.name=owner/name", "model.head=completion", "local.lr_schedule=cosine"],
+        ["task.name=owner/name", "model.head=dpo"],
     )
     return [resolve(preset, words).config for preset in presets() for words in settings]
 

@@ -54,7 +54,7 @@ def of_kind(kind, bounds, spec):
             low, high if high is not None else MOST_REAL, allow_nan=False,
             exclude_min="above" in bounds, exclude_max="below" in bounds,
         )  # fmt: skip
-    if spec.default == ("query", "value"):
+    if typing.get_origin(kind) is tuple:
         return st.lists(texts, min_size=1, max_size=3)
     if typing.get_origin(kind) is Mapping:
         return st.dictionaries(texts, texts, max_size=3)

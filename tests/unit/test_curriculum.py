@@ -42,6 +42,16 @@ def test_in_use_rounds_up():
     assert len(curriculum.in_use(list(range(10)), 0.1 + 0.2)) == 3
 
 
+def test_texts_grow_and_are_whole_in_time():
+    def lengths(cut, shortest):
+        return [curriculum.cut_at(cut, shortest, 0.6, t, 10, 64) for t in range(10)]
+
+    assert lengths("linear", 0.125) == [8, 17, 26, 36, 45, 54, 64, 64, 64, 64]
+    assert lengths("stage", 0.25) == [16] * 6 + [64] * 4
+    assert lengths("none", 0.125) == [64] * 10
+    assert curriculum.cut_at("stage", 0.01, 1.0, 9, 10, 64) == curriculum.SHORTEST
+
+
 def tokens_of(texts):
     lengths = [len(text) for text in texts]
     ids = np.concatenate([np.array(text, dtype=np.int32) for text in texts])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hpcfed.data.metrics import sampling_error
+from hpcfed.data.metrics import over_clients, sampling_error
 
 
 def test_it_is_the_spread_over_many_samples():
@@ -28,3 +28,24 @@ def test_everyone_asked_has_no_error():
     correct = np.array([True, False, True, True, True, False])
     assert sampling_error(correct, owners, 3) == 0
     assert sampling_error(correct, owners, 30) > 0
+
+
+def test_the_spread_over_clients_is_that_of_a_plain_loop():
+    rng = np.random.default_rng(0)
+    for clients in (1, 3, 10, 23):
+        owners = np.concatenate([np.arange(clients) * 2, rng.integers(0, clients, 50) * 2])
+        correct = rng.random(len(owners)) < 0.6
+        each = sorted(
+            sum(c for c, k in zip(correct, owners, strict=True) if k == own)
+            / list(owners).count(own)
+            for own in set(owners.tolist())
+        )
+        worst = each[: -(-clients // 10)]
+        mean = sum(each) / clients
+        assert over_clients(correct, owners) == pytest.approx(
+            {
+                "clients": clients, "mean": mean, "min": each[0],
+                "std": (sum((own - mean) ** 2 for own in each) / clients) ** 0.5,
+                "worst_tenth": sum(worst) / len(worst),
+            }
+        )  # fmt: skip

@@ -174,6 +174,6 @@ def test_the_key_is_its_owners_alone(tmp_path):
     assert file.stat().st_mode & 0o777 == 0o600
     assert file.parent.stat().st_mode & 0o777 == 0o700
     assert run not in file.parents and secret.read(file, run) == KEY
-    with pytest.raises(UserError, match="its secret key .* cannot be read"):
+    with pytest.raises(UserError, match=r"its secret key .* cannot be read"):
         secret.read(secret.place(run, "other"), run)
     assert streams.digest(KEY) != streams.digest(bytes(32)) and KEY.hex() not in streams.digest(KEY)

@@ -15,8 +15,9 @@ from hpcfed.errors import UserError
 from hpcfed.rounds.preflight import _check_new, _exists
 from hpcfed.settings.resolve import resolve
 from hpcfed.state import RunState, ServerState
+from hpcfed.storage.adapters import _describe
 from hpcfed.storage.commits import Origin
-from hpcfed.storage.run import RunDirectory, _describe_to_peft
+from hpcfed.storage.run import RunDirectory
 
 
 def create(path):
@@ -94,7 +95,7 @@ def test_an_adapter_has_the_same_bytes_in_every_process(tmp_path):
     names = [f"layer{number}" for number in range(40)]
     config = peft.LoraConfig(target_modules=names, modules_to_save=["b", "a"])
     assert isinstance(config.target_modules, set)
-    _describe_to_peft(tmp_path, config, {}, "model")
+    _describe(tmp_path, config, torch.nn.Linear(1, 1), {}, "model", None)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["target_modules"] == sorted(names)
     assert written["modules_to_save"] == ["a", "b"]

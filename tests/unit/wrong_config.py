@@ -166,7 +166,28 @@ OPTIONS: list[Case] = [
     ("another name in output", words("output='{task.foo}'"), r"only \{task\}, \{method\} and"),
     ("an attribute in output", words("output='{task.__class__}'"), r"only \{task\}, \{method\}"),
     ("more sampled than there are", words("federation.per_round=101"), r"no more can be sampled"),
+    ("a mixture of nothing", words(preset="attempt"), r"run prompt-tuning on them, and give adap"),
+    ("all rows in one client, in turns", words("federation.pooled=true", "curriculum.pace=linear"),
+     r"makes one client of all.*curriculum\.pace=all"),
     ("nothing but warm-up", words("curriculum.warmup=30"), r"must leave a round for the method"),
+    ("a rate that rises", words("local.lr_schedule=cosine", "local.lr=0.01", "local.lr_end=0.1"),
+     r"local\.lr_end is 0\.1 and local\.lr 0\.01; a rate falls"),
+    ("a rate that falls under variates", words(
+        "local.lr_schedule=linear", "server.optimizer=momentum", "server.gradient=difference",
+        "server.control=true",
+    ), r"divides by local\.lr, so that it cannot change"),
+    ("preferences with a prefix", words(
+        "model.head=dpo", "adapter.kind=prefix", "data.partition.kind=iid"
+    ),
+     r"model\.head=dpo compares with the model whose adapter is off"),
+    ("preferences and sensitivity", words(
+        "model.head=dpo", "layers.score=sensitivity", "data.partition.kind=iid"
+    ),
+     r"model\.head=dpo passes two answers a row"),
+    ("preferences scored beforehand", words(
+        "model.head=dpo", "curriculum.pace=linear", "curriculum.when=start",
+        "data.partition.kind=iid",
+    ), r"takes curriculum\.difficulty=fisher from training passes only"),
     ("ranks that make no slots", words("cluster.ranks_per_client=2"), r"1 MPI ranks do not divide"),
     ("words without a verbalizer", words(
         "model.head=label_words", "task.template='{a} <mask>'"
@@ -180,8 +201,14 @@ WITHOUT_EFFECT: list[Case] = [
      r"server\.lr=5\.0 \(command line\) has no effect here: it counts if server\.optimizer is not"),
     ("a share of layers with all", words("layers.keep=0.1"), r"counts if layers\.score is not all"),
     ("sparsity without personal values", words("sparsity.keep=0.3"), r"counts if values are pers"),
+    ("a late layer of other prompts", words("adapter.layer=2", preset="idpg"),
+     r"adapter\.layer=2.*it counts if adapter\.kind is lpt"),
+    ("a reduction of LoRA", words("adapter.reduction=4"), r"adapter\.kind is bottleneck, idpg"),
+    ("sources of other prompts", words("adapter.sources=[a]"), r"adapter\.kind is attempt"),
+    ("short texts without a cut", words("curriculum.shortest=0.5"), r"curriculum\.cut is not none"),
+    ("an end of nothing", words("curriculum.full_at=0.5"), r"pace is not all, or curriculum\.cut"),
     ("a start without a pace", words("curriculum.start=0.1"), r"counts if curriculum\.pace is not"),
-    ("virtual tokens with LoRA", words("adapter.virtual_tokens=5"), r"adapter\.kind is prefix or"),
+    ("virtual tokens with LoRA", words("adapter.virtual_tokens=5"), r"kind is one of prefix"),
     ("a rank with prompts", words("adapter.rank=4", preset="p-tuning-v2"), r"adapter\.kind is lo"),
     ("label skew with iid", words("data.partition.kind=iid", "data.partition.alpha=0.1"),
      r"counts if data\.partition\.kind is dirichlet"),

@@ -1,5 +1,7 @@
 """Cases: what is written into a ZeRO engine is there, survives steps, and leaks nowhere."""
 
+import traceback
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import deepspeed
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpcfed import model
 from hpcfed.cluster.topology import Topology
@@ -37,6 +40,7 @@ def check(topology: Topology, folder: Path, adapter: str, dtype: str, deepspeed:
          f"cluster.ranks_per_client={topology.ranks_per_client}", "cluster.threads=1"],
     ).config  # fmt: skip
     check_values(config, topology)
+    check_waits(config, topology)
     check_leaks(config, topology)
     check_corrections(config, topology)
 
@@ -98,6 +102,36 @@ def check_working_copy(engine: Engine, vector: torch.Tensor, config: Config) -> 
         found = torch.cat([p.detach().flatten().float() for p in parameters]).sort().values
     assert total == engine.layout.size
     assert torch.equal(found, vector.to(dtype).float().sort().values), "the working copy is old"
+
+
+class Reads(TorchDispatchMode):
+    """Counts what has the host wait for the device, by the file that asks, torch's own left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_file = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            files = (frame.filename for frame in reversed(traceback.extract_stack()[:-1]))
+            self.by_file[next(file for file in files if "/torch/" not in file)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def check_waits(config: Config, topology: Topology) -> None:
+    """The host reads a number from the device once an update, whatever its steps, observed or not:
+    what DeepSpeed reads for itself is not ours to spare."""
+    engine = build(config, config.local, topology)
+    tokens = some_tokens()
+    batches = [np.arange(0, 8), np.arange(8, 16), np.arange(16, 17)]
+    for observe in (False, True):
+        for steps in (1, 3):
+            engine.load(torch.zeros(engine.layout.size))
+            with Reads() as reads:
+                engine.train(batches[:steps], tokens, 0, observe)
+            ours = {f: n for f, n in reads.by_file.items() if "/hpcfed/" in f}
+            assert sum(ours.values()) == 1, ours
+    engine.close()
 
 
 def check_leaks(config: Config, topology: Topology) -> None:

@@ -48,5 +48,5 @@ def resume(topology: Topology, folder: Path, words: list[str]) -> None:
     with pytest.raises(UserError, match="is not the one that it began with"):
         run("hidden", 4, True, "privacy.secret=true")
     key.unlink()
-    with pytest.raises(UserError, match="secret key .* cannot be read"):
+    with pytest.raises(UserError, match=r"secret key .* cannot be read"):
         run("hidden", 4, True, "privacy.secret=true")

@@ -207,5 +207,5 @@ def check_bytes(federation: Federation, run: Path) -> None:
         assert line["bytes"]["up"] == config.federation.per_round * values * FP32_BYTES
         # Each slot's sums of values, a weight and statistics, as float64; then the mean.
         slots = federation.setup.topology.slots
-        small = 1 + config.federation.per_round * 6 + 2 * slots + 2
+        small = 1 + config.federation.per_round * 7 + 2 * slots + 2
         assert line["bytes"]["wire"] == (values + small) * 8 * slots + values * 4

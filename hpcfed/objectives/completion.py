@@ -1,0 +1,92 @@
+"""Instruction tuning: a decoder answers prompts, and only its answers are trained.
+
+A row's loss is the mean over the tokens of its answers, and a batch's the mean over its rows: each
+row weighs the same, however long its answer, as each does in what clients send. What is reported,
+loss and perplexity, is over all tokens of the answers that were evaluated.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpcfed.data import rendering
+from hpcfed.data.batches import Floats, Ids, Tokens
+from hpcfed.data.sources import Split, TaskData
+from hpcfed.objectives.heads import Forward, Inputs
+from hpcfed.settings.config import Config
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Logits over the vocabulary at the tokens of answers. ends: tokens that end one."""
+
+    template: rendering.Template
+    ends: tuple[int, ...]
+
+    model_class: ClassVar[str] = "AutoModelForCausalLM"
+    trains_head: ClassVar[bool] = False
+    columns: ClassVar[tuple[str, ...]] = ("summed", "tokens", "loss")
+
+    @classmethod
+    def build(cls, config: Config, task: TaskData, tokenizer: Any) -> "Completion":
+        """With the tokenizer's chat template, or the plain one."""
+        plain = config.task.chat_template == "plain"
+        template = rendering.Template(tokenizer, plain, config.model.name)
+        return cls(template, template.ends)
+
+    def encode(self, split: Split, tokenizer: Any, max_length: int) -> Tokens:
+        """Conversations by the template; one that is too long loses its beginning."""
+        return rendering.encode(split, self.template, tokenizer.pad_token_id, max_length)
+
+    def inputs(self, tokens: Tokens, rows: Ids, device: torch.device) -> Inputs:
+        """Ids, mask, and the places (rows, most answer tokens) that predict the answers' tokens."""
+        return self._asked(tokens, rows, device)[0]
+
+    def losses(
+        self, network: Forward, tokens: Tokens, rows: Ids, device: torch.device
+    ) -> torch.Tensor:
+        """Mean over the answers' tokens of their cross-entropy."""
+        summed, number = self._summed(network, tokens, rows, device)
+        return summed / number
+
+    def predict(
+        self, network: Forward, tokens: Tokens, rows: Ids, device: torch.device
+    ) -> torch.Tensor:
+        """Cross-entropy of the answers, their tokens, and the mean of the first over the second."""
+        summed, number = self._summed(network, tokens, rows, device)
+        return torch.stack([summed.double(), number.double(), (summed / number).double()])
+
+    def score(self, told: Floats, rows: Ids, tokens: Tokens, task: TaskData) -> dict[str, Any]:
+        """Loss and perplexity over all tokens of answers."""
+        loss = float(told[0].sum() / told[1].sum())
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "score": -loss}
+
+    def _summed(
+        self, network: Forward, tokens: Tokens, rows: Ids, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows,) each: the summed cross-entropy of a row's answers, and their tokens."""
+        inputs, wanted = self._asked(tokens, rows, device)
+        logits = network(**inputs).float()
+        losses = nn.functional.cross_entropy(
+            logits.transpose(1, 2), wanted, reduction="none", ignore_index=-1
+        )
+        return losses.sum(1), (wanted >= 0).sum(1)
+
+    def _asked(
+        self, tokens: Tokens, rows: Ids, device: torch.device
+    ) -> tuple[Inputs, torch.Tensor]:
+        """Inputs, and the tokens that their positions predict, -1 where a row has fewer."""
+        inputs = tokens.collate(rows, device)
+        places = [rendering.targets(tokens, int(row)) for row in rows]
+        longest = max(map(len, places))
+        positions = np.zeros((len(rows), longest), dtype=np.int64)
+        wanted = np.full_like(positions, -1)
+        for number, (row, own) in enumerate(zip(rows, places, strict=True)):
+            positions[number, : len(own)] = own - 1  # a token is predicted at the one before it
+            wanted[number, : len(own)] = tokens.row(int(row))[own]
+        inputs["positions"] = torch.from_numpy(positions).to(device)
+        return inputs, torch.from_numpy(wanted).to(device)

@@ -1,0 +1,230 @@
+"""Exported folders: loaded by PEFT or transformers, in a process without hpcfed, they predict what
+the run has predicted of every test row; and so does `hpcfed predict`."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from hpcfed.app.cli import main
+from hpcfed.data import corpus
+from tests.mpi.variants import COMMON
+from tests.support import MODEL, ROOT
+
+# What a model card shows, where hpcfed cannot be imported.
+FRESH = """
+import json, sys
+sys.modules["hpcfed"] = None
+{program}
+print(json.dumps(predict(json.load(sys.stdin))))
+"""
+SPLIT = [
+    "layers.score=random", "layers.keep=0.5", "federation.rounds=3", "federation.per_round=4",
+    "data.validation=0.2", "evaluation.every=1", "local.lr=0.01", "local.epochs=2",
+]  # fmt: skip
+WORDS = "task.verbalizer={number: great, person: terrible, place: good, reason: bad, time: green}"
+RUNS = {
+    "lora": ["bert-classifier"],
+    "roberta": ["roberta-classifier"],
+    "prefix": ["roberta-classifier", "adapter.kind=prefix", "adapter.virtual_tokens=4"],
+    "bottleneck": ["bert-classifier", "adapter.kind=bottleneck"],
+    "hetlora": ["bert-classifier", "updates.transforms=[hetlora]"],
+    "cloze": ["bert-cloze", "model.head=cloze", "task.template='{a} . It was <mask> .'", WORDS],
+    "words": [
+        "llama-label_words", "model.head=label_words", "task.template='{a} . It was <mask>'", WORDS,
+        "adapter.targets=[q_proj,v_proj]",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def federated(worlds, data, tmp_path):
+    """federated(name, *more): the run directory of a run of RUNS."""
+
+    (tmp_path / "few").mkdir()
+    for split, rows in zip(("train", "test"), corpus.generate(), strict=True):
+        lines = [json.dumps({"text": text, "label": label}) for text, label in rows[:60]]
+        (tmp_path / "few" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+
+    def run(name, *more):
+        model, *own = RUNS[name]
+        words = {
+            word.partition("=")[0]: word
+            for word in [*COMMON, *SPLIT, "task.max_length=64", f"data.root={tmp_path}",
+                         f"model.name={data}/{model}", *own, *more]
+        }  # fmt: skip
+        worlds.call(
+            (2, 1), "tests.mpi.cases.runs:federate", folder=tmp_path,
+            runs={name: list(words.values())},
+        )  # fmt: skip
+        return tmp_path / name
+
+    return run
+
+
+def texts(folder):
+    lines = (folder / "few" / "test.jsonl").read_text().splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+def alone(folder, rows):
+    """The labels that the card's own program predicts, in a process without hpcfed."""
+    (program,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH.format(program=program)], cwd=folder, input=json.dumps(rows),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def predicted(folder, rows, to, *options):
+    """The labels of `hpcfed predict`; probabilities are those of the label that it gives."""
+    source = to.with_suffix(".txt")
+    source.write_text("\n".join(rows) + "\n")
+    assert main(["predict", str(folder), str(source), "--to", str(to), *options]) == 0
+    with to.open(newline="") as stream:
+        found = list(csv.DictReader(stream))
+    assert [row["text"] for row in found] == rows
+    for row in found:
+        odds = {key[2:-1]: float(value) for key, value in row.items() if key.startswith("p(")}
+        assert (
+            max(odds, key=odds.__getitem__) == row["predicted"]
+            and abs(sum(odds.values()) - 1) < 1e-4
+        )
+    return [row["predicted"] for row in found]
+
+
+def told(run, which="global"):
+    """The run's own predictions, row by row, as labels; and the client of each."""
+    found = json.loads((run / "predictions.json").read_text())
+    assert found["row"] == list(range(len(found["row"])))
+    return [found["labels"][i] for i in found[which]], found["client"]
+
+
+def tree(folder):
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*") if path.is_file()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(2, 1)])
+@pytest.mark.parametrize("name", ["lora", "cloze"])
+def test_a_process_without_hpcfed_predicts_the_same(federated, data, tmp_path, name, shape):
+    run, rows = federated(name), texts(tmp_path)
+    before = tree(run)
+    wanted, clients = told(run)
+    assert len(set(wanted)) > 1
+    assert main(["export", str(run), "--to", str(tmp_path / "shared")]) == 0
+    assert alone(tmp_path / "shared", rows) == wanted
+    assert predicted(tmp_path / "shared", rows, tmp_path / "a.csv") == wanted
+    assert main(["export", str(run), "--merge", "--to", str(tmp_path / "merged")]) == 0
+    assert "adapter_config.json" not in {p.name for p in (tmp_path / "merged").iterdir()}
+    assert alone(tmp_path / "merged", rows) == wanted
+    personal, _ = told(run, "personal")
+    k = max(set(clients), key=clients.count)
+    own = [i for i, client in enumerate(clients) if client == k]
+    client = ["--client", str(k)]
+    assert main(["export", str(run), *client, "--to", str(tmp_path / "own")]) == 0
+    assert alone(tmp_path / "own", [rows[i] for i in own]) == [personal[i] for i in own]
+    mine = predicted(run, [rows[i] for i in own], tmp_path / "b.csv", *client)
+    assert mine == [personal[i] for i in own]
+    assert tree(run) == before
+    config = json.loads((tmp_path / "shared" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str((data / RUNS[name][0]).resolve())
+    assert config["task_type"] == ("SEQ_CLS" if name == "lora" else None)
+    card = (tmp_path / "shared" / "README.md").read_text()
+    score = json.loads((run / "summary.json").read_text())["test"]["global"]["accuracy"]
+    assert f"test accuracy: {score:.4f}" in card
+
+
+@pytest.mark.parametrize("shape", [(2, 1)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "words", "prefix", "bottleneck", "hetlora",
+        pytest.param("roberta", marks=pytest.mark.long),
+    ],
+)  # fmt: skip
+def test_each_kind_predicts_the_same(federated, tmp_path, name, shape):
+    run, rows = federated(name), texts(tmp_path)
+    wanted, clients = told(run)
+    assert predicted(run, rows, tmp_path / "a.csv") == wanted
+    if name not in ("bottleneck", "hetlora"):
+        assert main(["export", str(run), "--to", str(tmp_path / "shared")]) == 0
+        assert alone(tmp_path / "shared", rows) == wanted
+    personal, _ = told(run, "personal")
+    for k in set(clients) if name == "hetlora" else ():
+        own = [i for i, client in enumerate(clients) if client == k]
+        mine = predicted(run, [rows[i] for i in own], tmp_path / f"{k}.csv", "--client", str(k))
+        assert mine == [personal[i] for i in own]
+
+
+@pytest.mark.parametrize("shape", [(2, 1)])
+def test_the_best_round_is_the_run_that_ends_there(federated, tmp_path, shape):
+    """A run that ends at the best round has it as its last one."""
+    run, rows = federated("lora"), texts(tmp_path)
+    best = json.loads((run / "summary.json").read_text())["best"]["round"]
+    ends = federated("lora", f"federation.rounds={best}")
+    personal, clients = told(ends, "personal")
+    assert predicted(run, rows, tmp_path / "a.csv", "--best") == told(ends)[0]
+    for k in set(clients):
+        own = [i for i, client in enumerate(clients) if client == k]
+        options = ["--best", "--client", str(k)]
+        mine = predicted(run, [rows[i] for i in own], tmp_path / f"{k}.csv", *options)
+        assert mine == [personal[i] for i in own]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shape", [(2, 1)])
+def test_minilm(federated, tmp_path, shape):
+    """The base of a package is a folder that transformers takes, and AutoPeftModel finds it."""
+    run, rows = federated("lora", f"model.name={MODEL}"), texts(tmp_path)
+    assert main(["export", str(run), "--to", str(tmp_path / "out")]) == 0
+    assert alone(tmp_path / "out", rows) == told(run)[0]
+    program = (
+        "from peft import AutoPeftModelForSequenceClassification as auto; "
+        f"auto.from_pretrained({str(tmp_path / 'out')!r}, num_labels=5)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("shape", [(2, 1)])
+def test_what_cannot_be_is_said(federated, tmp_path, capsys, shape):
+    run = federated("prefix", "data.validation=0")
+    source = tmp_path / "texts.csv"
+    source.write_text("text\nwho\n")
+    odd = tmp_path / "odd.csv"
+    odd.write_text("words\nwho\n")
+    (tmp_path / "empty.txt").write_text("\n")
+    damaged = tmp_path / "damaged"
+    subprocess.run(["cp", "-r", run, damaged], check=True)
+    file = next(damaged.glob("checkpoint/round-00003.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    for old in damaged.glob("checkpoint/round-00002.safetensors"):
+        old.unlink()
+    for words, wanted in {
+        ("export", run, "--best"): "has no best round",
+        ("export", run, "--merge"): "only lora can",
+        ("export", run, "--client", "4"): "give one of 0 to 3",
+        ("export", run, "--client", "-1"): "give one of 0 to 3",
+        ("export", run, "--to", run): "exists already",
+        ("export", tmp_path): "cannot be read as a run",
+        ("export", damaged): "checksum",
+        ("predict", tmp_path, source): "hpcfed export",
+        ("predict", run, odd): "'text' must be a text",
+        ("predict", run, tmp_path / "empty.txt"): "holds no text",
+        ("predict", run, tmp_path / "none.csv"): "cannot be read",
+        ("predict", run, tmp_path / "x.docx"): "give texts as",
+        ("predict", run, source, "--to", tmp_path / "x.txt"): "give a .csv",
+        ("predict", run, source, "--batch", "0"): "at least 1",
+    }.items():
+        options = [] if words[0] == "predict" or "--to" in words else ["--to", tmp_path / "new"]
+        assert main([*map(str, (*words, *options))]) == 2, words
+        error = capsys.readouterr().err
+        assert wanted in error and error.count("\n") == 1, (words, error)
+        assert not (tmp_path / "new").exists()
