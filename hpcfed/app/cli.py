@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from hpcfed.app import results_cli, scripts, sweep_cli
+from hpcfed.app import compare_cli, results_cli, scripts, sweep_cli
 from hpcfed.app.options import listing
 from hpcfed.app.run import check_ranks, quiet, refuse, run_command
 from hpcfed.cluster import launcher
@@ -130,6 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--folder", default="runs", help="where runs will lie; default: runs")
     results_cli.add_parsers(commands)
     sweep_cli.add_parser(commands)
+    compare_cli.add_parser(commands)
     script = commands.add_parser(
         "scripts",
         help="copy the Slurm scripts, launch files, experiments and DeepSpeed JSON",
@@ -195,6 +196,8 @@ def main(
             return results_cli.call(options)
         if options.command == "sweep":
             return sweep_cli.call(options)
+        if options.command == "compare":
+            return compare_cli.call(options)
         if options.command == "scripts":
             print("\n".join(str(options.folder / file) for file in scripts.write(options.folder)))
             return 0

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hpcfed.app.sweep import Status, Sweep
-from hpcfed.app.sweep_file import EXECUTORS
+from hpcfed.app.jobs import EXECUTORS, Status
+from hpcfed.app.sweep import Sweep
 from hpcfed.errors import UserError
 from hpcfed.settings.reading import read_file
 
@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
         "status", help="a table, and the last words of what failed; exit code 1 if something did"
     )
     table = actions.add_parser("table", help="the table alone")
-    wait = actions.add_parser("wait", help="until no run is pending or running; then as status")
+    wait = actions.add_parser("wait", help="until all have ended; then as status")
     line = actions.add_parser(
         "line", help="the words of one run, a NUL byte after each, for slurm/sweep.sh"
     )

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from hpcfed.app.jobs import CLUSTER, EXECUTORS
 from hpcfed.errors import UserError
-
-EXECUTORS = ("slurm", "local", "debug")
 
 # What a description may hold, and its defaults.
 _KEYS: dict[str, Any] = {
@@ -17,8 +16,6 @@ _KEYS: dict[str, Any] = {
     "list": [],
     "cluster": {},
 }
-# `cluster`, with defaults; what begins with slurm_ is submitit's own and goes to it as it is.
-CLUSTER = {"nodes": 1, "tasks_per_node": 1, "cpus_per_task": 1, "timeout_min": 60}
 
 
 def asks_for_gpus(spec: Mapping[str, Any]) -> bool:
@@ -63,16 +60,21 @@ def checked(description: Mapping[str, Any], name: str) -> dict[str, Any]:
                 f"{name}: output is not a sweep's to set, since each run needs its own: it is "
                 "folder/<name of the run>; leave it out, and set folder."
             )
-    for key in spec["cluster"]:
+    check_cluster(spec["cluster"], name)
+    return spec
+
+
+def check_cluster(cluster: Mapping[str, Any], name: str) -> None:
+    """Raises UserError for what `cluster` may not hold. name: of the file, for messages."""
+    for key in cluster:
         if key not in CLUSTER and not key.startswith(("slurm_", "gpus_per_node", "mem_gb")):
             raise UserError(
                 f"{name}: unknown key cluster.{key}; legal here: {', '.join(CLUSTER)}, "
                 "gpus_per_node, mem_gb, and submitit's own, which begin with slurm_."
             )
     for key in CLUSTER:
-        value = spec["cluster"].get(key, 1)
+        value = cluster.get(key, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(
                 f"{name}: cluster.{key} is {value!r}; it must be a whole number, at least 1."
             )
-    return spec

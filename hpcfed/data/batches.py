@@ -37,6 +37,7 @@ class Tokens:
     positions: Ids | None = None  # (n,) where a template has its gap, or the last answer begins
     answers: npt.NDArray[np.bool_] | None = None  # (total,) tokens of answers
     worse: "Tokens | None" = None  # of preferences: the same rows with the worse answer
+    choices: "tuple[Choice, ...]" = ()  # the rows with the answers that they offer
     cut: int = 0  # rows that were too long and have lost a part
 
     def __len__(self) -> int:
@@ -65,6 +66,16 @@ class Tokens:
             types[mask] = self.types[flat]
             batch["token_type_ids"] = types
         return {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A split with one of the answers that a row offers. characters: (n,) of that answer, 0 where a
+    row offers fewer. right: (n,) whether it is the right one."""
+
+    tokens: Tokens
+    characters: Ids
+    right: npt.NDArray[np.bool_]
 
 
 def tokenize(split: Split, tokenizer: Any, max_length: int) -> Tokens:

@@ -3,6 +3,8 @@
 Every fault of the data is found here, before any training, with its place.
 """
 
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -21,6 +23,7 @@ from hpcfed.rng import generator
 from hpcfed.settings import counts
 from hpcfed.settings.config import Columns, Config
 
+_CHUNK = 4096  # rows
 _WHOLE = re.compile(r"[+-]?[0-9]{1,4000}")  # no longer text is read as a number
 
 
@@ -292,3 +295,16 @@ def _columns(rows: list[Row], labels: tuple[str, ...]) -> Split:
     index = {label: i for i, label in enumerate(labels)}
     ids = np.array([index[str(row.label)] for row in rows], dtype=np.int64)
     return Split([row.text for row in rows], pairs, ids, owners)
+
+
+def digest(task: TaskData) -> str:
+    """A digest of the rows, in order, and of the labels."""
+    found = hashlib.sha256(json.dumps(task.kinds).encode())
+    for split in (task.train, task.test):
+        found.update(str(len(split)).encode())
+        found.update(np.ascontiguousarray(split.labels).tobytes())
+        for column in (split.texts, split.pairs, split.owners):
+            for start in range(0, len(column or ()), _CHUNK):
+                found.update(json.dumps((column or [])[start : start + _CHUNK]).encode())
+            found.update(b"\n")
+    return found.hexdigest()

@@ -6,7 +6,8 @@ loss and perplexity, is over all tokens of the answers that were evaluated.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 
 from hpcfed.data import rendering
-from hpcfed.data.batches import Floats, Ids, Tokens
+from hpcfed.data.batches import Choice, Floats, Ids, Tokens
+from hpcfed.data.instructions import Example
 from hpcfed.data.sources import Split, TaskData
 from hpcfed.objectives.heads import Forward, Inputs
 from hpcfed.settings.config import Config
@@ -29,7 +31,7 @@ class Completion:
 
     model_class: ClassVar[str] = "AutoModelForCausalLM"
     trains_head: ClassVar[bool] = False
-    columns: ClassVar[tuple[str, ...]] = ("summed", "tokens", "loss")
+    columns: ClassVar[tuple[str, ...]] = ("summed", "tokens", "chosen", "loss")
 
     @classmethod
     def build(cls, config: Config, task: TaskData, tokenizer: Any) -> "Completion":
@@ -39,8 +41,20 @@ class Completion:
         return cls(template, template.ends)
 
     def encode(self, split: Split, tokenizer: Any, max_length: int) -> Tokens:
-        """Conversations by the template; one that is too long loses its beginning."""
-        return rendering.encode(split, self.template, tokenizer.pad_token_id, max_length)
+        """Conversations by the template; one that is too long loses its beginning. Where rows offer
+        answers to choose from, each of them in its place too."""
+        examples = [Example.of(text) for text in split.texts]
+        encode = partial(rendering.encode, split, self.template, tokenizer.pad_token_id, max_length)
+        choices = []
+        for number in range(max(len(own.choices) for own in examples)):
+            offered = [own.choices[number : number + 1] or ("",) for own in examples]
+            answers = [
+                own.choices[number] if number < len(own.choices) else own.answer for own in examples
+            ]
+            characters = np.array([len(text) for (text,) in offered], dtype=np.int64)
+            right = [own.answer == text for own, (text,) in zip(examples, offered, strict=True)]
+            choices.append(Choice(encode(answers), characters, np.array(right)))
+        return replace(encode(), choices=tuple(choices))
 
     def inputs(self, tokens: Tokens, rows: Ids, device: torch.device) -> Inputs:
         """Ids, mask, and the places (rows, most answer tokens) that predict the answers' tokens."""
@@ -56,14 +70,38 @@ class Completion:
     def predict(
         self, network: Forward, tokens: Tokens, rows: Ids, device: torch.device
     ) -> torch.Tensor:
-        """Cross-entropy of the answers, their tokens, and the mean of the first over the second."""
+        """Cross-entropy of the answers, their tokens, whether of the answers to choose from the
+        right one is the likeliest (-1 where there are none), and the mean of the first over the
+        second."""
         summed, number = self._summed(network, tokens, rows, device)
-        return torch.stack([summed.double(), number.double(), (summed / number).double()])
+        chosen = self._chosen(network, tokens, rows, device)
+        return torch.stack([own.double() for own in (summed, number, chosen, summed / number)])
+
+    def _chosen(
+        self, network: Forward, tokens: Tokens, rows: Ids, device: torch.device
+    ) -> torch.Tensor:
+        """(rows,): 1 or 0, or -1. An answer's log-likelihood is divided by its characters, as in
+        lm_eval's acc_norm, or a short answer would win by being short."""
+        if not tokens.choices:
+            return torch.full((len(rows),), -1.0, device=device)
+        likely, right = [], []
+        for own in tokens.choices:
+            summed, _ = self._summed(network, own.tokens, rows, device)
+            characters = torch.from_numpy(own.characters[rows]).to(device)
+            normalised = -summed / characters.clamp(min=1)
+            likely.append(normalised.masked_fill(characters == 0, -torch.inf))
+            right.append(torch.from_numpy(own.right[rows]).to(device))
+        best = torch.stack(likely).argmax(0, keepdim=True)
+        hit = torch.stack(right).gather(0, best)[0].float()
+        return hit.masked_fill(torch.stack(likely)[0] == -torch.inf, -1.0)
 
     def score(self, told: Floats, rows: Ids, tokens: Tokens, task: TaskData) -> dict[str, Any]:
-        """Loss and perplexity over all tokens of answers."""
+        """Loss and perplexity over all tokens of answers; of rows with answers to choose from, the
+        share whose right one is the likeliest."""
         loss = float(told[0].sum() / told[1].sum())
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "score": -loss}
+        scores = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "score": -loss}
+        chosen = told[2][told[2] >= 0]
+        return {**scores, "multiple_choice": float(chosen.mean())} if len(chosen) else scores
 
     def _summed(
         self, network: Forward, tokens: Tokens, rows: Ids, device: torch.device

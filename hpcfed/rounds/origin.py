@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import torch
 
 from hpcfed.adapters.base import full_shape
 from hpcfed.cluster.topology import Topology
+from hpcfed.data import sources
 from hpcfed.data.batches import Tokens
-from hpcfed.data.sources import Split
 from hpcfed.errors import UserError
 from hpcfed.model import Prepared
 from hpcfed.rounds.preflight import MAY_CHANGE, ROUNDS, Checked
@@ -24,7 +23,6 @@ from hpcfed.storage.checks import digest
 from hpcfed.storage.commits import Origin
 from hpcfed.storage.paths import CONFIG
 
-_CHUNK = 4096  # rows
 _SAID = {
     "configuration": "The configuration is not the one that the run in {0} began with: {0}/"
     f"{CONFIG} has been changed since; change it back",
@@ -40,28 +38,16 @@ _SAID = {
 
 def of_input(checked: Checked) -> Origin:
     """Of what there is before a model is loaded."""
-    task = checked.task
-    found = hashlib.sha256(json.dumps(task.kinds).encode())
-    for split in (task.train, task.test):
-        found.update(str(len(split)).encode())
-        found.update(np.ascontiguousarray(split.labels).tobytes())
-        for chunk in _texts(split):
-            found.update(chunk)
     settings = json.dumps(checked.settings, sort_keys=True, default=str)
-    return Origin(of_config(checked.config), digest(settings.encode()), found.hexdigest())
+    return Origin(
+        of_config(checked.config), digest(settings.encode()), sources.digest(checked.task)
+    )
 
 
 def of_config(config: Config) -> str:
     """Of a configuration, without what another life may have otherwise."""
     own = {k: v for k, v in leaves(config.to_dict()) if k not in (*MAY_CHANGE, ROUNDS)}
     return digest(json.dumps(own, sort_keys=True).encode())
-
-
-def _texts(split: Split) -> Iterator[bytes]:
-    for column in (split.texts, split.pairs, split.owners):
-        for start in range(0, len(column or ()), _CHUNK):
-            yield json.dumps((column or [])[start : start + _CHUNK]).encode()
-        yield b"\n"
 
 
 def of_tokens(*splits: Tokens) -> str:

@@ -148,21 +148,11 @@ class Progress:
             self._bar.close()
         if not self._speaks:
             return
-        best, sent, spent = summary["best"], summary["bytes"], summary["seconds"]
-        what = "accuracy" if "accuracy" in summary else "score"
-        scores = summary[what]
-        of_one = f"  (majority class {summary['majority']:.4f})" if "majority" in summary else ""
-        self._say(
-            f"\ntest {what}  personal {scores['personal']:.4f}  global {scores['global']:.4f}"
-            + of_one
-        )
-        if what == "accuracy" and summary["metric"] != "accuracy":
-            self._say(f"test {summary['metric']}  personal {summary['score']['personal']:.4f}")
-        if best is not None:
-            self._say(
-                f"best round by validation: {best['round']}"
-                f" (test {what} {best['personal'][what]:.4f})"
-            )
+        sent, spent = summary["bytes"], summary["seconds"]
+        if summary["test"] is None:
+            self._say("\nthe test split was not looked at (evaluation.test=false)")
+        else:
+            self._scores(summary)
         less = sent["up"] / sent["up_if_all_shared"] if sent["up_if_all_shared"] else 1
         shared = f" ({less:.0%} of sharing all layers)" if less < 1 else ""
         scored = f" ({summary['scored']:,} of them scored only)" if summary["scored"] else ""
@@ -180,6 +170,24 @@ class Progress:
             f" {summary['failures']} failed updates\n"
             "seconds        " + "  ".join(f"{name} {value:.1f}" for name, value in spent.items())
         )
+
+    def _scores(self, summary: dict[str, Any]) -> None:
+        """The result on the test split."""
+        best = summary["best"]
+        what = "accuracy" if "accuracy" in summary else "score"
+        scores = summary[what]
+        of_one = f"  (majority class {summary['majority']:.4f})" if "majority" in summary else ""
+        self._say(
+            f"\ntest {what}  personal {scores['personal']:.4f}  global {scores['global']:.4f}"
+            + of_one
+        )
+        if what == "accuracy" and summary["metric"] != "accuracy":
+            self._say(f"test {summary['metric']}  personal {summary['score']['personal']:.4f}")
+        if best is not None:
+            self._say(
+                f"best round by validation: {best['round']}"
+                f" (test {what} {best['personal'][what]:.4f})"
+            )
 
     def _say(self, text: str) -> None:
         """One or more lines, above the bar if there is one."""

@@ -134,21 +134,15 @@ class Results:
         return self._evaluate(rows, self._setup.test_tokens, values, files)
 
     def finish(self, seconds_so_far: Callable[[], float]) -> dict[str, Any]:
-        """The test split, used here for the first time; the adapter; the summary."""
+        """The test split, used here for the first time, if at all; the adapter; the summary."""
         setup, state = self._setup, self._state
         config, files = setup.config, self._personal.files
         clock = time.monotonic()
-        results = self._test(state.values, files.current)
-        final = {name: result.scores for name, result in results.items()}
-        best = None
-        if state.best is not None:
-            same = state.best.round + 1 == config.federation.rounds
-            at_best = results if same else self._test(state.best.values, files.pinned)
-            best = {
-                "round": state.best.round + 1,
-                "validation": state.best.score,
-                **{name: result.scores for name, result in at_best.items()},
-            }
+        looks = config.evaluation.test
+        results = self._test(state.values, files.current) if looks else {}
+        at_best = results
+        if state.best is not None and state.best.round + 1 != config.federation.rounds and looks:
+            at_best = self._test(state.best.values, files.pinned)
         self._account.evaluated(time.monotonic() - clock)
         summary = {
             "method": config.method,
@@ -156,10 +150,14 @@ class Results:
             "seed": config.seed,
             "rounds": config.federation.rounds,
             "metric": setup.task.metric,
-            **self._of_classes(final, results),
-            "score": {name: result["score"] for name, result in final.items()},
-            "test": final,
-            "best": best,
+            **(self._scores(results) if looks else {"test": None}),
+            "best": None
+            if state.best is None
+            else {
+                "round": state.best.round + 1,
+                "validation": state.best.score,
+                **{name: result.scores for name, result in at_best.items()},
+            },
             **_left_out(results),
             **({"evaluated_clients": len(self._asked)} if self._asked is not None else {}),
             **self._account.summary(),
@@ -172,9 +170,18 @@ class Results:
             "shared_layers": [block for block in state.chosen if block != HEAD],
         }
         if setup.topology.is_root:
-            self._save(results, summary)
+            self._save(results, at_best, summary)
         setup.topology.world.comm.Barrier()
         return summary
+
+    def _scores(self, results: dict[str, Evaluation]) -> dict[str, Any]:
+        """The summary's part of the test split."""
+        final = {name: result.scores for name, result in results.items()}
+        return {
+            **self._of_classes(final, results),
+            "score": {name: result["score"] for name, result in final.items()},
+            "test": final,
+        }
 
     def _of_classes(
         self, final: dict[str, dict[str, Any]], results: dict[str, Evaluation]
@@ -195,27 +202,38 @@ class Results:
             "majority": float(np.bincount(labels[rows]).max() / len(rows)),
         }
 
-    def _save(self, results: dict[str, Evaluation], summary: dict[str, Any]) -> None:
+    def _save(
+        self,
+        results: dict[str, Evaluation],
+        at_best: dict[str, Evaluation],
+        summary: dict[str, Any],
+    ) -> None:
         setup, directory = self._setup, self._setup.directory
-        prepared, rows = setup.prepared, results["personal"].rows
-        owner = self._owners([own.test for own in setup.rows], len(setup.test_tokens))
+        prepared = setup.prepared
         directory.save_adapter(
             prepared.adapted, self._state.values, prepared.fresh, setup.task.labels,
             prepared.source, prepared.head.model_class,
         )  # fmt: skip
-        directory.save_predictions(
-            {
-                "labels": list(setup.task.labels),
-                "row": rows.tolist(),
-                "client": owner[rows].tolist(),
-                "label": setup.test_tokens.labels[rows].tolist(),
-                **{
-                    name: [int(v) if v.is_integer() else v for v in result.told.tolist()]
-                    for name, result in results.items()
-                },
-            }
-        )
+        if results:
+            predictions = {"labels": list(setup.task.labels), **self._told(results)}
+            if at_best is not results:
+                predictions["best"] = self._told(at_best)
+            directory.save_predictions(predictions)
         directory.save_summary(summary)
+
+    def _told(self, results: dict[str, Evaluation]) -> dict[str, Any]:
+        """For predictions.json: the test rows, their labels, and what was predicted."""
+        setup, rows = self._setup, results["personal"].rows
+        owner = self._owners([own.test for own in setup.rows], len(setup.test_tokens))
+        return {
+            "row": rows.tolist(),
+            "client": owner[rows].tolist(),
+            "label": setup.test_tokens.labels[rows].tolist(),
+            **{
+                name: [int(v) if v.is_integer() else v for v in result.told.tolist()]
+                for name, result in results.items()
+            },
+        }
 
 
 def _left_out(results: dict[str, Evaluation]) -> dict[str, Any]:

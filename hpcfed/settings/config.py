@@ -208,6 +208,11 @@ class Evaluation:
         "all",
         at_least=2,
     )
+    test: bool = option(
+        True,
+        "look at the test split, once, at the end; false: never, as in a run that only serves to "
+        "choose something, on validation data",
+    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from tests.same import kept, metrics
 def overrides(data, *more):
     return [
         *COMMON, "local.optimizer=sgd", "local.lr=0.5", "local.clip=1.0", "federation.rounds=4",
-        "federation.per_round=1", "privacy.noise=0.7", "privacy.clip=0.05", "privacy.secret=false", "seed=1",
+        "federation.per_round=1", "privacy.noise=0.7", "privacy.clip=0.05", "privacy.secret=false",
+        "seed=1",
         f"model.name={data}/bert-classifier", f"data.root={data}", *more,
     ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Prompts and answers: shapes of rows, templates, what is an answer, what is cut, the loss."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -280,3 +281,44 @@ def test_losses_equal_the_obvious_ones(architecture, tmp_path):
     assert told[1].tolist() == counts.tolist() and len(set(counts.tolist())) > 2
     scores = head.score(told.numpy(), rows, tokens, task)
     assert scores["loss"] == pytest.approx(float((wanted * counts).sum() / counts.sum()), rel=1e-4)
+
+
+def test_multiple_choice_is_by_log_likelihood_a_character(tmp_path):
+    """One row at a time, on logits at all positions; rows with two, with three and without."""
+    folder = models.save("llama", tmp_path, "completion", initializer_range=0.2)
+    own = Config(model=Model(name=str(folder), head="completion"), task=Task(max_length=40))
+    rng = np.random.default_rng(3)
+    answers = ["bird", "dog cat lake", "tree river", "forest", "a bad office"]
+    rows = []
+    for number in range(24):
+        choices = tuple(rng.choice(answers, (0, 2, 3)[number % 3], replace=False))
+        right = choices[0] if choices else "bird"
+        said = talk(f"name {answers[number % 5]}", str(right)).messages
+        rows.append(Example(said, tuple(map(str, choices))))
+    task = sources.TaskData("own", (), "loss", 0, split(*rows), split(*rows), ("",))
+    tokenizer = model.load_tokenizer(own)
+    head = heads.build(own, task, tokenizer)
+    tokens = head.encode(task.train, tokenizer, 40)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    wanted = []
+    for row in rows:
+        gains = []
+        for text in row.choices:
+            (found,) = Template(tokenizer, False, "m").render([row.answered(text)])
+            logits = plain(torch.tensor([found.ids])).logits[0].log_softmax(-1)
+            ((start, stop),) = found.answers
+            summed = sum(float(logits[at - 1, found.ids[at]]) for at in range(start, stop))
+            gains.append(summed / len(text))
+        wanted.append(float(np.argmax(gains) == 0) if gains else -1.0)
+    assert {*wanted} == {-1.0, 0.0, 1.0}
+    prompt = partial(_logits, plain)
+    with torch.no_grad():
+        told = head.predict(prompt, tokens, np.arange(24), CPU).numpy()
+    assert told[2].tolist() == wanted
+    share = np.mean([hit for hit in wanted if hit >= 0])
+    assert head.score(told, np.arange(24), tokens, task)["multiple_choice"] == share
+
+
+def _logits(plain, positions, **inputs):
+    logits = plain(**inputs).logits
+    return logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))

@@ -122,6 +122,7 @@ def terms(*overrides, clients=20):
     return accountant.terms(resolve("lora-fedavg", words).config, clients)
 
 
+@pytest.mark.long
 def test_the_noise_is_the_least_that_is_enough():
     found = terms("privacy.epsilon=8")
     assert found.epsilon(3) <= 8 < accountant.epsilon(0.2, found.noise - 2e-3, 3, 1e-5)

@@ -197,13 +197,13 @@ def test_the_kind_of_mpi(tmp_path, monkeypatch, variable, arguments, srun):
     monkeypatch.setattr("shutil.which", lambda name, *rest, **more: f"/usr/bin/{name}")
     monkeypatch.setenv("MPI_TYPE", variable)
     cluster = {"slurm_srun_args": arguments} if arguments else {}
-    executor = Sweep(description(tmp_path, cluster=cluster))._make_executor()
+    executor = Sweep(description(tmp_path, cluster=cluster)).jobs.make_executor()
     text = executor._executor._make_submission_file_text("COMMAND", "UID")
     assert text.rstrip().endswith(f".err {srun} COMMAND")
     monkeypatch.setenv("MPI_TYPE", "pmix; reboot")
     if not any(word.startswith("--mpi") for word in arguments):
         with pytest.raises(UserError, match="MPI_TYPE is 'pmix; reboot'"):
-            Sweep(description(tmp_path, cluster=cluster))._make_executor()
+            Sweep(description(tmp_path, cluster=cluster)).jobs.make_executor()
 
 
 def test_the_sbatch_text(tmp_path, monkeypatch):
@@ -211,7 +211,7 @@ def test_the_sbatch_text(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name, *rest, **more: f"/usr/bin/{name}")
     tree = yaml.safe_load((ROOT / "launch" / "experiments" / "llama-7b.yaml").read_text())
     sweep = Sweep({**tree, "folder": str(tmp_path / "llama-7b")})
-    executor = sweep._make_executor()
+    executor = sweep.jobs.make_executor()
     text = executor._executor._make_submission_file_text("COMMAND", "UID")
     text = text.replace(str(tmp_path), "FOLDER")
     assert re.sub(r"\n+$", "\n", text) == GOLDEN.read_text()
