@@ -127,6 +127,37 @@ UPDATES = Registry(
             "each client has the first ranks of LoRA, as many as it can hold; weights by norm",
             "hpcfed.policies.hetlora:HetLora",
         ),
+        "ranks": (
+            "each client has the first ranks of LoRA, as many as it can hold",
+            "hpcfed.policies.hetlora:Ranks",
+        ),
+    },
+)
+
+AGGREGATIONS = Registry(
+    "aggregation rule",
+    {
+        "mean": ("A and B of LoRA are averaged, each by itself", "hpcfed.server.factors:Mean"),
+        "fedex": (
+            "averaged, and what that loses of the products moves the backbone (FedEx-LoRA)",
+            "hpcfed.server.factors:FedEx",
+        ),
+        "flora": (
+            "the products move the backbone, and LoRA starts anew (FLoRA)",
+            "hpcfed.server.factors:Flora",
+        ),
+        "flexlora": (
+            "the SVD of the mean of the products (FlexLoRA)",
+            "hpcfed.server.factors:FlexLora",
+        ),
+        "fair": (
+            "averaged, and B corrected towards the mean of the products (LoRA-FAIR)",
+            "hpcfed.server.factors:Fair",
+        ),
+        "delta": (
+            "averaged, and the backbone follows by adapter.delta (Delta-LoRA)",
+            "hpcfed.server.factors:Delta",
+        ),
     },
 )
 

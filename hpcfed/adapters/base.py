@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from hpcfed.adapters.layout import HEAD, AdapterLayout
+from hpcfed.adapters.factors import merged
+from hpcfed.adapters.layout import HEAD, RESIDUAL, AdapterLayout
 from hpcfed.adapters.network import Network
 from hpcfed.errors import UserError
 from hpcfed.rng import generator
@@ -31,8 +32,9 @@ def zero(rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
 
 @dataclass(frozen=True)
 class Trainable:
-    """A trainable parameter: its block, its role there, its name where PEFT saves it, the module it
-    belongs to, where its values start, and the axis of its neurons (None: it is never masked)."""
+    """A trainable parameter, or a factor of the residual: its block, its role there, its name
+    where PEFT saves it, the module it belongs to, where its values start, and the axis of its
+    neurons (None: it is never masked)."""
 
     block: str
     role: str
@@ -61,6 +63,7 @@ class Adapted:
     description: Any
     prefix: str
     columns: bool = False  # PEFT keeps the blocks as columns of one embedding
+    gain: float = 1.0  # of B A in the forward pass, see hpcfed.adapters.residual
     extra: int = 0
     frozen: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
@@ -68,6 +71,19 @@ class Adapted:
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """In layout order."""
         return tuple(t.parameter for t in self.trainables)
+
+    def split(self) -> tuple[tuple[nn.Parameter, ...], tuple[nn.Parameter, ...]]:
+        """What trains, and the factors of the residual, each in layout order."""
+        residual = tuple(t.parameter for t in self.trainables if t.role in RESIDUAL)
+        return tuple(t.parameter for t in self.trainables if t.role not in RESIDUAL), residual
+
+    def owners(self) -> dict[nn.Module, list[int]]:
+        """Modules with trained values -> the entries that are its weight and, if any, its bias."""
+        found: dict[nn.Module, list[int]] = {}
+        for index, trainable in enumerate(self.trainables):
+            if trainable.role not in RESIDUAL:
+                found.setdefault(trainable.owner, []).append(index)
+        return found
 
     def initial(self, seed: int) -> torch.Tensor:
         """(layout.size,) fp32: the values that training starts from."""
@@ -90,7 +106,7 @@ class Adapted:
                 if entry.block != HEAD
             ]
             tensors["prompt_embeddings"] = torch.cat(parts, dim=1)
-        return {**tensors, **self.frozen}
+        return {**merged(tensors, self.layout, self.gain), **self.frozen}
 
 
 def assemble(
@@ -101,6 +117,7 @@ def assemble(
     description: Any,
     prefix: str,
     columns: bool = False,
+    gain: float = 1.0,
     extra: int = 0,
     frozen: Mapping[str, torch.Tensor] | None = None,
 ) -> Adapted:
@@ -112,7 +129,7 @@ def assemble(
     ordered = tuple(by_name[entry.name] for entry in layout.entries)
     modules = tuple(model.get_submodule(name) for name in blocks)
     return Adapted(
-        network, ordered, layout, modules, description, prefix, columns, extra, frozen or {}
+        network, ordered, layout, modules, description, prefix, columns, gain, extra, frozen or {}
     )
 
 

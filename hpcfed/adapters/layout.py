@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 HEAD = "head"
+RESIDUAL = ("U", "V")  # roles of the factors beside a frozen backbone
 INPUT = "input"  # what stands in front of the first layer
 
 
@@ -24,7 +25,8 @@ class Entry:
     """One trainable parameter: values [offset, offset + size) of the flat vector.
 
     block: its layer, INPUT or HEAD. role: what it is there: "A" and "B" of LoRA, "prompt", "down"
-    and "up" of a bottleneck, "weight" and "bias" of the head. neuron_axis: the axis along which its
+    and "up" of a bottleneck, "weight" and "bias" of the head, "U" and "V" of a residual beside the
+    backbone, which is the server's and never trained. neuron_axis: the axis along which its
     neurons lie, for local sparsity; None: never masked.
     """
 
@@ -88,6 +90,16 @@ class AdapterLayout:
     def whole(self) -> "Part":
         """All of it."""
         return Part(self, tuple(range(len(self.entries))))
+
+    @cached_property
+    def residual(self) -> "Part":
+        """What the server moves beside the backbone: part of the state, and never trained."""
+        return self.roles(*RESIDUAL)
+
+    @cached_property
+    def trained(self) -> "Part":
+        """What clients may train."""
+        return self.whole - self.residual
 
     def part(self, blocks: Collection[str]) -> "Part":
         """What lies in these blocks."""

@@ -8,12 +8,13 @@ A at U(-1/sqrt(d_in), 1/sqrt(d_in)), PEFT's default, but drawn from our own seed
 import math
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from hpcfed.adapters import targets
 from hpcfed.adapters.base import Adapted, Trainable, assemble, block_of, train_head, zero
+from hpcfed.adapters.factors import uniform
 from hpcfed.adapters.network import Network
+from hpcfed.adapters.residual import beside
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Adapter
 
@@ -67,15 +68,17 @@ def adapt(
             assert block is not None, f"trainable parameter {name} belongs to no block"
             owner = wrapped.get_submodule(name.rpartition(".")[0])
             # A neuron is an output row of B (d_out, r); of A (r, d_in), an input column.
-            role, draw, axis = ("A", _uniform, 1) if ".lora_A." in name else ("B", zero, 0)
+            role, draw, axis = ("A", uniform, 1) if ".lora_A." in name else ("B", zero, 0)
             saved = name.replace(".default.", ".")
             trainables.append(Trainable(block, role, saved, parameter, owner, draw, axis))
+    trainables += beside(wrapped, trainables, adapter)
     trainables += train_head(model, head, PREFIX, head_std)
+    if adapter.residual:  # saved, it is part of LoRA: so many more ranks, at the same factor
+        root = math.sqrt(adapter.rank) if adapter.rslora else adapter.rank
+        lora_config.r = adapter.rank + adapter.residual
+        alpha: Any = adapter.alpha / root * lora_config.r  # PEFT says int, and takes both
+        lora_config.lora_alpha, lora_config.use_rslora = alpha, False
     lora_config.modules_to_save = [head] if head else []
     network = Network(wrapped, model, None)
-    return assemble(network, model, trainables, blocks, lora_config, PREFIX)
-
-
-def _uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
-    bound = 1 / math.sqrt(shape[1])
-    return rng.uniform(-bound, bound, shape)
+    gain = 1 + adapter.delta
+    return assemble(network, model, trainables, blocks, lora_config, PREFIX, gain=gain)

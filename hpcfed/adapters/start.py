@@ -67,7 +67,7 @@ def begin_from(
                 f"{getattr(mine, 'value', mine)}; set the options of adapter as they were there."
             )
     tensors = dict(saved.tensors)
-    layers = [entry for entry in adapted.layout.entries if entry.block != HEAD]
+    layers = [entry for entry in adapted.layout.trained.entries if entry.block != HEAD]
     if adapted.columns and _COLUMNS in tensors:
         whole = tensors.pop(_COLUMNS)
         widths = [entry.size // entry.shape[0] for entry in layers]

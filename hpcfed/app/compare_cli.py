@@ -17,7 +17,7 @@ from hpcfed.errors import UserError
 from hpcfed.storage.files import Lock
 
 _EPILOG = """examples:
-  hpcfed compare launch/comparisons/first.yaml        from nothing to tables, on this machine
+  hpcfed compare examples/compare.yaml                from nothing to tables, on this machine
   hpcfed compare mine.yaml --local 2                  two runs side by side
   hpcfed compare mine.yaml --slurm                    as job arrays of Slurm; waits for them
   hpcfed compare mine.yaml --table-only               the tables of what is finished

@@ -16,6 +16,7 @@ import torch
 
 from hpcfed import model, registry
 from hpcfed.adapters.layout import AdapterLayout
+from hpcfed.adapters.residual import fold
 from hpcfed.app.card import card
 from hpcfed.checkpoints import resolve_name
 from hpcfed.data.sources import Split, TaskData
@@ -199,6 +200,7 @@ def _write_merged(folder: Path, prepared: Prepared, values: torch.Tensor) -> Non
         for parameter, entry in zip(adapted.parameters, adapted.layout.entries, strict=True):
             parameter.copy_(values[entry.values].view(entry.shape))
     backbone: Any = adapted.network.backbone
+    fold(backbone, adapted.gain)
     merged = backbone.merge_and_unload()
     merged.config.use_cache = True
     merged.save_pretrained(folder)

@@ -162,7 +162,7 @@ def memory(
     """What a rank needs at a ZeRO stage. activations: bytes, see `activation_bytes`."""
     ranks = config.cluster.ranks_per_client
     width = 2 if config.model.dtype == "bf16" else 4
-    trained = adapted.layout.size
+    trained = adapted.layout.trained.size
     frozen = sum(p.numel() for p in adapted.network.parameters()) - trained
     # ZeRO-3 makes whole what a module needs, and what it may keep live in between.
     gathered = 0.0
@@ -239,7 +239,7 @@ def _traced(adapted: Adapted, rows: int, length: int) -> float:
 
 def _traffic_lines(config: Config, adapted: Adapted, slots: int) -> Iterator[str]:
     layout, spec = adapted.layout, config.layers
-    everything = layout.size * FP32_BYTES
+    everything = layout.trained.size * FP32_BYTES
     chosen = layout.blocks
     if spec.score == "all":
         how = "all layers are shared"
@@ -268,6 +268,15 @@ def _traffic_lines(config: Config, adapted: Adapted, slots: int) -> Iterator[str
     yield f"a round: each client sends {sent} MB{turn} ({how}), all {sampled} of them {total} MB"
     if first and max(shared) < everything:
         yield f"the first {first} rounds: {everything / 1e6:.2f} MB a client"
+    aggregation = registry.AGGREGATIONS[config.aggregation.rule](config, layout)
+    if aggregation.gathers:
+        factors, residual = aggregation.part.size, layout.residual.size
+        got = layout.trained.size - (factors if aggregation.draws else 0) + residual
+        yield (
+            f"  and gets {'at most ' * masks}{got * FP32_BYTES / 1e6:.2f} MB (aggregation.rule="
+            f"{config.aggregation.rule}); the first rank holds what {sampled} clients send, "
+            f"{sampled * factors * FP32_BYTES / 1e6:.2f} MB"
+        )
     # From each slot sums of the values and of what the server's step needs; back, their means.
     width = 8 if config.collective.wire == "float64" else 4
     each = width * slots * (2 if masks else 1) + FP32_BYTES

@@ -202,6 +202,42 @@ def _divide(
     np.copyto(mean, before, where=~has)
 
 
+def gather_clients(
+    rows: dict[int, npt.NDArray[np.float32]], size: int, topology: Topology
+) -> tuple[dict[int, npt.NDArray[np.float32]], int]:
+    """What the clients of all slots sent, (size,) each, on the first rank of the world, in the
+    order of their numbers; elsewhere nothing. And the bytes that the slots handed to MPI.
+
+    rows: of this slot's clients, on its first rank. Collective over all ranks.
+    """
+    world = topology.world
+    own = sorted(rows) if topology.leads_slot else []
+    places = {k: rank for rank, part in enumerate(world.comm.allgather(own)) for k in part}
+    found: dict[int, npt.NDArray[np.float32]] = {}
+    sent = 0
+    for client, rank in sorted(places.items()):
+        if world.rank == 0:
+            found[client] = rows[client] if rank == 0 else np.empty(size, dtype=np.float32)
+        if rank == 0:
+            continue
+        sent += size * 4
+        for start in range(0, size, CHUNK):
+            piece = slice(start, min(start + CHUNK, size))
+            if world.rank == 0:
+                world.comm.Recv(found[client][piece], source=rank)
+            elif world.rank == rank:
+                world.comm.Send(rows[client][piece], dest=0)
+    return found, sent
+
+
+def from_first(array: npt.NDArray[Any], topology: Topology) -> int:
+    """Make an array on all ranks that of the first; the bytes that this rank's slot handed to
+    MPI, 0 if there is one slot."""
+    for start in range(0, len(array), CHUNK):
+        topology.world.comm.Bcast(array[start : start + CHUNK], root=0)
+    return array.nbytes if topology.slots > 1 else 0
+
+
 def sum_over_ranks(array: npt.NDArray[np.float64], topology: Topology) -> npt.NDArray[np.float64]:
     """Element-wise sum over all ranks of the world, in place; for results that each rank computed
     a disjoint part of, with zeros elsewhere, so the sum is exact."""

@@ -78,12 +78,10 @@ class Engine:
         self.head = prepared.head
         # The module inside DeepSpeed's engine; its values go through load and read.
         self.model = adapted.network
-        self.parameters = adapted.parameters
+        self.parameters, residual = adapted.split()
         self.watch = BlockWatch(adapted.blocks)
         # Modules with trained values -> the entries that are its weight and, if any, its bias.
-        self.owners: dict[nn.Module, list[int]] = {}
-        for index, trainable in enumerate(adapted.trainables):
-            self.owners.setdefault(trainable.owner, []).append(index)
+        self.owners = adapted.owners()
         self.taps = PerSampleGradients(list(self.owners))
         self.precise = not settings.get("bf16", {}).get("enabled")
         dtype = self.parameters[0].dtype
@@ -100,7 +98,7 @@ class Engine:
         if self._agrees:
             self._deepspeed.enable_backward_allreduce = False
         self._masters = Masters(self.parameters, self._deepspeed, self.stage)
-        self._values = Values(self.parameters, self.layout, self.stage, topology)
+        self._values = Values(self.parameters, residual, self.layout, self.stage, topology)
         lowered = self._deepspeed.torch_autocast_enabled() or self._deepspeed.fp16_enabled()
         masters = {master.dtype for master in self._masters.tensors()}
         if lowered or {p.dtype for p in self.parameters} != {dtype} or masters != {torch.float32}:
@@ -139,6 +137,7 @@ class Engine:
         added = None if control is None else self._in_master_order(control)
         where = None if absent is None else self._in_master_order(absent.float())
         self._values.write(vector)
+        self._values.place(vector)
         if absent is not None and where is not None:
             masters.freeze(self._values.shaped(absent), [part > 0.5 for part in where])
         if moments:

@@ -22,16 +22,14 @@ UNIT = 2**-16
 LARGEST = 2**28
 
 
-class HetLora(Transform):
-    """Masks by client, weights by norm, ranks that are given up."""
+class Ranks(Transform):
+    """Masks by client; each weighs its rows."""
 
     masks = True
 
     def __init__(self, config: Config, layout: AdapterLayout) -> None:
         self._seed, self._layout = config.seed, layout
         self._least, self._most = config.updates.least_rank, config.adapter.rank
-        self._decay = config.updates.rank_decay
-        self.remembers = self._decay > 0
 
     def rank(self, client: int, memo: Memo) -> int:
         """The client's rank now: drawn once, uniformly from least_rank to adapter.rank."""
@@ -52,9 +50,21 @@ class HetLora(Transform):
         return mask
 
     def on_client(self, update: Update, now: Round) -> None:
-        update.memo, rank = dict(update.memo), self.rank(update.client, update.memo)
-        has = now.shared.pack(self._first(rank))
+        has = now.shared.pack(self._first(self.rank(update.client, update.memo)))
         update.mask = has if update.mask is None else update.mask & has
+
+
+class HetLora(Ranks):
+    """Weights by norm besides, and ranks that are given up."""
+
+    def __init__(self, config: Config, layout: AdapterLayout) -> None:
+        super().__init__(config, layout)
+        self._decay = config.updates.rank_decay
+        self.remembers = self._decay > 0
+
+    def on_client(self, update: Update, now: Round) -> None:
+        super().on_client(update, now)
+        update.memo, rank = dict(update.memo), self.rank(update.client, update.memo)
         if self._decay and rank > 1:
             self._shrink(update, now, rank)
         norm = sum(_norm(a, b) for a, b in self._pairs(update.values, now))

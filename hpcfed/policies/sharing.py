@@ -46,6 +46,15 @@ class Sharing:
         """
         rule = layers if warm else self._rule
         split = rule(self._layout, round_number, self._layout.part(chosen))
+        residual = self._layout.residual
+        if residual:  # the server's, whatever the rule; it has none before the method begins
+            split = replace(
+                split,
+                shared=split.shared - residual,
+                personal=split.personal - residual,
+                frozen=split.frozen | residual,
+                fetched=split.fetched if warm else split.fetched | residual,
+            )
         parts = (split.shared, split.personal, split.frozen)
         indices = sorted(index for part in parts for index in part.indices)
         if indices != list(self._layout.whole.indices):

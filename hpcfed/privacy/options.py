@@ -41,6 +41,14 @@ def check(config: Config) -> None:
             config.sharing.rule == "nothing",
             "nothing is sent, so there is nothing to protect; leave privacy out",
         ),
+        f"aggregation.rule={config.aggregation.rule}": (
+            config.aggregation.rule != "mean",
+            "it takes what each client sends by itself, and noise is added to sums",
+        ),
+        "federation.pooled": (
+            config.federation.pooled,
+            "all rows are one client's, whose every round would be seen",
+        ),
         "collective.wire=float32": (
             config.collective.wire == "float32",
             "sums must be exact for the noise to be what it says; use float64",

@@ -16,12 +16,12 @@ FP32_BYTES = 4
 class Traffic:
     """What a client sends and gets in a round, in values, and what all did on the wire, in bytes.
 
-    sizes: values of the shared part that each sampled client has. vectors: of that size, each way:
-    SCAFFOLD's control variates travel with the values. newcomers: clients that also get the
-    personal part, as the warm-up has made it.
+    sizes: values of the shared part that each sampled client sends, and gets. vectors: of that
+    size, each way: SCAFFOLD's control variates travel with the values. newcomers: clients that also
+    get the personal part, as the warm-up has made it.
     """
 
-    sizes: dict[int, int]
+    sizes: dict[int, tuple[int, int]]
     vectors: int
     newcomers: int
     wire: int
@@ -61,8 +61,9 @@ class Account:
         updates = len(now.clients) - len(failed)
         split, shared_head = now.split, now.shared & self._layout.part([HEAD])
         head = shared_head.size
-        up = sum(size for k, size in traffic.sizes.items() if k not in failed) * traffic.vectors
-        down = sum(traffic.sizes.values()) * traffic.vectors
+        sizes = traffic.sizes
+        up = sum(sent for k, (sent, _) in sizes.items() if k not in failed) * traffic.vectors
+        down = sum(got for _, got in sizes.values()) * traffic.vectors
         down += len(now.clients) * split.fetched.size + traffic.newcomers * split.personal.size
         scored = int(tally.total("scored", failed_too=True)) + self._passes
         samples = int(tally.total("samples", failed_too=True)) + scored
@@ -124,7 +125,7 @@ class Account:
                 "up": totals.up,
                 "down": totals.down,
                 "wire": totals.wire,
-                "up_if_all_shared": totals.updates * self._layout.size * FP32_BYTES,
+                "up_if_all_shared": totals.updates * self._layout.trained.size * FP32_BYTES,
             },
             "failures": totals.failures,
         }

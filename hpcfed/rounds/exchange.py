@@ -2,6 +2,7 @@
 
 new values -> update transforms -> what the server's rule adds -> weighted sums of the slot
   -> one exchange between slots -> update transforms -> the server's step
+An aggregation rule other than the mean gets each client's LoRA factors besides.
 """
 
 from dataclasses import replace
@@ -11,11 +12,12 @@ import numpy.typing as npt
 import torch
 
 from hpcfed import registry
-from hpcfed.cluster.collectives import MaskedSum
+from hpcfed.cluster.collectives import MaskedSum, from_first, gather_clients
 from hpcfed.policies.updates import Memo, Transform, Update, held
 from hpcfed.round import Outcome, Round
 from hpcfed.rounds.setup import Setup
 from hpcfed.rounds.tally import Tally
+from hpcfed.server.factors import Rule, Sent
 from hpcfed.server.optimizer import Optimizer
 from hpcfed.server.variates import Sampled
 from hpcfed.state import CONTROL, UPDATES
@@ -36,6 +38,11 @@ class Exchange:
         self.transforms: list[Transform] = [
             registry.UPDATES[name](config, layout) for name in config.updates.transforms
         ]
+        self.rule: Rule = registry.AGGREGATIONS[config.aggregation.rule](config, layout)
+        # The factors that this slot's clients send, packed.
+        self._sent: dict[int, npt.NDArray[np.float32]] = {}
+        self._moved: torch.Tensor | None = None  # what the rule has made of all of them
+        self.lost: float | None = None  # of the residual, see Rule.next
         self.masks = any(transform.masks for transform in self.transforms)
         self._remembers = any(transform.remembers for transform in self.transforms)
 
@@ -49,6 +56,7 @@ class Exchange:
 
     def begin(self, now: Round, stats: int) -> MaskedSum:
         """The slot's empty sums. stats: numbers that travel with them."""
+        self._sent, self._moved = {}, None
         return MaskedSum(
             now.shared.size * self.vectors(now) + (self.guard.extra if self.guard else 0),
             stats,
@@ -63,10 +71,13 @@ class Exchange:
             return None
         return held(self.transforms, client, self._memo(client))
 
-    def size(self, client: int, now: Round) -> int:
-        """How many values of the shared part a client has."""
+    def sizes(self, client: int, now: Round) -> tuple[int, int]:
+        """How many values of the shared part a client sends, all that it has, and how many it gets:
+        some it may draw itself."""
         has = self.has(client, now)
-        return now.shared.size if has is None else int(now.shared.pack(has).sum())
+        size = now.shared.size if has is None else int(now.shared.pack(has).sum())
+        draws = self.rule.draws and not now.warm
+        return size, (now.shared - self.rule.part).size if draws else size
 
     def _memo(self, client: int) -> Memo:
         return (self._memos.load(client) if self._remembers else None) or {}
@@ -109,6 +120,10 @@ class Exchange:
             return replace(
                 outcome, values=None, loss_sum=0.0, reason="what it would send is not finite"
             )
+        if self.rule.gathers and not now.warm:
+            vector = torch.zeros(self._layout.size)
+            shared.unpack(update.values, vector)
+            self._sent[client] = self.rule.part.pack(vector).numpy()
         if self._topology.leads_slot:
             if control is not None:
                 self._controls.save(client, now.number, {"control": control})
@@ -126,7 +141,27 @@ class Exchange:
         before = now.shared.pack(self._state.values)
         padding = (0, sums.size - len(before))
         mean = sums.mean(torch.nn.functional.pad(before, padding), self._topology)
-        return mean.values, mean.stats, mean.wire_bytes
+        wire = mean.wire_bytes
+        if self.rule.gathers and not now.warm:
+            wire += self._gather(now, mean.values)
+        return mean.values, mean.stats, wire
+
+    def _gather(self, now: Round, mean: torch.Tensor) -> int:
+        """Let the rule act on what each client sent, on the first rank, for all; the bytes on the
+        wire."""
+        found, wire = gather_clients(self._sent, self.rule.part.size, self._topology)
+        moves = self.rule.part | self._layout.residual
+        moved = np.zeros(moves.size + 1)
+        if found:
+            values = self._state.values.clone()
+            now.shared.unpack(mean, values)
+            sent = [Sent(self._rows[k], torch.from_numpy(row)) for k, row in found.items()]
+            values, lost = self.rule.next(values, sent, now)
+            moved[:-1], moved[-1] = moves.pack(values).numpy(), lost
+        result = moved.astype(np.float32)
+        wire += from_first(result, self._topology)
+        self._moved, self.lost = torch.from_numpy(result[:-1]), float(result[-1])
+        return wire
 
     def step(self, now: Round, mean: torch.Tensor, tally: Tally) -> None:
         """The server's step, into the run's state."""
@@ -142,6 +177,8 @@ class Exchange:
             after = self.server.step(shared, state.values, mean, self._sampled(tally))
         state.values = state.values.clone()
         shared.unpack(after, state.values)
+        if self._moved is not None:
+            (self.rule.part | self._layout.residual).unpack(self._moved, state.values)
         state.rounds = now.number + 1
 
     def _sampled(self, tally: Tally) -> Sampled:

@@ -141,7 +141,7 @@ class Federation:
         costs = {k: self.local.cost(k, now) for k in now.clients}
         lane = sampling.spread(costs, self._topology.slots)[self._topology.slot_index]
         # Before the exchange: after it the first rank may replace the files that say so.
-        sizes = {k: self.exchange.size(k, now) for k in now.clients}
+        sizes = {k: self.exchange.sizes(k, now) for k in now.clients}
         seconds = {"select": time.monotonic() - clock}
         sums, tally = self._train(now, lane, progress)
         mean, tally, wire, seconds["exchange"] = self._exchange(now, sums, tally)
@@ -220,11 +220,11 @@ class Federation:
         self,
         now: Round,
         tally: Tally,
-        sizes: dict[int, int],
+        sizes: dict[int, tuple[int, int]],
         wire: int,
         seconds: dict[str, float],
     ) -> dict[str, Any]:
-        """The round's metrics. sizes: values of the shared part that each sampled client has."""
+        """The round's metrics. sizes: of what each client sends, and gets, in values."""
         config, reasons = self._config, tally.reasons
         if tally.failed:
             gathered = self._topology.world.comm.allgather(reasons)
@@ -235,6 +235,8 @@ class Federation:
         record = self.account.record(now, tally, reasons, traffic, seconds)
         if config.curriculum.pace != "all":
             record["share"] = self.local.portion(now.number)
+        if self.layout.residual and not now.warm:
+            record["residual_lost"] = self.exchange.lost
         if config.curriculum.cut != "none":
             record["length"] = self.setup.cuts.length(now.number)
         if config.sparsity.keep < 1:

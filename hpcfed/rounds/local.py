@@ -169,8 +169,9 @@ class LocalRounds:
         everything."""
         split = now.split
         limits = [own for own in (trainable, has) if own is not None]
-        if split.frozen:
-            limits.append(~split.frozen.mask())
+        still = split.frozen - self._engine.layout.residual
+        if still:
+            limits.append(~still.mask())
         phases = [[*limits, phase.mask()] for phase in split.phases if phase] or [limits]
         return [torch.stack(each).all(0) if each else None for each in phases]
 

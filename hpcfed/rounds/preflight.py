@@ -18,6 +18,7 @@ from hpcfed.data.sources import TaskData
 from hpcfed.data.wordings import wording
 from hpcfed.errors import UserError
 from hpcfed.privacy import options as privacy
+from hpcfed.rounds.combinations import check_aggregation
 from hpcfed.settings import deepspeed_config, plugins
 from hpcfed.settings.config import Config
 from hpcfed.settings.counts import IN_FRONT
@@ -275,6 +276,7 @@ def _check_choices(config: Config) -> None:
             "change; use local.lr_schedule=constant."
         )
     _check_sharing(config)
+    check_aggregation(config)
     if config.model.head == "dpo":
         _check_preferences(config)
 
@@ -328,11 +330,12 @@ def _check_sharing(config: Config) -> None:
             "updates.transforms changes what clients weigh or send, and control variates would no "
             "longer hold: leave out server.control and local.control."
         )
-    if "hetlora" in transforms and (
+    having = next((name for name in transforms if name in ("hetlora", "ranks")), None)
+    if having and (
         config.adapter.kind != "lora" or config.updates.least_rank > config.adapter.rank
     ):
         raise UserError(
-            "hetlora gives clients the first ranks of LoRA: it needs adapter.kind=lora, and "
+            f"{having} gives clients the first ranks of LoRA: it needs adapter.kind=lora, and "
             f"updates.least_rank ({config.updates.least_rank}) not above adapter.rank "
             f"({config.adapter.rank})."
         )

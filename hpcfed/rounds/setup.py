@@ -82,7 +82,7 @@ class Setup:
             rounds=config.federation.rounds,
             model=config.model.name,
             frozen=self.prepared.backbone_values,
-            trainable=self.prepared.adapted.layout.size,
+            trainable=self.prepared.adapted.layout.trained.size,
             ranks=topology.world.size,
             slots=topology.slots,
             threads=topology.threads,

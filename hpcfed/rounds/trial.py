@@ -54,7 +54,7 @@ def _step(engine: Engine, initial: torch.Tensor, train: Tokens, test: Tokens, ob
     with engine.failures.silent(), _reached(engine) as reached:
         # All ranks get both rows: what fails in backward fails on all of them.
         engine.train([np.tile(_ends(train), ranks)], train, 0, observe)
-    adapter = {i for i, entry in enumerate(engine.layout.entries) if entry.block != HEAD}
+    adapter = {i for i, entry in enumerate(engine.layout.trained.entries) if entry.block != HEAD}
     if not reached & adapter:
         return "no gradient reaches the adapter"
     for tokens in (train, test):

@@ -14,6 +14,7 @@ from hpcfed.settings.inputs import Adapter, Columns, Data, Model, Partition, Spl
 
 __all__ = [
     "Adapter",
+    "Aggregation",
     "Cluster",
     "Collective",
     "Columns",
@@ -165,13 +166,26 @@ class Sharing:
 
 
 @dataclass(frozen=True)
+class Aggregation:
+    rule: str = option(
+        "mean", "what the server makes of the clients' LoRA factors", names=registry.AGGREGATIONS
+    )
+    ridge: float = option(
+        0.01,
+        "fair: how much the correction of B is held back, in units of the mean square of A's rows",
+        above=0,
+        counts=counts.FAIR,
+    )
+
+
+@dataclass(frozen=True)
 class Updates:
     transforms: tuple[str, ...] = option(
         (), "what changes clients' updates before they are added up", names=registry.UPDATES
     )
     least_rank: int = option(
-        2, "hetlora: a client's rank is drawn from this to adapter.rank", at_least=1,
-        counts=counts.HETLORA,
+        2, "hetlora, ranks: a client's rank is drawn from this to adapter.rank", at_least=1,
+        counts=counts.RANKS,
     )  # fmt: skip
     rank_decay: float = option(
         0.0,
@@ -337,6 +351,7 @@ class Config:
     layers: Layers = field(default_factory=Layers)
     sharing: Sharing = field(default_factory=Sharing)
     updates: Updates = field(default_factory=Updates)
+    aggregation: Aggregation = field(default_factory=Aggregation)
     sparsity: Sparsity = field(default_factory=Sparsity)
     evaluation: Evaluation = field(default_factory=Evaluation)
     server: Server = field(default_factory=Server)

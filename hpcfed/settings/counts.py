@@ -110,14 +110,24 @@ ASKED = When(
     "layers.score is sensitivity or eigenvalue, or layers.keep lossless",
     lambda c: LOSSLESS.holds(c) or c.layers.score in ("sensitivity", "eigenvalue"),
 )
+# Aggregation rules that move the backbone.
+MOVING = ("fedex", "flora", "delta")
+RESIDUAL = When("aggregation.rule is fedex, flora or delta", lambda c: c.aggregation.rule in MOVING)
+DELTA = When("aggregation.rule is delta", lambda c: c.aggregation.rule == "delta")
+FAIR = When("aggregation.rule is fair", lambda c: c.aggregation.rule == "fair")
+RANKS = When(
+    "updates.transforms has hetlora or ranks",
+    lambda c: bool({"hetlora", "ranks"} & set(c.updates.transforms)),
+)
 HETLORA = When("updates.transforms has hetlora", lambda c: "hetlora" in c.updates.transforms)
 WARM = When(
     "something begins after it: a curriculum.pace or layers.score other than all, a sharing.rule "
-    "other than layers, or updates.transforms",
+    "other than layers, an aggregation.rule other than mean, or updates.transforms",
     lambda c: (
         PACED.holds(c)
         or CHOSEN.holds(c)
         or c.sharing.rule != "layers"
+        or c.aggregation.rule != "mean"
         or bool(c.updates.transforms)
     ),
 )

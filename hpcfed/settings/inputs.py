@@ -66,6 +66,18 @@ class Adapter:
         "null: what PEFT takes for the architecture, mostly attention's query and value",
         counts=counts.LORA,
     )
+    residual: int = option(
+        0,
+        "lora: rank q of what the server adds to the backbone, kept as two factors; what a higher "
+        "rank would hold is cut off",
+        at_least=0,
+        at_most=65536,
+        counts=counts.RESIDUAL,
+    )
+    delta: float = option(
+        0.0, "lora: the backbone follows each step of B A by this share", at_least=0,
+        counts=counts.DELTA,
+    )  # fmt: skip
     placement: Literal["pfeiffer", "houlsby"] = option(
         "pfeiffer", "bottleneck: one behind the feed-forward, or another behind the attention too",
         counts=counts.BOTTLENECK,

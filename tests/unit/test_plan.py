@@ -187,6 +187,24 @@ def test_what_the_plan_says_of_sharing_rules(uneven, extra, values, how):
     assert (warm in lines) == ("curriculum.warmup=1" in extra)
 
 
+@pytest.mark.parametrize(
+    ("preset", "got"),
+    [("fedex-lora", "{all}"), ("flora", "{anew}"), ("lora-fair", "{plain}"),
+     ("flexlora", "at most {plain}"), ("delta-lora", "{all}")],
+)  # fmt: skip
+def test_what_the_plan_says_of_aggregation_rules(uneven, preset, got):
+    """What a client sends and gets: residuals, of rank 64, are got and never sent."""
+    lines = list(plan(resolve(preset, uneven), 1, 2, 80.0))
+    residual = 3 * 64 * (32 + 32 + 32 + 16)
+    values = {"plain": A + B + WEIGHT, "all": A + B + WEIGHT + residual, "anew": WEIGHT + residual}
+    sizes = {name: f"{4 * value / 1e6:.2f} MB" for name, value in values.items()}
+    assert any(f"client sends {'at most ' * (preset == 'flexlora')}{sizes['plain']}" in own
+               for own in lines)  # fmt: skip
+    (line,) = (own for own in lines if "aggregation.rule" in own)
+    assert line.startswith(f"  and gets {got.format(**sizes)} (") and "the first rank" in line
+    assert f"3 clients send, {3 * 4 * (A + B) / 1e6:.2f} MB" in line
+
+
 def test_the_plan_of_clients_with_different_ranks(uneven):
     """Weights stand beside the values, and nobody sends more than all ranks."""
     words = [*uneven, "updates.transforms=[hetlora]"]
