@@ -72,6 +72,16 @@ class Seconds:
 
 
 @dataclass
+class PrivacyState:
+    """noise: z, which was solved for when the run began. clip: the norm of the next round's
+    updates. key: the digest of the run's secret key."""
+
+    noise: float
+    clip: float
+    key: str
+
+
+@dataclass
 class RunState:
     """The run after `rounds` rounds.
 
@@ -90,3 +100,4 @@ class RunState:
     )
     totals: Totals = field(default_factory=Totals)
     seconds: Seconds = field(default_factory=Seconds)
+    privacy: PrivacyState | None = None

@@ -31,7 +31,7 @@ class Exchange:
         """states: what clients keep, by kind."""
         config, layout = setup.config, setup.prepared.adapted.layout
         self._config, self._state, self._layout = config, setup.state, layout
-        self._topology = setup.topology
+        self._topology, self.guard = setup.topology, setup.guard
         self._rows = [len(rows.train) for rows in setup.rows]
         self._controls, self._memos = states[CONTROL], states[UPDATES]
         self.server = Optimizer(config, layout, setup.state.server)
@@ -58,7 +58,7 @@ class Exchange:
         """The slot's empty sums. stats: numbers that travel with them."""
         self._sent, self._moved = {}, None
         return MaskedSum(
-            now.shared.size * self.vectors(now),
+            now.shared.size * self.vectors(now) + (self.guard.extra if self.guard else 0),
             stats,
             per_value_weights=self.masks and not now.warm,
             wire=self._config.collective.wire,
@@ -113,7 +113,10 @@ class Exchange:
         if sums.per_value_weights:
             own = torch.ones_like(before, dtype=torch.bool) if update.mask is None else update.mask
             mask = own.repeat(1 + len(sent)).numpy()
-        if not sums.add(torch.cat([update.values, *sent]), update.weight, mask):
+        message, weight = torch.cat([update.values, *sent]), update.weight
+        if self.guard is not None:
+            message, weight = self.guard.message(message.double() - before.double()), 1
+        if not sums.add(message, weight, mask):
             return replace(
                 outcome, values=None, loss_sum=0.0, reason="what it would send is not finite"
             )
@@ -133,6 +136,8 @@ class Exchange:
     ) -> tuple[torch.Tensor, npt.NDArray[np.float64], int]:
         """Exchange: the mean of what clients sent, the statistics, and the bytes on the wire.
         Collective over all ranks."""
+        if self.guard is not None:
+            self.guard.close(sums, now.number)
         before = now.shared.pack(self._state.values)
         padding = (0, sums.size - len(before))
         mean = sums.mean(torch.nn.functional.pad(before, padding), self._topology)
@@ -161,10 +166,12 @@ class Exchange:
     def step(self, now: Round, mean: torch.Tensor, tally: Tally) -> None:
         """The server's step, into the run's state."""
         state, shared = self._state, now.shared
+        before = shared.pack(state.values)
+        if self.guard is not None:
+            mean = before + self.guard.open(mean)
         if now.warm:
             after = mean
         else:
-            before = shared.pack(state.values)
             for transform in self.transforms:
                 mean = transform.on_mean(mean, before, now)
             after = self.server.step(shared, state.values, mean, self._sampled(tally))
@@ -178,7 +185,9 @@ class Exchange:
         succeeded = tally.succeeded
         weight = sum(self._rows[k] for k in succeeded)  # transforms that change it have no variates
         steps = int(tally.total("steps"))
-        return Sampled(len(succeeded), weight, steps, len(self._rows), sum(self._rows))
+        # With privacy the step is made also if nobody sent anything, on noise alone.
+        clients = len(succeeded) if self.guard is None else self._config.federation.per_round
+        return Sampled(clients, weight, steps, len(self._rows), sum(self._rows))
 
     def accept(self, now: Round, clients: list[int]) -> None:
         """What these clients' variates and memos were saved as is current from now on."""

@@ -43,7 +43,9 @@ class Federation:
         self.state = setup.state
         self.layout = setup.prepared.adapted.layout
         self._config, self._topology = setup.config, setup.topology
-        self._needed = setup.config.federation.min_clients
+        self._guard = setup.guard
+        # With privacy a round counts whoever comes through: to draw again would tell who does.
+        self._needed = setup.config.federation.min_clients if self._guard is None else 0
         self.client_states = {
             kind: ClientStates(
                 kind, self.state.clients[kind], setup.directory, setup.topology.is_root
@@ -146,8 +148,9 @@ class Federation:
         if tally.left:
             return None, True
         seconds |= dict(zip(Tally.SECONDS, map(float, tally.longest), strict=True))
-        succeeded = tally.succeeded if len(tally.succeeded) >= self._needed else []
-        if succeeded:
+        enough = len(tally.succeeded) >= self._needed
+        succeeded = tally.succeeded if enough else []
+        if enough:
             self.exchange.step(now, mean, tally)
         record = self._record(now, tally, sizes, wire, seconds)
         self.local.accept(now, succeeded)
@@ -159,9 +162,11 @@ class Federation:
     def next_round(self, earlier: Sequence[tuple[int, ...]] = ()) -> Round:
         """The round that comes next. earlier: its draws of clients that came to nothing."""
         spec, round_number = self._config.federation, self.state.rounds
-        sampled = sampling.sample(
-            self._config.seed, round_number, len(self.setup.rows), spec.per_round, earlier
-        )
+        if self._guard is None:
+            clients, seed = len(self.setup.rows), self._config.seed
+            sampled = sampling.sample(seed, round_number, clients, spec.per_round, earlier)
+        else:
+            sampled = self._guard.sample(round_number)
         warm = round_number < self._config.curriculum.warmup
         split = self.sharing.split(round_number, warm, self.state.chosen)
         return Round(round_number, warm, tuple(sampled), split)
@@ -237,6 +242,8 @@ class Federation:
         if config.sparsity.keep < 1:
             densities = tally.column("density").tolist()
             record["mask_density"] = dict(zip(map(str, now.clients), densities, strict=True))
+        if self._guard is not None:
+            record["privacy"] = self._guard.record(now.number + 1)
         return record
 
     def commit(self, record: dict[str, Any]) -> None:

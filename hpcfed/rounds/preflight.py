@@ -17,6 +17,7 @@ from hpcfed.data.partition import ClientRows
 from hpcfed.data.sources import TaskData
 from hpcfed.data.wordings import wording
 from hpcfed.errors import UserError
+from hpcfed.privacy import options as privacy
 from hpcfed.rounds.combinations import check_aggregation
 from hpcfed.settings import deepspeed_config, plugins
 from hpcfed.settings.config import Config
@@ -72,6 +73,7 @@ def check(resolved: Resolved, ranks: int, resume: bool = False) -> Checked:
     if config.model.head in ("cloze", "label_words"):  # a plug-in's own says itself what it needs
         wording(config, task)
     rows = partition.partition(task, config)
+    privacy.check_clients(config, len(rows))
     if begun:
         _check_rows(output, partition.summary(task, rows))
     return Checked(resolved, settings, output, task, rows, begun)
@@ -113,6 +115,7 @@ def check_options(resolved: Resolved, ranks: int) -> None:
             "curvature is taken from; give a share."
         )
     output_folder(config)
+    privacy.check(config)
     _check_choices(config)
     refuse_without_effect(resolved)
 
@@ -201,6 +204,11 @@ def check_rounds(config: Config, planned: int, output: Path) -> None:
             f"The run in {output} began with {ROUNDS}={planned}, not {asked}: with "
             f"{grown} each round depends on how many there are, so it cannot get more; give "
             "another output=..."
+        )
+    if asked > planned and config.privacy.epsilon is not None and config.privacy.noise is None:
+        raise UserError(
+            f"The run in {output} began with {ROUNDS}={planned}, not {asked}: its noise was solved "
+            "for so many, and they have used up privacy.epsilon; give another output=..."
         )
 
 

@@ -40,7 +40,7 @@ class Progress:
         self._speaks = speaks
         self._terminal = _terminal() if speaks and live else None
         self._bar: Any = None
-        self._rounds = 0
+        self._rounds = self._per_round = 0
         self._first = 0  # rounds of earlier lives
         self._up = 0
         self._validation = ""
@@ -51,6 +51,7 @@ class Progress:
         if not self._speaks:
             return
         self._rounds, self._first, self._up = opening.rounds, opening.done, opening.up
+        self._per_round = opening.per_round
         self._began = time.monotonic()
         per_client = opening.ranks // opening.slots
         self._say(
@@ -113,11 +114,13 @@ class Progress:
             text += " " * 19
         took = sum(record["seconds"].values())
         text += f"  up {self._up / 1e6:8.2f} MB  {took:6.1f} s  {_clock(left)} left"
+        if "privacy" in record:
+            text += f"  epsilon {record['privacy']['epsilon']:.3f}"
         text += _failed(record)
         for client, reason in record.get("not_evaluated", {}).items():
             text += f"\n  client {client} was not evaluated as a whole: {reason}"
         if self._bar is not None:
-            self._bar.update(done * len(record["clients"]) - self._bar.n)
+            self._bar.update(done * self._per_round - self._bar.n)
         self._say(text)
 
     def redraws(self, record: dict[str, Any], needed: int) -> None:
@@ -153,6 +156,13 @@ class Progress:
         less = sent["up"] / sent["up_if_all_shared"] if sent["up_if_all_shared"] else 1
         shared = f" ({less:.0%} of sharing all layers)" if less < 1 else ""
         scored = f" ({summary['scored']:,} of them scored only)" if summary["scored"] else ""
+        if "privacy" in summary:
+            own = summary["privacy"]
+            self._say(
+                f"privacy        epsilon {own['epsilon']:.3f} at delta {own['delta']:g} for each "
+                f"client (noise {own['noise']:g})"
+                + ("" if own["secret"] else ", if the seed were a secret")
+            )
         self._say(
             f"bytes          up {sent['up'] / 1e6:.2f} MB{shared}  down {sent['down'] / 1e6:.2f} MB"
             f"  on the wire {sent['wire'] / 1e6:.2f} MB\n"

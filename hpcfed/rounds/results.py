@@ -161,6 +161,7 @@ class Results:
             **_left_out(results),
             **({"evaluated_clients": len(self._asked)} if self._asked is not None else {}),
             **self._account.summary(),
+            **({"privacy": setup.guard.summary(state.rounds)} if setup.guard else {}),
             "seconds": {
                 "init": state.seconds.init,
                 **state.seconds.phases,

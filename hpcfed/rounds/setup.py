@@ -26,12 +26,15 @@ from hpcfed.engine.engine import Engine
 from hpcfed.errors import UserError
 from hpcfed.model import Prepared
 from hpcfed.objectives import heads
+from hpcfed.privacy.streams import public_key
+from hpcfed.rounds import guard as privacy
 from hpcfed.rounds import origin
 from hpcfed.rounds.preflight import Checked, check_rounds
 from hpcfed.rounds.progress import Opening
 from hpcfed.rounds.trial import try_step
 from hpcfed.settings import deepspeed_config, plugins
 from hpcfed.settings.config import Config
+from hpcfed.settings.counts import PRIVATE
 from hpcfed.settings.deepspeed_config import zero_stage
 from hpcfed.state import RunState, ServerState
 from hpcfed.storage.run import RunDirectory
@@ -61,6 +64,7 @@ class Setup:
     started: float
     init_seconds: float
     earlier_seconds: float
+    guard: privacy.Guard | None = None  # with privacy
 
     @property
     def train_tokens(self) -> Tokens:
@@ -122,6 +126,7 @@ def _set_up(
 ) -> Setup:
     config, settings, task = checked.config, checked.settings, checked.task
     state: RunState | None = None
+    key: bytes | None = None  # with privacy, on the first rank
     began = origin.of_input(checked)
     with world.agreement("opening the run directory"):
         if checked.begun and world.rank == 0:
@@ -129,6 +134,10 @@ def _set_up(
             state = directory.reopen(job(), LOCK_PATIENCE if restarted() else 0.0)
             origin.compare(directory.began, began, checked.output)
             check_rounds(config, directory.planned, checked.output)
+            if state.privacy is not None:
+                secret = config.privacy.secret
+                key = directory.read_key() if secret else public_key(config.seed)
+                privacy.check_key(state.privacy, key)
     stop = stop or Stop(config.cluster.grace_seconds)
     topology = topology or connect_slots(world, config.cluster)
     if zero_stage(settings) == 3 and topology.device.type == "cpu":
@@ -165,6 +174,10 @@ def _set_up(
     init_seconds = time.monotonic() - started
     state = world.comm.bcast(state, root=0) if checked.begun else _first_state(config, prepared)
     assert state is not None
+    with world.agreement("accounting for privacy"):
+        if PRIVATE.holds(config) and not checked.begun and world.rank == 0:
+            state.privacy, key = privacy.begin(config, len(checked.rows))
+    state.privacy = world.comm.bcast(state.privacy)
     earlier_seconds = state.seconds.total
     state.seconds.init += init_seconds
     stop.tail = state.seconds.tail
@@ -185,11 +198,13 @@ def _set_up(
         elif world.rank == 0:
             table = partition.summary(task, checked.rows)
             state.seconds.total = time.monotonic() - started
-            directory.create(checked.resolved, facts, here, table, state, began, job())
+            hidden = key if config.privacy.secret else None
+            directory.create(checked.resolved, facts, here, table, state, began, job(), hidden)
     directory.clients.run = world.comm.bcast(directory.clients.run)
     return Setup(
         config, task, checked.rows, cuts, test_tokens, prepared, engine, topology, stop,
         directory, state, started, init_seconds, earlier_seconds,
+        privacy.build(config, len(checked.rows), topology, state.privacy, key),
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "Local",
     "Model",
     "Partition",
+    "Privacy",
     "Server",
     "Sharing",
     "Sparsity",
@@ -256,6 +257,39 @@ class Server:
 
 
 @dataclass(frozen=True)
+class Privacy:
+    epsilon: float | None = option(
+        None,
+        "differential privacy of clients, at delta: the budget of the whole run; without noise the "
+        "noise is solved for, for so many rounds",
+        above=0,
+        at_most=1000,
+    )
+    noise: float | None = option(
+        None, "z: the noise on the sum of the updates has z times clip as its standard deviation",
+        at_least=0.1, at_most=1000,
+    )  # fmt: skip
+    delta: float = option(
+        1e-5, "probability with which epsilon may not hold; well below 1/clients", above=0, below=1,
+        counts=counts.PRIVATE,
+    )  # fmt: skip
+    clip: float | Literal["adaptive"] = option(
+        1.0,
+        "norm to which a client's update is cut down, over all that it sends; adaptive: the noised "
+        "median of the norms, from 0.1 on",
+        at_least=1e-6,
+        at_most=1e6,
+        counts=counts.PRIVATE,
+    )
+    secret: bool = option(
+        True,
+        "noise and sampled clients come from a key of this run's own that is kept from its files; "
+        "false: from the public seed, for tests: whoever knows it can take the noise off",
+        counts=counts.PRIVATE,
+    )
+
+
+@dataclass(frozen=True)
 class Collective:
     wire: Literal["float64", "float32"] = option(
         "float64",
@@ -321,6 +355,7 @@ class Config:
     sparsity: Sparsity = field(default_factory=Sparsity)
     evaluation: Evaluation = field(default_factory=Evaluation)
     server: Server = field(default_factory=Server)
+    privacy: Privacy = field(default_factory=Privacy)
     collective: Collective = field(default_factory=Collective)
     cluster: Cluster = field(default_factory=Cluster)
     deepspeed: str = option(

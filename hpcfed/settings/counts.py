@@ -141,6 +141,11 @@ SPARSE = When(
     lambda c: PERSONAL.holds(c) and c.sparsity.keep < 1,
 )
 
+PRIVATE = When(
+    "privacy.epsilon or privacy.noise is given",
+    lambda c: c.privacy.epsilon is not None or c.privacy.noise is not None,
+)
+
 STEPS = When("server.optimizer is not mean", lambda c: c.server.optimizer != "mean")
 ADAPTIVE = When(
     "server.optimizer is adam or yogi", lambda c: c.server.optimizer in ("adam", "yogi")

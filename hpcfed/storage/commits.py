@@ -21,11 +21,21 @@ from typing import Any
 
 import torch
 
-from hpcfed.state import KINDS, PHASES, Best, ClientFiles, RunState, Seconds, ServerState, Totals
+from hpcfed.state import (
+    KINDS,
+    PHASES,
+    Best,
+    ClientFiles,
+    PrivacyState,
+    RunState,
+    Seconds,
+    ServerState,
+    Totals,
+)
 from hpcfed.storage.checks import as_object, digest, parse
 from hpcfed.storage.paths import PARTITION, SELECTION, tensors_of
 
-FORMAT = 3  # of the manifest
+FORMAT = 4  # of the manifest
 
 _SERVER, _CLIENTS = "server.", "clients."
 _TABLES = ("current", "pinned", "replaced")  # of ClientFiles
@@ -80,6 +90,7 @@ class Manifest:
     best: BestRound | None
     totals: Totals
     seconds: Seconds
+    privacy: PrivacyState | None
     metrics: Committed
     files: dict[str, str]
 
@@ -105,6 +116,7 @@ def encode(state: RunState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "best": best,
         "totals": asdict(state.totals),
         "seconds": asdict(state.seconds),
+        "privacy": None if state.privacy is None else asdict(state.privacy),
     }
     # Copies, since the best values may be the current ones, and a file holds each tensor once.
     return {name: value.clone() for name, value in tensors.items()}, fields
@@ -144,6 +156,7 @@ def decode(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> RunState:
         clients=clients,
         totals=manifest.totals,
         seconds=manifest.seconds,
+        privacy=manifest.privacy,
     )
 
 

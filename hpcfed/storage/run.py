@@ -35,6 +35,7 @@ from hpcfed.adapters.layout import AdapterLayout
 from hpcfed.errors import DiskError, UserError
 from hpcfed.settings.resolve import Resolved, describe
 from hpcfed.state import RunState
+from hpcfed.storage import secret
 from hpcfed.storage.adapters import write_adapter
 from hpcfed.storage.checks import DamageError, check_kinds, digest, read_bytes, read_object
 from hpcfed.storage.clients import ClientFolders
@@ -105,8 +106,10 @@ class RunDirectory:
         start: RunState,
         began: Origin,
         job: str = "",
+        key: bytes | None = None,
     ) -> None:
-        """Write what is known before the first round, and lock the folder.
+        """Write what is known before the first round, and lock the folder. key: a secret one, which
+        lies beside the folder.
 
         It appears under its name when it is complete: there is never half a run directory.
         Raises UserError if it cannot be written, or another run took the name meanwhile.
@@ -129,6 +132,8 @@ class RunDirectory:
                 (self.path / METRICS).touch()
                 self._describe_life(facts, here)
                 self.commit(start)
+                if key is not None:
+                    secret.write(secret.place(final, self.clients.run), key)
                 self._lock = Lock(self.path / LOCK, job)
                 if final.exists():
                     raise FileExistsError
@@ -137,6 +142,8 @@ class RunDirectory:
             self.close()
             made, self.path = self.path, final
             shutil.rmtree(made, ignore_errors=True)
+            if key is not None:
+                secret.place(final, self.clients.run).unlink(missing_ok=True)
             if final.exists():
                 raise UserError(
                     f"The run directory {final} exists already; give another one with output=..., "
@@ -171,6 +178,10 @@ class RunDirectory:
             f"{self.path} cannot be resumed: {what}; put back a copy that is whole, or give "
             "another run directory with output=..."
         )
+
+    def read_key(self) -> bytes:
+        """After `reopen`: the secret key that `create` was given. Raises UserError."""
+        return secret.read(secret.place(self.path, self.clients.run), self.path)
 
     def look(self) -> RunState:
         """Check all that a commit refers to, return the last committed state that is whole; nothing

@@ -9,7 +9,7 @@ from tests.support import ROOT
 
 HOUSE = ROOT / "hpcfed"
 # Mathematics and policies are tested alone, on any device: nothing of MPI, DeepSpeed, or files.
-PURE = ("policies", "importance", "server", "state", "round", "rng", "errors")
+PURE = ("policies", "importance", "privacy", "server", "state", "round", "rng", "errors")
 NOT_PURE = ("mpi4py", "deepspeed", "safetensors", "hpcfed.cluster", "hpcfed.engine",
             "hpcfed.storage", "hpcfed.rounds", "hpcfed.app")  # fmt: skip
 LONGEST = 400  # lines of a file

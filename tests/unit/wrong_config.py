@@ -283,11 +283,48 @@ DEEPSPEED: list[Case] = [
     ("a pipeline", deepspeed({"pipeline": {"stages": 2}}), r"'pipeline' has no place"),
 ]  # fmt: skip
 
+PRIVACY: list[Case] = [
+    (name, words("privacy.noise=1.0", *given), said + ".* cannot go with privacy: ")
+    for name, given, said in (
+        ("rounds that are drawn again", ["federation.min_clients=2"], r"federation\.min_clients"),
+        ("SCAFFOLD", ["local.control=true"], r"local\.control"),
+        (
+            "control variates of the server",
+            ["server.optimizer=momentum", "server.control=true"],
+            r"server\.control",
+        ),
+        ("scores of layers", ["layers.score=sensitivity"], r"layers\.score=sensitivity"),
+        (
+            "a number of layers from data",
+            ["layers.score=last", "layers.keep=lossless"],
+            r"layers\.keep=lossless",
+        ),
+        ("weights by norm", ["updates.transforms=hetlora"], r"updates\.transforms=\['hetlora'\]"),
+        ("nothing that is sent", ["sharing.rule=nothing"], r"sharing\.rule=nothing"),
+        ("sums that are not exact", ["collective.wire=float32"], r"collective\.wire=float32"),
+    )
+]
+PRIVACY += [
+    (
+        "a delta of one in so many clients",
+        words("privacy.noise=1", "privacy.delta=0.01"),
+        r"delta is 0\.01, and there are 100 clients",
+    ),
+    ("a norm without noise", words("privacy.clip=2.0"), r"counts if privacy\.epsilon or privacy\."),
+    ("a norm by another word", words("privacy.noise=1", "privacy.clip=median"), r"privacy\.clip"),
+    (
+        "no noise",
+        words("privacy.noise=0"),
+        r"privacy\.noise.*out of range: it must be at least 0\.1",
+    ),
+]
+
 CASES: list[Case] = [
     (f"{area}: {what}", build, said)
     for area, cases in (
         ("YAML file", YAML), ("override", OVERRIDES), ("value", OPTIONS),
         ("option without effect", WITHOUT_EFFECT), ("DeepSpeed JSON", DEEPSPEED),
+        ("privacy", PRIVACY),
     )
     for what, build, said in cases
 ]  # fmt: skip

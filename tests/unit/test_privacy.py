@@ -1,0 +1,180 @@
+"""Clipping, noise, keys and the accountant, against the formula and the library."""
+
+import hashlib
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hpcfed.errors import UserError
+from hpcfed.privacy import accountant, mechanism, streams
+from hpcfed.rounds import preflight
+from hpcfed.settings.resolve import resolve
+from hpcfed.storage import secret
+
+KEY = bytes(range(32))
+NUMBERS = 200_000
+
+
+def test_clipping_is_the_formula():
+    rng = np.random.default_rng(0)
+    for clip in (1e-6, 0.3, 1.0, 7.0, 1e6):
+        for scale in (0.01, 0.999, 1.001, 50.0):
+            update = torch.from_numpy(rng.normal(size=1000))
+            update *= scale * clip / update.norm()
+            units, within = mechanism.clipped(update, clip)
+            wanted = update * min(1.0, clip / float(update.norm()))
+            got = units * mechanism.unit(clip)
+            assert within == (scale < 1)
+            assert float((got - wanted).abs().max()) <= 1.1 * mechanism.unit(clip) + 1e-9 * clip
+            assert float(got.norm()) <= clip and torch.equal(units, units.round())
+    units, within = mechanism.clipped(torch.zeros(5), 1.0)
+    assert within and not units.any()
+
+
+def test_one_client_moves_the_sum_by_no_more_than_the_norm():
+    """Added or taken away: whatever it sends, also the worst."""
+    for clip in (0.1, 1.0):
+        others = sum(mechanism.clipped(torch.randn(64), clip)[0] for _ in range(5))
+        for worst in (
+            torch.full((64,), 1e30), torch.full((64,), -3e38), 1e-30 * torch.ones(64),
+            torch.nn.functional.one_hot(torch.tensor(3), 64) * 1e9, torch.randn(64) * 1e6,
+        ):  # fmt: skip
+            with_it = others + mechanism.clipped(worst, clip)[0]
+            assert float((with_it - others).norm()) * mechanism.unit(clip) <= clip
+
+
+def test_what_is_not_finite_stays_so():
+    """So that the sums refuse it."""
+    for bad in (float("inf"), float("nan")):
+        units, _ = mechanism.clipped(torch.tensor([1.0, bad]), 1.0)
+        assert not torch.isfinite(units).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_noise_is_normal(dtype):
+    """Moments, tails and the distribution, within what so many draws allow; as the mean has it."""
+    from scipy import stats
+
+    clip, deviation = 0.5, 1.7
+    drawn = mechanism.noise(KEY, 0, NUMBERS, deviation, clip) * mechanism.unit(clip)
+    drawn = drawn.astype(dtype).astype(np.float64) / (deviation * clip)
+    assert abs(drawn.mean()) < 5 / math.sqrt(NUMBERS)
+    assert abs(drawn.std() - 1) < 5 / math.sqrt(2 * NUMBERS)
+    assert stats.kstest(drawn, "norm").pvalue > 1e-3
+    assert abs((np.abs(drawn) > 3).mean() - 0.0026998) < 6e-4
+    assert abs(np.corrcoef(drawn[::2], drawn[1::2])[0, 1]) < 0.015
+
+
+def test_noise_is_whole_and_its_own_in_each_round():
+    first, again = (mechanism.noise(KEY, 3, 1000, 1.0, 1.0) for _ in range(2))
+    other = mechanism.noise(KEY, 4, 1000, 1.0, 1.0)
+    foreign = mechanism.noise(bytes(32), 3, 1000, 1.0, 1.0)
+    assert np.array_equal(first, again) and np.array_equal(first, np.rint(first))
+    for others in (other, foreign):
+        assert abs(np.corrcoef(first, others)[0, 1]) < 0.2
+    assert np.array_equal(streams.uniforms(KEY, "x", 0, 10), streams.uniforms(KEY, "x", 0, 99)[:10])
+
+
+def test_uniforms_are_the_stream():
+    """A literal reading of it."""
+    stream = hashlib.shake_256(KEY + b"x/7/0").digest(8 * 3)
+    wanted = [
+        ((int.from_bytes(stream[8 * i : 8 * i + 8], "little") >> 11) + 1) / 2**53 for i in range(3)
+    ]
+    assert streams.uniforms(KEY, "x", 7, 3).tolist() == wanted
+
+
+def test_poisson_sampling():
+    """Each by itself, with its rate; none, and all, occur."""
+    clients, rate, rounds = 20, 0.1, 4000
+    drawn = [streams.coins(KEY, "sample", t, clients, rate) for t in range(rounds)]
+    sizes = np.bincount([len(own) for own in drawn], minlength=clients + 1)[:6] / rounds
+    wanted = [math.comb(clients, m) * rate**m * (1 - rate) ** (clients - m) for m in range(6)]
+    assert np.abs(sizes - wanted).max() < 0.03 and sizes[0] > 0.08
+    each = np.bincount([k for own in drawn for k in own], minlength=clients) / rounds
+    assert np.abs(each - rate).max() < 0.025
+    assert streams.coins(KEY, "sample", 0, 5, 1.0) == [0, 1, 2, 3, 4]
+
+
+def by_hand(rate, noise, rounds, delta):
+    """The library's own accountant, as its documentation has it."""
+    import dp_accounting as dp
+    from dp_accounting import pld
+
+    each = dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise))
+    own = pld.PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    return own.compose(each, rounds).get_epsilon(delta)
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "rounds"), [(0.1, 1.0, 100), (0.5, 2.0, 7), (1.0, 1.0, 1)]
+)
+def test_epsilon_is_the_librarys(rate, noise, rounds):
+    found = accountant.epsilon(rate, noise, rounds, 1e-5)
+    assert found == pytest.approx(by_hand(rate, noise, rounds, 1e-5), rel=1e-6)
+    assert accountant.epsilon(rate, noise, 0, 1e-5) == 0
+
+
+def terms(*overrides, clients=20):
+    words = ["federation.clients=20", "federation.per_round=4", "federation.rounds=3", *overrides]
+    return accountant.terms(resolve("lora-fedavg", words).config, clients)
+
+
+@pytest.mark.long
+def test_the_noise_is_the_least_that_is_enough():
+    found = terms("privacy.epsilon=8")
+    assert found.epsilon(3) <= 8 < accountant.epsilon(0.2, found.noise - 2e-3, 3, 1e-5)
+
+
+def test_a_budget_that_is_too_small():
+    with pytest.raises(
+        UserError, match=r"3 rounds at privacy\.noise=1 cost.*set federation\.round"
+    ):
+        terms("privacy.noise=1", "privacy.epsilon=3")
+    with pytest.raises(UserError, match=r"not one fits in it: give more noise"):
+        terms("privacy.noise=1", "privacy.epsilon=0.5")
+    assert terms("privacy.noise=1", "privacy.epsilon=9").noise == 1
+
+
+def test_a_run_whose_noise_was_solved_for_gets_no_more_rounds(tmp_path):
+    own = resolve("lora-fedavg", ["federation.rounds=9", "privacy.epsilon=8"]).config
+    with pytest.raises(UserError, match=r"used up privacy\.epsilon"):
+        preflight.check_rounds(own, 8, tmp_path)
+    more = resolve("lora-fedavg", ["federation.rounds=9", "privacy.noise=1"]).config
+    preflight.check_rounds(more, 8, tmp_path)
+
+
+def test_adaptive_clipping_costs_what_the_noise_says():
+    """The update and the bit, each by what one client can change and its noise, are one Gaussian
+    mechanism of noise z."""
+    for noise, expected in ((1.0, 10), (0.6, 4), (1.0, 400)):
+        own = mechanism.Adaptive.of(noise, expected)
+        update, bit = own.raised(noise), own.deviation
+        assert update**-2 + (0.5 / bit) ** 2 == pytest.approx(noise**-2)
+        assert bit >= expected / 20 and abs(own.bit(True)) == mechanism.BIT / 2
+
+
+def test_adaptive_clipping_finds_the_median():
+    norms = np.random.default_rng(1).lognormal(0.0, 0.5, 400)
+    own, clip = mechanism.Adaptive.of(1.0, 400), mechanism.START
+    for t in range(60):
+        total = sum(own.bit(bool(norm <= clip)) for norm in norms) + own.noise(KEY, t)
+        clip = own.next(clip, total, 400)
+    assert clip == pytest.approx(np.median(norms), rel=0.15)
+    # A literal step: 3 of 4 within, no noise.
+    step = own.next(2.0, mechanism.BIT * (3 * 0.5 - 0.5), 4)
+    assert step == pytest.approx(2.0 * math.exp(-0.2 * 0.25))
+
+
+def test_the_key_is_its_owners_alone(tmp_path):
+    run = tmp_path / "run"
+    file = secret.place(run, "0a1b")
+    secret.write(file, KEY)
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+    assert run not in file.parents and secret.read(file, run) == KEY
+    with pytest.raises(UserError, match=r"its secret key .* cannot be read"):
+        secret.read(secret.place(run, "other"), run)
+    assert streams.digest(KEY) != streams.digest(bytes(32)) and KEY.hex() not in streams.digest(KEY)
