@@ -60,8 +60,10 @@ def test_equals_the_plain_loop(worlds, once, data, tmp_path, shape):
 @pytest.mark.parametrize("preset", ["dp-fibecfed", "dp-fedpeptao", "dp-ffa-lora"])
 def test_methods_run_with_it(worlds, data, tmp_path, shape, preset):
     """With adaptive clipping, whose norm moves."""
-    words = overrides(data, "privacy.clip=adaptive", "privacy.epsilon=100",
-                      "federation.per_round=2", "local.lr=0.05", "local.weight_decay=0.0")  # fmt: skip
+    words = overrides(
+        data, "privacy.clip=adaptive", "privacy.epsilon=100", "federation.per_round=2",
+        "local.lr=0.05", "local.weight_decay=0.0",
+    )  # fmt: skip
     if preset != "dp-ffa-lora":
         words.append("curriculum.warmup=1")
     _, run = federate(worlds, shape, tmp_path, words, preset)
