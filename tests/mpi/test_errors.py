@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hpcfed.app import cli
+from hpcfed.storage.commits import FORMAT
 from tests.mpi.variants import overrides, write_data
 from tests.support import ROOT, line, mpiexec
 
@@ -87,7 +88,10 @@ def test_before_any_rank_is_started(refused, extra, words, data, tmp_path):
             ["adapter.kind=prefix", "adapter.virtual_tokens=120"],
             ["128 positions", "virtual_tokens"],
         ),
-        (["model.name={out}/llama-classifier"], ["legal targets: down_proj"]),
+        (
+            ["model.name={out}/llama-classifier", "adapter.targets=[query]"],
+            ["legal targets: down_proj"],
+        ),
         (["model.name={out}"], ["model.name", "could not load"]),
         (["cluster.ranks_per_client=2"], ["ranks_per_client"]),
         *(
@@ -131,7 +135,7 @@ def test_what_cannot_be_resumed(worlds, data, tmp_path, shape):
     (out / "summary.json").unlink()
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**content, "format": 1}))
-    assert "its format is 1, and this hpcfed reads 3" in sentence(said(out, "--resume"))
+    assert f"its format is 1, and this hpcfed reads {FORMAT}" in sentence(said(out, "--resume"))
     (tmp_path / "other").mkdir()
     assert "is no run directory" in sentence(said(tmp_path / "other", "--resume"))
 
