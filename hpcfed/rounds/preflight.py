@@ -18,10 +18,9 @@ from hpcfed.data.sources import TaskData
 from hpcfed.data.wordings import wording
 from hpcfed.errors import UserError
 from hpcfed.privacy import options as privacy
-from hpcfed.rounds.combinations import check_aggregation
+from hpcfed.rounds.combinations import check_combinations
 from hpcfed.settings import deepspeed_config, plugins
 from hpcfed.settings.config import Config
-from hpcfed.settings.counts import IN_FRONT
 from hpcfed.settings.resolve import Resolved, changed, refuse_without_effect
 from hpcfed.storage.checks import DamageError, read_bytes, read_object
 from hpcfed.storage.paths import CONFIG, LIVES, PARTITION, SUMMARY
@@ -116,7 +115,7 @@ def check_options(resolved: Resolved, ranks: int) -> None:
         )
     output_folder(config)
     privacy.check(config)
-    _check_choices(config)
+    check_combinations(config)
     refuse_without_effect(resolved)
 
 
@@ -233,117 +232,6 @@ def _whole(output: Path) -> Iterator[None]:
             f"{output} cannot be resumed: {damage}; put back a copy that is whole, or give another "
             "run directory with output=..."
         ) from None
-
-
-def _check_choices(config: Config) -> None:
-    """Raises UserError for options that contradict each other."""
-    kind, layers, server, local = config.adapter.kind, config.layers, config.server, config.local
-    if kind in IN_FRONT and layers.score != "all":
-        raise UserError(
-            f"layers.score={layers.score} chooses among layers, but adapter.kind={kind} has values "
-            "in one place only; use layers.score=all, or adapter.kind=prefix."
-        )
-    if kind == "attempt" and not config.adapter.sources:
-        raise UserError(
-            "adapter.kind=attempt mixes prompts that other tasks have trained, and there are none: "
-            "run prompt-tuning on them, and give adapter.sources=[runs/.../adapter, ...]."
-        )
-    if server.optimizer != "momentum" and (server.control or server.gradient == "difference"):
-        raise UserError(
-            f"server.control and server.gradient=difference belong to server.optimizer=momentum, "
-            f"not to {server.optimizer}."
-        )
-    if server.control and local.control:
-        raise UserError(
-            "local.control and server.control are two ways to use control variates; set one."
-        )
-    if local.momentum and local.optimizer != "sgd":
-        raise UserError(
-            f"local.momentum belongs to local.optimizer=sgd; {local.optimizer} has its own."
-        )
-    if local.moments == "keep" and local.optimizer == "sgd" and not local.momentum:
-        raise UserError(
-            "local.moments=keep: plain sgd has no moments to keep; set local.momentum, or reset."
-        )
-    if local.lr_schedule != "constant" and local.lr_end > local.lr:
-        raise UserError(
-            f"local.lr_end is {local.lr_end:g} and local.lr {local.lr:g}; a rate falls, so give a "
-            "smaller local.lr_end."
-        )
-    if local.lr_schedule != "constant" and server.control and server.gradient == "difference":
-        raise UserError(
-            "server.control with server.gradient=difference divides by local.lr, so that it cannot "
-            "change; use local.lr_schedule=constant."
-        )
-    _check_sharing(config)
-    check_aggregation(config)
-    if config.model.head == "dpo":
-        _check_preferences(config)
-
-
-def _check_preferences(config: Config) -> None:
-    """Raises UserError for what model.head=dpo, which passes two answers through the model, cannot
-    have."""
-    if config.adapter.kind != "lora":
-        raise UserError(
-            "model.head=dpo compares with the model whose adapter is off, which needs "
-            f"adapter.kind=lora, not {config.adapter.kind}."
-        )
-    if config.layers.score in ("sensitivity", "eigenvalue") or config.layers.keep == "lossless":
-        raise UserError(
-            "model.head=dpo passes two answers a row, and layers.score=sensitivity and eigenvalue, "
-            "and layers.keep=lossless, measure one; choose layers.score=first, last or random, and "
-            "a share."
-        )
-    spec = config.curriculum
-    if spec.pace != "all" and spec.difficulty in ("fisher", "reversed") and spec.when != "training":
-        raise UserError(
-            f"model.head=dpo takes curriculum.difficulty={spec.difficulty} from training passes "
-            "only; use curriculum.when=training, or curriculum.difficulty=loss."
-        )
-
-
-_OF_LORA = ("ffa", "fedsa", "rolora")  # sharing rules that tell A from B
-
-
-def _check_sharing(config: Config) -> None:
-    """Raises UserError for sharing rules and transforms that cannot act."""
-    rule, local = config.sharing.rule, config.local
-    if rule in _OF_LORA and config.adapter.kind != "lora":
-        raise UserError(
-            f"sharing.rule={rule} tells LoRA's A from its B, which adapter.kind="
-            f"{config.adapter.kind} does not have; use adapter.kind=lora."
-        )
-    if rule == "fedalt" and config.layers.score == "all":
-        raise UserError(
-            "sharing.rule=fedalt trains personal layers and shared ones in turns, and with "
-            "layers.score=all none is personal; choose another layers.score."
-        )
-    if rule in ("fedalt", "rolora") and (local.moments == "keep" or local.control):
-        raise UserError(
-            f"sharing.rule={rule} trains another part each time, so local.moments=keep and "
-            "local.control cannot go with it."
-        )
-    transforms = config.updates.transforms
-    if transforms and (config.server.control or local.control):
-        raise UserError(
-            "updates.transforms changes what clients weigh or send, and control variates would no "
-            "longer hold: leave out server.control and local.control."
-        )
-    having = next((name for name in transforms if name in ("hetlora", "ranks")), None)
-    if having and (
-        config.adapter.kind != "lora" or config.updates.least_rank > config.adapter.rank
-    ):
-        raise UserError(
-            f"{having} gives clients the first ranks of LoRA: it needs adapter.kind=lora, and "
-            f"updates.least_rank ({config.updates.least_rank}) not above adapter.rank "
-            f"({config.adapter.rank})."
-        )
-    if "hetlora" in transforms and rule in (*_OF_LORA, "nothing"):
-        raise UserError(
-            f"hetlora weighs clients by the B A that they send, and with sharing.rule={rule} they "
-            "send at most one of the two; use sharing.rule=layers or fedalt."
-        )
 
 
 def check_ranks(ranks: int, ranks_per_client: int) -> None:
