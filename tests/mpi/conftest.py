@@ -13,7 +13,7 @@ MODELS = [
     ("bert", "classifier", 0.2), ("bert", "cloze", 0.2), ("roberta", "classifier", 0.2),
     ("gpt2", "classifier", 0.2), ("llama", "classifier", 0.2), ("llama", "label_words", 0.04),
     ("gpt2", "label_words", 0.04), ("llama", "completion", 0.04), ("gpt2", "completion", 0.04),
-    ("qwen3", "completion", 0.04),
+    ("qwen3", "completion", 0.04), ("qwen3", "classifier", 0.2),
 ]  # fmt: skip
 
 

@@ -17,6 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from hpcfed.storage.commits import FORMAT
+
 Spoil = Callable[[Path], None]
 MANIFEST = "run/checkpoint/manifest.json"
 TENSORS = "run/checkpoint/round-00002.safetensors"
@@ -261,8 +263,8 @@ CASES: list[tuple[str, Spoil, str]] = [
       for number in ("3", "0", "-2", "9", '"2"', "true")],
     ("a server rate edited", replaced(MANIFEST, '"server_lr": ', '"server_lr": 1'), DAMAGED),
     ("a checksum edited", replaced(MANIFEST, '"sha256": "', '"sha256": "0'), DAMAGED),
-    ("the format of another hpcfed", replaced(MANIFEST, '"format": 3', '"format": 2'),
-     r"manifest\.json is of another hpcfed \(its format is 2, and this hpcfed reads 3\)"),
+    ("the format of another hpcfed", replaced(MANIFEST, f'"format": {FORMAT}', '"format": 2'),
+     rf"manifest\.json is of another hpcfed \(its format is 2, and this hpcfed reads {FORMAT}\)"),
     ("no format", forged("format", GONE), rf"{DAMAGED} \(it has no format"),
     ("a format that is a text", forged("format", "3"), rf"{DAMAGED} \(it has no format"),
     # From here on the manifest's own checksum is right.
