@@ -133,7 +133,7 @@ def _number(run: Path, client: str | None) -> int | None:
 def _outline(config: Config, labels: tuple[str, ...]) -> TaskData:
     """What heads want to know of a task, without its rows: whether they are pairs, for one, which
     the template tells that the run was checked with."""
-    template = template_of(config) or ""
+    template = template_of(config, config.task.name) or ""
     nothing = np.zeros(0, dtype=np.int64)
     rows = Split([], [] if "{b}" in template else None, nothing, None)
     return TaskData(config.task.name, labels, "accuracy", 0, rows, rows)

@@ -71,9 +71,9 @@ class Wording:
         return "".join(values.get(part, part) for part in self.parts)
 
 
-def template_of(config: Config) -> str | None:
+def template_of(config: Config, task: str) -> str | None:
     """The template that is configured, or the one that comes with the task; None: there is none."""
-    shipped = SHIPPED.get(config.task.name)
+    shipped = SHIPPED.get(task)
     if config.task.template is not None or shipped is None:
         return config.task.template
     return shipped.ending if config.model.head == "label_words" else shipped.template
@@ -86,7 +86,7 @@ def wording(config: Config, task: TaskData) -> Wording:
     """
     decoder = config.model.head == "label_words"
     shipped = SHIPPED.get(task.name)
-    template = template_of(config)
+    template = template_of(config, task.name)
     verbalizer = config.task.verbalizer or (shipped.verbalizer if shipped else None)
     missing = [
         *(["task.template, as " + repr(_SINGLE_END if decoder else _SINGLE)] * (template is None)),

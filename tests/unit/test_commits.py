@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from hpcfed.state import KINDS, Best, ClientFiles, RunState, Seconds, ServerState, Totals
+from hpcfed.state import (
+    KINDS,
+    Best,
+    ClientFiles,
+    PrivacyState,
+    RunState,
+    Seconds,
+    ServerState,
+    Totals,
+)
 from hpcfed.storage.commits import FORMAT, FormatError, Manifest, decode, encode, seal, unseal
 
 REST = {
@@ -34,6 +43,7 @@ def state():
         clients=clients,
         totals=Totals(samples=9, wire=1),
         seconds=Seconds(init=1.5, total=8.0, tail=None),
+        privacy=PrivacyState(0.7, 0.25, "00"),
     )
 
 
@@ -54,11 +64,12 @@ def test_everything_comes_back():
     assert found.server.vectors.keys() == given.server.vectors.keys()
     for name, vector in found.server.vectors.items():
         assert torch.equal(vector, given.server.vectors[name])
-    for name in ("chosen", "rounds", "clients", "totals", "seconds"):
+    for name in ("chosen", "rounds", "clients", "totals", "seconds", "privacy"):
         assert getattr(given, name) == getattr(found, name), name
     assert (found.server.lr, found.best.round, found.best.score) == (0.25, 4, 0.5)
     assert set(vars(given)) == {
         "values", "best", "server", "chosen", "rounds", "clients", "totals", "seconds",
+        "privacy",
     }, "a part of the state that this test does not know"  # fmt: skip
 
 

@@ -301,6 +301,8 @@ PRIVACY: list[Case] = [
         ),
         ("weights by norm", ["updates.transforms=hetlora"], r"updates\.transforms=\['hetlora'\]"),
         ("nothing that is sent", ["sharing.rule=nothing"], r"sharing\.rule=nothing"),
+        ("clients' own factors", ["aggregation.rule=flexlora"], r"aggregation\.rule=flexlora"),
+        ("one client of all", ["federation.pooled=true"], r"federation\.pooled"),
         ("sums that are not exact", ["collective.wire=float32"], r"collective\.wire=float32"),
     )
 ]
