@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from hpcfed.app import compare_cli, results_cli, scripts, sweep_cli
+from hpcfed.app import compare_cli, results_cli, scripts, status_cli, sweep_cli
 from hpcfed.app.options import listing
 from hpcfed.app.run import check_ranks, quiet, refuse, run_command
 from hpcfed.cluster import launcher
@@ -31,6 +31,7 @@ _EPILOG = """examples:
   hpcfed config my.yaml local.lr=1e-3               what would run, and where each value is from
   hpcfed plan my.yaml --nodes 2 --gpus 4            what it would take, before it takes it
   hpcfed sweep submit my-sweep.yaml                 many runs, as jobs of Slurm or here
+  hpcfed status runs/demo                           how far it is; of sweeps and comparisons too
   hpcfed scripts my-cluster                         Slurm scripts and DeepSpeed JSON to edit
   hpcfed export runs/demo                           an adapter for PEFT, with a model card
   hpcfed predict runs/demo texts.csv                labels and probabilities
@@ -131,6 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     results_cli.add_parsers(commands)
     sweep_cli.add_parser(commands)
     compare_cli.add_parser(commands)
+    status_cli.add_parser(commands)
     script = commands.add_parser(
         "scripts",
         help="copy the Slurm scripts, launch files, experiments and DeepSpeed JSON",
@@ -196,6 +198,8 @@ def main(
             return results_cli.call(options)
         if options.command == "sweep":
             return sweep_cli.call(options)
+        if options.command == "status":
+            return status_cli.call(options)
         if options.command == "compare":
             return compare_cli.call(options)
         if options.command == "scripts":

@@ -1,4 +1,4 @@
-"""`hpcfed compare` and `hpcfed status`."""
+"""`hpcfed compare`: start or go on with a comparison, and make its tables."""
 
 import argparse
 import signal
@@ -12,6 +12,7 @@ from hpcfed.app import compare_file, compare_tables
 from hpcfed.app.cells import Cell
 from hpcfed.app.compare import Comparison, Progress, Wanted
 from hpcfed.app.jobs import Status
+from hpcfed.app.status import reasons
 from hpcfed.cluster.stop import INTERRUPTED
 from hpcfed.errors import UserError
 from hpcfed.storage.files import Lock
@@ -73,9 +74,8 @@ def call(options: argparse.Namespace) -> int:
             lock.release()
     print("\n" + compare_tables.write(comparison))
     print(compare_tables.files(spec.folder))
-    for own in failed:
-        print(f"\n{own.name} failed (job {own.job}, {own.rounds} rounds committed):")
-        print("\n".join(f"    {line}" for line in own.log or ["it left no words"]))
+    for line in reasons(failed):
+        print(line)
     return 1 if failed else 0
 
 

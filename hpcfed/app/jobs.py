@@ -7,7 +7,6 @@ has got to is read from its run directory, so any process may ask, at any time.
 
 import argparse
 import fcntl
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,8 @@ from hpcfed.app.run import run_command
 from hpcfed.cluster import launcher
 from hpcfed.errors import UserError
 from hpcfed.storage.checks import DamageError, read_object
-from hpcfed.storage.files import write_json
-from hpcfed.storage.paths import MANIFEST, SUMMARY
+from hpcfed.storage.files import holder, write_json
+from hpcfed.storage.paths import LOCK, MANIFEST, SUMMARY
 
 LOG_LINES = 8
 LOGS, JOBS = "logs", "jobs.json"
@@ -80,8 +79,8 @@ class Job:
 @dataclass
 class Status:
     """What has become of a run. state: complete; running; pending, in Slurm's queue; waiting, for
-    its turn on this machine; failed; new; or begun: by a job that was not submitted here, and whose
-    end cannot be seen."""
+    its turn on this machine; failed; new; and of runs that were not submitted here stopped, where
+    their process has ended, or begun, where that cannot be seen."""
 
     name: str
     state: str
@@ -187,19 +186,33 @@ def mpi_type() -> str:
 
 
 def known_jobs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Run -> its latest job, of a folder of runs."""
+    """Run -> its latest job, of a folder of runs. Raises UserError if jobs.json is damaged."""
     file = folder / JOBS
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        jobs = read_object(file)
+        if all({"job", "executor"} <= set(own) for own in jobs.values()):
+            return jobs
+    except (DamageError, TypeError):
+        pass
+    raise UserError(
+        f"{file} is damaged, and with it which job runs what; remove it once no job of it runs."
+    )
 
 
 def status_of(folder: Path, name: str, job: Mapping[str, Any] | None) -> Status:
     """What has become of the run folder/name. job: its entry in jobs.json."""
-    manifest = folder / name / MANIFEST
+    manifest, number = folder / name / MANIFEST, job["job"] if job else ""
     rounds = _object(manifest).get("rounds", 0)
     if _object(folder / name / SUMMARY):
-        return Status(name, "complete", job["job"] if job else "", rounds)
-    if job is None:  # by an array of one's own, if it has begun
-        return Status(name, "begun" if manifest.is_file() else "new", "", rounds)
+        return Status(name, "complete", number, rounds)
+    lives, _ = holder(folder / name / LOCK)
+    if lives:  # whoever has started it
+        return Status(name, "running", number, rounds)
+    if job is None:  # by hand, or by an array of one's own, if it has begun
+        begun = "stopped" if lives is False else "begun"
+        return Status(name, begun if manifest.is_file() else "new", "", rounds)
     state = _job_state(folder, job)
     status = Status(name, state, job["job"], rounds)
     if state == "failed":

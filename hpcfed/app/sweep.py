@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcfed.app.jobs import CLUSTER, Jobs, Status
+from hpcfed.app.status import Standing, of_runs, table
 from hpcfed.app.sweep_file import asks_for_gpus, checked
 from hpcfed.errors import UserError
 from hpcfed.rounds.preflight import check_options
@@ -92,6 +93,11 @@ class Sweep:
         """What has become of each run."""
         return self.jobs.status()
 
+    def standings(self) -> list[Standing]:
+        """How far each run has got."""
+        planned = {run: self.resolved(run).config.federation.rounds for run in self.runs}
+        return of_runs(self.folder, self.runs, planned)
+
     def wait(self) -> list[Status]:
         """Until no run is pending, waiting or running; what has become of each."""
         while True:
@@ -120,17 +126,7 @@ class Sweep:
 
     def table(self) -> str:
         """`rows` as a Markdown table."""
-        rows = self.rows()
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        cells = [names, *([_shown(row.get(name)) for name in names] for row in rows)]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
-        lines = [
-            "| " + " | ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) + " |"
-            for row in cells
-        ]
-        return "\n".join(
-            [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
-        )
+        return table(self.rows())
 
 
 def _varied(spec: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -156,9 +152,3 @@ def _joined(words: Sequence[str], later: Sequence[str]) -> list[str]:
     if any(word.startswith("output=") for word in later):
         raise UserError("output cannot be set for a run of a sweep: it is where its table looks.")
     return list(values.values())
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

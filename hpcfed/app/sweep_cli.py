@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hpcfed.app.jobs import EXECUTORS, Status
+from hpcfed.app import status
+from hpcfed.app.jobs import EXECUTORS
 from hpcfed.app.sweep import Sweep
 from hpcfed.errors import UserError
 from hpcfed.settings.reading import read_file
@@ -32,17 +33,17 @@ def add_parser(commands: Any) -> None:
     submit = actions.add_parser(
         "submit", help="submit the runs that failed or were never submitted, and only those"
     )
-    submit.add_argument("--wait", action="store_true", help="until all have ended; then as status")
-    status = actions.add_parser(
-        "status", help="a table, and the last words of what failed; exit code 1 if something did"
+    submit.add_argument("--wait", action="store_true", help="until all have ended; then the table")
+    show = actions.add_parser(
+        "status", help="how far each run is, as `hpcfed status`; exit code 1 if one has failed"
     )
     table = actions.add_parser("table", help="the table alone")
-    wait = actions.add_parser("wait", help="until all have ended; then as status")
+    wait = actions.add_parser("wait", help="until all have ended; then the table")
     line = actions.add_parser(
         "line", help="the words of one run, a NUL byte after each, for slurm/sweep.sh"
     )
     line.add_argument("number", type=int, help="from 0")
-    for action in (submit, status, table, wait, line):
+    for action in (submit, show, table, wait, line):
         action.add_argument("file", metavar="SWEEP.yaml")
         action.add_argument("--executor", choices=EXECUTORS, help="instead of the file's")
     line.add_argument(
@@ -66,18 +67,11 @@ def call(options: argparse.Namespace) -> int:
         print(f"submitted {len(names)} of {len(sweep.runs)} runs", flush=True)
         if not options.wait:
             return 0
-    waits = options.action in ("submit", "wait")
-    return 0 if _show(sweep, sweep.wait() if waits else sweep.status()) else 1
-
-
-def _show(sweep: Sweep, found: list[Status]) -> bool:
-    """Print the table, and the last words of what failed; whether nothing has failed."""
-    print(sweep.table())
-    for own in found:
-        if own.state == "failed":
-            print(f"\n{own.name} failed (job {own.job}, {own.rounds} rounds committed):")
-            print("\n".join(f"    {line}" for line in own.log or ["it left no words"]))
-    return all(own.state != "failed" for own in found)
+    if options.action == "status":
+        return status.show(sweep.standings())
+    found = sweep.wait()
+    print("\n".join([sweep.table(), *status.reasons(found)]))
+    return int(any(own.state == "failed" for own in found))
 
 
 def describes_sweep(source: str) -> bool:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import socket
 import sys
 import time
@@ -177,3 +178,31 @@ class Lock:
             self._stream.truncate(0)
         with contextlib.suppress(OSError):
             self._stream.close()
+
+
+def holder(path: Path) -> tuple[bool | None, str]:
+    """Whether the process lives that a lock names, and its name; the lock is not touched.
+
+    None: it cannot be seen from here, as on another host, or there is no lock.
+    """
+    try:
+        named = path.read_text(errors="replace").strip()
+    except OSError:
+        return None, ""
+    if not named:
+        return False, ""  # it was given back
+    match = re.match(r"process (\d+) on (\S+)", named)
+    if not match or match[2] != socket.gethostname():
+        return None, named
+    # The number may be another process's by now: the one meant has the file open.
+    try:
+        open_files = list(Path(f"/proc/{match[1]}/fd").iterdir())
+    except FileNotFoundError:
+        return False, named
+    except OSError:  # another user's
+        return None, named
+    for file in open_files:
+        with contextlib.suppress(OSError):
+            if file.samefile(path):
+                return True, named
+    return False, named
