@@ -33,9 +33,10 @@ def begin(path, rounds, *words):
     resolved = resolve("lora-fedavg", ["federation.rounds=8", *words])
     directory.create(resolved, {}, {}, {}, state, Origin("", "", ""))
     for number in range(1, rounds + 1):
-        record = {"round": number, "seconds": {"train": 2.0, "evaluate": 0.0}}
+        seconds = {"train": 2.0, "evaluate": 0.0}
+        record: dict[str, object] = {"round": number, "seconds": seconds}
         if number % 2 == 0:
-            record["seconds"]["evaluate"] = 1.0
+            seconds["evaluate"] = 1.0
             record["validation"] = {"personal": {"score": number / 10}}
         directory.record(record)
         state.rounds = number
