@@ -3,6 +3,7 @@ run together, and for how long."""
 
 import os
 import re
+import signal
 import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +19,8 @@ from tests.worlds import Worlds
 
 quiet()
 torch.set_num_threads(1)
+# A shell that starts these tests in the background has SIGINT ignored, for all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 transformers.utils.logging.disable_progress_bar()
 
 BEGAN = time.monotonic()
