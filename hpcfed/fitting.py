@@ -154,11 +154,13 @@ def check_length(config: Config, model: Any) -> None:
         return
     prompts = config.adapter.kind in VIRTUAL
     virtual = config.adapter.virtual_tokens if prompts else 0
-    if config.task.max_length + virtual > known:
-        with_virtual = f" and adapter.virtual_tokens={virtual}" if virtual else ""
+    written = config.evaluation.max_new_tokens or 0
+    if config.task.max_length + virtual + written > known:
+        more = f" and adapter.virtual_tokens={virtual}" if virtual else ""
+        more += f" and evaluation.max_new_tokens={written}" if written else ""
         raise UserError(
-            f"task.max_length={config.task.max_length}{with_virtual} exceed the {known} positions "
-            f"of {config.model.name!r}."
+            f"task.max_length={config.task.max_length}{more} exceed the {known} positions of "
+            f"{config.model.name!r}."
         )
 
 

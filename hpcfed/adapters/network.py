@@ -1,12 +1,14 @@
 """The network that an engine runs: backbone, prompts in front of it, logits only where wanted."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
 
 class Network(nn.Module):
@@ -38,15 +40,20 @@ class Network(nn.Module):
         return self._inner[0]
 
     def forward(
-        self, positions: torch.Tensor | None = None, **inputs: torch.Tensor
+        self,
+        positions: torch.Tensor | None = None,
+        past: DynamicCache | None = None,
+        **inputs: torch.Tensor,
     ) -> torch.Tensor:
         """Logits: (samples, classes) of a classifier; of a language model (samples, n, vocabulary)
-        at `positions` (samples, n) of the text, or at all of them.
+        at `positions` (samples, n) of the text, or at all of them; with `past` at the last one.
 
         inputs: input_ids, attention_mask (samples, longest) and perhaps token_type_ids.
+        past: what a decoder has read so far, to which this forward adds; the inputs are the ids
+        that follow, and the mask, which may begin with padding, of all.
         """
         prepared: dict[str, Any] = dict(inputs)
-        if self.prompts is not None:
+        if self.prompts is not None and (past is None or not past.get_seq_length()):
             ids = inputs["input_ids"]
             self.anchor = torch.zeros(
                 len(ids), device=ids.device, requires_grad=torch.is_grad_enabled()
@@ -54,6 +61,10 @@ class Network(nn.Module):
             self._positions = None  # prompts may be made by a forward of their own
             prepared = self.prompts(inputs, self.anchor)
         self._positions = None if positions is None else positions + self.lead
+        if past is not None:
+            prepared = self._following(prepared, past)
+            last = prepared["input_ids"].shape[1] - 1
+            self._positions = torch.full_like(prepared["input_ids"][:, :1], last)
         self._picked = False
         logits: torch.Tensor = self.backbone(**prepared).logits
         if self._positions is not None and not self._picked:
@@ -61,6 +72,20 @@ class Network(nn.Module):
             index = self._positions.unsqueeze(-1).expand(-1, -1, logits.shape[-1])
             logits = logits.gather(1, index)
         return logits
+
+    def _following(self, prepared: dict[str, Any], past: DynamicCache) -> dict[str, Any]:
+        """The inputs, behind `past`; positions count what is no padding."""
+        prefix = prepared.get("past_key_values")
+        for index, layer in enumerate(prefix.layers if prefix is not None else ()):
+            past.update(layer.keys, layer.values, index)
+        length = prepared["input_ids"].shape[1]
+        mask = prepared["attention_mask"]
+        virtual = past.get_seq_length() + length - mask.shape[1]  # of an earlier forward
+        mask = nn.functional.pad(mask, (virtual, 0), value=1)
+        following = {**prepared, "attention_mask": mask, "past_key_values": past, "use_cache": True}
+        if "position_ids" in inspect.signature(self.inner.forward).parameters:
+            following["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
+        return following
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:

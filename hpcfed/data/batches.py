@@ -38,6 +38,7 @@ class Tokens:
     answers: npt.NDArray[np.bool_] | None = None  # (total,) tokens of answers
     worse: "Tokens | None" = None  # of preferences: the same rows with the worse answer
     choices: "tuple[Choice, ...]" = ()  # the rows with the answers that they offer
+    right: tuple[str, ...] = ()  # the last answers, as texts
     cut: int = 0  # rows that were too long and have lost a part
 
     def __len__(self) -> int:

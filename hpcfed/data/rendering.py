@@ -93,6 +93,10 @@ class Template:
             found.append(Rendered(whole, answers))
         return found
 
+    def text(self, ids: Sequence[int]) -> str:
+        """What a written answer says."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
     def _parts(self, conversation: Sequence[Message]) -> list[tuple[str, str]]:
         """For each answer the text that asks for it, and the text through it."""
         clean = [

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hpcfed.data import rendering
+from hpcfed.data.answers import check_installed
 from hpcfed.data.batches import Choice, Floats, Ids, Tokens
 from hpcfed.data.instructions import Example
 from hpcfed.data.sources import Split, TaskData
@@ -36,6 +37,8 @@ class Completion:
     @classmethod
     def build(cls, config: Config, task: TaskData, tokenizer: Any) -> "Completion":
         """With the tokenizer's chat template, or the plain one."""
+        if config.evaluation.max_new_tokens:
+            check_installed()
         plain = config.task.chat_template == "plain"
         template = rendering.Template(tokenizer, plain, config.model.name)
         return cls(template, template.ends)
@@ -54,7 +57,8 @@ class Completion:
             characters = np.array([len(text) for (text,) in offered], dtype=np.int64)
             right = [own.answer == text for own, (text,) in zip(examples, offered, strict=True)]
             choices.append(Choice(encode(answers), characters, np.array(right)))
-        return replace(encode(), choices=tuple(choices))
+        wanted = tuple(own.answer for own in examples)
+        return replace(encode(), choices=tuple(choices), right=wanted)
 
     def inputs(self, tokens: Tokens, rows: Ids, device: torch.device) -> Inputs:
         """Ids, mask, and the places (rows, most answer tokens) that predict the answers' tokens."""

@@ -14,10 +14,13 @@ import torch
 
 from hpcfed.cluster.collectives import sum_over_ranks
 from hpcfed.cluster.topology import Topology
+from hpcfed.data import answers
 from hpcfed.data.batches import Floats, Ids, Tokens
 from hpcfed.data.sources import TaskData
+from hpcfed.engine import generation
 from hpcfed.engine.engine import Engine
 from hpcfed.errors import RunError, reason
+from hpcfed.objectives.completion import Completion
 from hpcfed.policies.sampling import spread
 
 
@@ -25,24 +28,26 @@ from hpcfed.policies.sampling import spread
 class Evaluation:
     """Metrics, and the first thing that the head tells of each evaluated row, as the predicted
     class; rows ascending. left_out: clients of which rows could not be evaluated, and why; these
-    rows are in none of the others."""
+    rows are in none of the others. written: answers to these rows, if some were to be."""
 
     scores: dict[str, Any]
     rows: Ids
     told: Floats
     left_out: dict[int, str]
+    written: list[str] | None = None
 
 
 @dataclass(frozen=True)
 class Evaluator:
     """Evaluates models that are given as vectors of trainable values. needed: clients that must
-    come through."""
+    come through. longest: tokens of an answer that is written; 0: none are."""
 
     engine: Engine
     task: TaskData
     topology: Topology
     batch_size: int
     needed: int = 1
+    longest: int = 0
 
     def evaluate(
         self,
@@ -50,30 +55,48 @@ class Evaluator:
         tokens: Tokens,
         states: Mapping[int, int],
         vector_of: Callable[[int | None], torch.Tensor],
+        writes: bool = False,
     ) -> Evaluation:
         """rows[k]: rows of client k. states: clients with values of their own; all others have
         the same model, vector_of(None), and their rows are evaluated together; without states this
-        is the global evaluation.
+        is the global evaluation. writes: also write the answers, if this run does.
 
         Raises RunError, on all ranks, if fewer clients than `needed` could be evaluated at all.
         """
         results = np.zeros((1 + len(self.engine.head.columns), len(tokens)))
+        # Row -> token ids; None: no answers are written.
+        written: dict[int, list[int]] | None = {} if writes and self.longest else None
         problems: dict[int | None, str] = {}
         alike = [rows[k] for k in range(len(rows)) if k not in states]
         if alike:
             batches = self._batches(np.concatenate(alike), tokens)
             mine = batches[self.topology.slot_index :: self.topology.slots]
-            problems[None] = self._run(mine, tokens, vector_of, None, results)
+            problems[None] = self._run(mine, tokens, vector_of, None, results, written)
         lanes = spread({k: len(rows[k]) for k in states if len(rows[k])}, self.topology.slots)
         for k in lanes[self.topology.slot_index]:
-            problems[k] = self._run(self._batches(rows[k], tokens), tokens, vector_of, k, results)
+            own = self._batches(rows[k], tokens)
+            problems[k] = self._run(own, tokens, vector_of, k, results, written)
         results = sum_over_ranks(results, self.topology)
         left_out = self._left_out(rows, results[0] > 0, problems)
         every = np.sort(np.concatenate(list(rows)))
         seen = every[results[0, every] > 0]
         told = results[1:, seen]
         scores = self.engine.head.score(told, seen, tokens, self.task)
-        return Evaluation(scores, seen, told[0], left_out)
+        if written is None:
+            return Evaluation(scores, seen, told[0], left_out)
+        texts = self._texts(written, seen)
+        scores |= answers.score(texts, [tokens.right[row] for row in seen])
+        return Evaluation(scores, seen, told[0], left_out, texts)
+
+    def _texts(self, written: dict[int, list[int]], rows: Ids) -> list[str]:
+        """The answers to these rows, whichever rank wrote them."""
+        head = self.engine.head
+        assert isinstance(head, Completion)
+        mine = {row: head.template.text(ids) for row, ids in written.items()}
+        every: dict[int, str] = {}
+        for part in self.topology.world.comm.allgather(mine):
+            every |= part
+        return [every[row] for row in rows.tolist()]
 
     def _left_out(
         self, rows: Sequence[Ids], seen: npt.NDArray[np.bool_], problems: dict[int | None, str]
@@ -108,8 +131,10 @@ class Evaluator:
         vector_of: Callable[[int | None], torch.Tensor],
         client: int | None,
         results: Floats,
+        written: dict[int, list[int]] | None,
     ) -> str:
-        """Add what these batches come to; why some could not be evaluated, or ""."""
+        """Add what these batches come to, and the answers if they are to be written; why some could
+        not be evaluated, or ""."""
         if not batches:
             return ""
         self.topology.world.watch.doing(
@@ -122,5 +147,13 @@ class Evaluator:
             return reason(error)
         self.engine.load(vector)
         told, problem = self.engine.predict(batches, tokens)
+        if written is not None:
+            head = self.engine.head
+            assert isinstance(head, Completion)
+            found, failed = generation.write(self.engine, batches, tokens, head.ends, self.longest)
+            lost = [row for row in np.flatnonzero(told[0]) if row not in found]
+            told[:, lost] = 0
+            written |= found
+            problem = problem or failed
         results += told
         return problem

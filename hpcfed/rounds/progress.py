@@ -183,6 +183,10 @@ class Progress:
         )
         if what == "accuracy" and summary["metric"] != "accuracy":
             self._say(f"test {summary['metric']}  personal {summary['score']['personal']:.4f}")
+        for name in ("exact_match", "f1", "rouge_l"):
+            both = [f"{n} {own[name]:.4f}" for n, own in summary["test"].items() if name in own]
+            if what == "score" and both:
+                self._say(f"test {name}  {'  '.join(both)}")
         if best is not None:
             self._say(
                 f"best round by validation: {best['round']}"

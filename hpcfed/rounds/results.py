@@ -41,6 +41,7 @@ class Results:
             setup.topology,
             setup.config.evaluation.batch_size,
             setup.config.federation.min_clients,
+            setup.config.evaluation.max_new_tokens or 0,
         )
         clients, number = len(setup.rows), setup.config.evaluation.clients
         rng = generator(setup.config.seed, "evaluation")
@@ -77,8 +78,9 @@ class Results:
         rows = self._of_asked([r.validation for r in self._setup.rows])
         if sum(map(len, rows)):
             results = self._evaluate(
-                rows, self._setup.train_tokens, state.values, self._personal.files.current
-            )
+                rows, self._setup.train_tokens, state.values, self._personal.files.current,
+                config.evaluation.generate_in_validation,
+            )  # fmt: skip
             record["validation"] = {name: result.scores for name, result in results.items()}
             record |= _left_out(results)
             score = results["personal"].scores["score"]
@@ -94,18 +96,23 @@ class Results:
         return [own if k in self._asked else own[:0] for k, own in enumerate(rows)]
 
     def _evaluate(
-        self, rows: list[Ids], tokens: Tokens, values: torch.Tensor, files: Mapping[int, int]
+        self,
+        rows: list[Ids],
+        tokens: Tokens,
+        values: torch.Tensor,
+        files: Mapping[int, int],
+        writes: bool,
     ) -> dict[str, Evaluation]:
         """Personal and global results on rows[k] of every client k; one pass if they coincide.
-        files: client -> round of its personal values."""
+        files: client -> round of its personal values. writes: answers too, if this run does."""
         # Where clients have different values each is evaluated by itself.
         apart = dict.fromkeys(range(len(rows)), 0) if self._exchange.masks else files
         personal = self._evaluator.evaluate(
-            rows, tokens, apart, lambda k: self.vector(k, None, values, files)
+            rows, tokens, apart, lambda k: self.vector(k, None, values, files), writes
         )
         shared = personal
         if apart:
-            shared = self._evaluator.evaluate(rows, tokens, {}, lambda _: values)
+            shared = self._evaluator.evaluate(rows, tokens, {}, lambda _: values, writes)
         if self._asked is not None:
             for result in (personal, shared):
                 self._add_error(result, rows, tokens)
@@ -131,7 +138,7 @@ class Results:
 
     def _test(self, values: torch.Tensor, files: Mapping[int, int]) -> dict[str, Evaluation]:
         rows = self._of_asked([r.test for r in self._setup.rows])
-        return self._evaluate(rows, self._setup.test_tokens, values, files)
+        return self._evaluate(rows, self._setup.test_tokens, values, files, writes=True)
 
     def finish(self, seconds_so_far: Callable[[], float]) -> dict[str, Any]:
         """The test split, used here for the first time, if at all; the adapter; the summary."""
@@ -232,6 +239,11 @@ class Results:
             **{
                 name: [int(v) if v.is_integer() else v for v in result.told.tolist()]
                 for name, result in results.items()
+            },
+            **{
+                f"{name}_answers": result.written
+                for name, result in results.items()
+                if result.written is not None
             },
         }
 

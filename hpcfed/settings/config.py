@@ -222,6 +222,15 @@ class Evaluation:
         "all",
         at_least=2,
     )
+    max_new_tokens: int | None = option(
+        None,
+        "completion: also let the model answer the prompts of the test split, in at most so many "
+        "tokens, and score the answers; null or 0: not",
+        at_least=0, at_most=1_000_000, counts=counts.WRITES,
+    )  # fmt: skip
+    generate_in_validation: bool = option(
+        False, "answer the prompts of the validation rows, too", counts=counts.WRITTEN
+    )
     test: bool = option(
         True,
         "look at the test split, once, at the end; false: never, as in a run that only serves to "

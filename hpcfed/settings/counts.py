@@ -39,6 +39,16 @@ WORDED = When(
 )
 
 COMPLETED = When("model.head is completion", lambda c: c.model.head == "completion")
+# Left padding would change what the other prompts make of a text.
+_WRITERS = ("lora", "bottleneck", "prefix", "prompt")
+WRITES = When(
+    f"{COMPLETED.words} and adapter.kind one of {', '.join(_WRITERS)}",
+    lambda c: COMPLETED.holds(c) and c.adapter.kind in _WRITERS,
+)
+WRITTEN = When(
+    f"{WRITES.words}, and evaluation.max_new_tokens is given",
+    lambda c: WRITES.holds(c) and bool(c.evaluation.max_new_tokens),
+)
 PREFERRED = When("model.head is dpo", lambda c: c.model.head == "dpo")
 # Rows of prompts and answers, without labels.
 ANSWERED = When(

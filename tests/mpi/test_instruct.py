@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hpcfed import model
+from hpcfed.data import answers
 from hpcfed.settings.resolve import resolve
 from tests import models
 from tests.mpi.reference import federated_average
@@ -89,6 +90,25 @@ def test_bit_identical_for_any_number_of_slots(worlds, once, data, tmp_path, sha
     assert np.array_equal(values, first[1]), f"{shape} differs from {first[0]}"
     assert test == first[2]
     assert test["perplexity"] == pytest.approx(np.exp(test["loss"]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "stage"), [((1, 1), "zero0"), ((2, 1), "zero2"), ((1, 2), "zero3")]
+)
+def test_answers_are_written(worlds, once, data, tmp_path, shape, stage):
+    """The same answers however rows fall to ranks, and their scores are those of the answers."""
+    words = [*overrides(data, "llama"), "evaluation.max_new_tokens=5", "evaluation.batch_size=3"]
+    _, run = federate(worlds, shape, tmp_path, [*words, f"deepspeed=ds_configs/{stage}.json"])
+    written = json.loads((run / "predictions.json").read_text())["personal_answers"]
+    first = once("talks-answers", lambda: written)
+    assert written == first and len(written) == 8 and len(set(written)) > 1
+    test = json.loads((run / "summary.json").read_text())["test"]["personal"]
+    lines = (data / "talks" / "test.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    right = [row["completion"] if "prompt" in row else row["messages"][-1]["content"]
+             for row in rows]  # fmt: skip
+    wanted = answers.score(written, right)
+    assert {name: test[name] for name in wanted} == wanted
 
 
 def preferences(folder):
