@@ -203,6 +203,8 @@ WITHOUT_EFFECT: list[Case] = [
     ("sparsity without personal values", words("sparsity.keep=0.3"), r"counts if values are pers"),
     ("a late layer of other prompts", words("adapter.layer=2", preset="idpg"),
      r"adapter\.layer=2.*it counts if adapter\.kind is lpt"),
+    ("answers of a classifier", words("evaluation.max_new_tokens=5"),
+     r"max_new_tokens=5.*counts if model\.head is completion"),
     ("a reduction of LoRA", words("adapter.reduction=4"), r"adapter\.kind is bottleneck, idpg"),
     ("sources of other prompts", words("adapter.sources=[a]"), r"adapter\.kind is attempt"),
     ("short texts without a cut", words("curriculum.shortest=0.5"), r"curriculum\.cut is not none"),
