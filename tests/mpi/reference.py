@@ -10,7 +10,9 @@ from torch import nn
 
 from hpcfed import model
 from hpcfed.data import partition, sources
-from hpcfed.data.batches import form_batches
+from hpcfed.data.batches import Tokens, form_batches
+from hpcfed.data.partition import ClientRows
+from hpcfed.model import Prepared
 from hpcfed.objectives import heads
 from hpcfed.policies.sampling import sample
 from hpcfed.rng import generator
@@ -18,14 +20,19 @@ from hpcfed.settings.config import Config
 from tests.mpi.slow import obvious_losses
 
 
-def federated_average(config: Config) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Initial and final values (layout.size,) fp32, and the size of every batch trained."""
+def begin(config: Config) -> tuple[list[ClientRows], heads.Head, Tokens, Prepared]:
+    """The clients' rows, the head, the training tokens, and the model."""
     task = sources.load(config)
     rows = partition.partition(task, config)
     tokenizer = model.load_tokenizer(config)
     head = heads.build(config, task, tokenizer)
     tokens = head.encode(task.train, tokenizer, config.task.max_length)
-    prepared = model.prepare(config, task.labels, tokens.pad_id, {})
+    return rows, head, tokens, model.prepare(config, task.labels, tokens.pad_id, {})
+
+
+def federated_average(config: Config) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Initial and final values (layout.size,) fp32, and the size of every batch trained."""
+    rows, head, tokens, prepared = begin(config)
     network, parameters = prepared.adapted.network, prepared.adapted.parameters
     network.train()  # dropout is off by configuration
     shared = prepared.initial.clone()

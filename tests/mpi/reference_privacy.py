@@ -6,25 +6,17 @@ It shares with hpcfed the draws (who is sampled, the noise) and what tests/mpi/r
 import torch
 from torch import nn
 
-from hpcfed import model
-from hpcfed.data import partition, sources
 from hpcfed.data.batches import form_batches
-from hpcfed.objectives import heads
 from hpcfed.privacy import streams
 from hpcfed.rng import generator
 from hpcfed.settings.config import Config
-from tests.mpi.reference import _optimizer, _read, _write
+from tests.mpi.reference import _optimizer, _read, _write, begin
 from tests.mpi.slow import obvious_losses
 
 
 def private_average(config: Config) -> tuple[torch.Tensor, list[list[int]], list[float]]:
     """Final values (layout.size,), who was sampled, and the norms of the updates."""
-    task = sources.load(config)
-    rows = partition.partition(task, config)
-    tokenizer = model.load_tokenizer(config)
-    head = heads.build(config, task, tokenizer)
-    tokens = head.encode(task.train, tokenizer, config.task.max_length)
-    prepared = model.prepare(config, task.labels, tokens.pad_id, {})
+    rows, head, tokens, prepared = begin(config)
     network, parameters = prepared.adapted.network, prepared.adapted.parameters
     network.train()  # dropout is off by configuration
     shared = prepared.initial.clone()

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from hpcfed.settings.resolve import resolve
 from tests.mpi.reference_curricula import Curricula
-from tests.mpi.variants import COMMON
+from tests.mpi.variants import COMMON, learn
 from tests.pairwise import pairwise
-from tests.support import MODEL, latest, mpiexec
+from tests.support import latest
 
 PRESETS = ["voc", "se", "slw", "shortformer"]
 FACTORS: dict[str, list[Any]] = {
@@ -125,11 +125,6 @@ def test_what_is_sent_is_that_of_lora_fedavg(worlds, data, tmp_path, shape):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_learns_the_built_in_questions(tmp_path, preset):
     out = tmp_path / "run"
-    mpiexec(
-        2, "hpcfed", "run", preset, f"model.name={MODEL}", "task.max_length=24",
-        "federation.clients=12", "federation.per_round=4", "federation.rounds=10",
-        "evaluation.every=10", "cluster.threads=1", f"output={out}",
-    )  # fmt: skip
-    summary = json.loads((out / "summary.json").read_text())
+    summary = learn(preset, out)
     assert summary["accuracy"]["personal"] > summary["majority"] + 0.4
     assert load_file(out / "adapter" / "adapter_model.safetensors")

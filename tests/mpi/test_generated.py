@@ -10,9 +10,8 @@ from safetensors.torch import save_file
 
 from hpcfed.settings.resolve import resolve
 from tests.mpi.reference_sharing import Loop
-from tests.mpi.variants import COMMON
+from tests.mpi.variants import COMMON, learn
 from tests.pairwise import pairwise
-from tests.support import MODEL, mpiexec
 
 PRESETS = ["idpg", "lpt", "attempt"]
 FACTORS: dict[str, list[Any]] = {
@@ -108,11 +107,5 @@ def test_goes_on(worlds, data, given, tmp_path, shape, preset):
 @pytest.mark.long
 @pytest.mark.parametrize("preset", ["idpg", "lpt"])
 def test_learns_the_built_in_questions(tmp_path, preset):
-    out = tmp_path / "run"
-    mpiexec(
-        2, "hpcfed", "run", preset, f"model.name={MODEL}", "task.max_length=24",
-        "federation.clients=12", "federation.per_round=4", "federation.rounds=10",
-        "evaluation.every=10", "cluster.threads=1", f"output={out}",
-    )  # fmt: skip
-    summary = json.loads((out / "summary.json").read_text())
+    summary = learn(preset, tmp_path / "run")
     assert summary["accuracy"]["personal"] > summary["majority"] + 0.3

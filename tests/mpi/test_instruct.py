@@ -10,6 +10,7 @@ from hpcfed import model
 from hpcfed.data import answers
 from hpcfed.settings.resolve import resolve
 from tests import models
+from tests.mpi import variants
 from tests.mpi.reference import federated_average
 from tests.mpi.variants import COMMON
 from tests.pairwise import pairwise, product
@@ -39,10 +40,8 @@ def overrides(data, architecture, *extra):
 
 def federate(worlds, shape, folder, words, preset="lora-fedavg"):
     """Final values, and the run's folder."""
-    found = worlds.call(
-        shape, "tests.mpi.cases.runs:federate", folder=folder, runs={"run": words}, preset=preset
-    )
-    return found[0]["run"]["values"], folder / "run"
+    found, run = variants.federate(worlds, shape, folder, words, preset)
+    return found["values"], run
 
 
 def reference(config):

@@ -7,7 +7,7 @@ import pytest
 
 from hpcfed.settings.resolve import resolve
 from tests.mpi.reference_privacy import private_average
-from tests.mpi.variants import COMMON
+from tests.mpi.variants import COMMON, federate
 from tests.same import kept, metrics
 
 
@@ -18,13 +18,6 @@ def overrides(data, *more):
         "seed=1",
         f"model.name={data}/bert-classifier", f"data.root={data}", *more,
     ]  # fmt: skip
-
-
-def federate(worlds, shape, folder, words, preset="lora-fedavg"):
-    found = worlds.call(
-        shape, "tests.mpi.cases.runs:federate", folder=folder, runs={"run": words}, preset=preset
-    )
-    return found[0]["run"], folder / "run"
 
 
 def lines(run):

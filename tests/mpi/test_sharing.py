@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hpcfed.rng import generator
 from hpcfed.settings.resolve import resolve
+from tests.mpi import variants
 from tests.mpi.reference_sharing import Loop
 from tests.mpi.variants import COMMON
 from tests.pairwise import pairwise, product
@@ -49,12 +50,9 @@ def overrides(data, method, stage="zero0"):
 
 def federate(worlds, shape, folder, data, method, *extra, stage="zero0", lost=()):
     """The server's values at last, and the run's directory."""
-    runs = {"run": [*overrides(data, method, stage), *extra]}
-    found = worlds.call(
-        shape, "tests.mpi.cases.runs:federate", folder=folder, runs=runs,
-        preset=METHODS[method][0], lost=lost,
-    )  # fmt: skip
-    return found[0]["run"]["values"], folder / "run"
+    words = [*overrides(data, method, stage), *extra]
+    found, run = variants.federate(worlds, shape, folder, words, METHODS[method][0], lost)
+    return found["values"], run
 
 
 @pytest.fixture

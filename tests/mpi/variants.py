@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from hpcfed.data import corpus
-from tests.support import MODEL
+from tests.support import MODEL, mpiexec
 
 STAGES = ("zero0", "zero1", "zero2", "zero3", "offload")
 
@@ -44,6 +44,26 @@ FIBECFED = [
     "local.batch_size=4", "local.epochs=2", "curriculum.warmup=1", "curriculum.full_at=1.0",
     "layers.keep=0.5", "sparsity.keep=0.5", "curriculum.pace=linear",
 ]  # fmt: skip
+
+
+def federate(worlds, shape, folder, words, preset="lora-fedavg", lost=()):
+    """A run in a world of this shape: what tests.mpi.cases.runs tells of it, and its directory.
+    lost: (round, client) of updates that are lost."""
+    found = worlds.call(
+        shape, "tests.mpi.cases.runs:federate", folder=folder, runs={"run": words}, preset=preset,
+        lost=lost,
+    )  # fmt: skip
+    return found[0]["run"], folder / "run"
+
+
+def learn(preset, out):
+    """summary.json of ten rounds of a preset on the built-in questions, with MiniLM, in `out`."""
+    mpiexec(
+        2, "hpcfed", "run", preset, f"model.name={MODEL}", "task.max_length=24",
+        "federation.clients=12", "federation.per_round=4", "federation.rounds=10",
+        "evaluation.every=10", "cluster.threads=1", f"output={out}",
+    )  # fmt: skip
+    return json.loads((out / "summary.json").read_text())
 
 
 def write_data(out: Path) -> None:
