@@ -158,6 +158,7 @@ def configs():
         ["data.partition.kind=iid"],
         ["task.name=owner/name"],
         ["task.name=owner/name", "model.head=completion", "local.lr_schedule=cosine"],
+        ["task.name=owner/name", "model.head=completion", "evaluation.max_new_tokens=8"],
         ["task.name=owner/name", "model.head=dpo"],
     )
     return [resolve(preset, words).config for preset in presets() for words in settings]
