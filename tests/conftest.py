@@ -7,6 +7,9 @@ import signal
 import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Importing submitit sets logging up anew; absl's handler, which another library has brought, then
+# closes the file to which pytest sends stderr, and every later test fails.
+os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
 
 import pytest
 import torch
