@@ -15,7 +15,7 @@ import torch
 from hpcfed import registry
 from hpcfed.adapters.layout import HEAD
 from hpcfed.cluster.collectives import MaskedSum, sum_in_slot
-from hpcfed.engine.engine import StopError
+from hpcfed.engine.failures import StopError
 from hpcfed.policies import sampling
 from hpcfed.policies.sharing import Sharing
 from hpcfed.round import Outcome, Round
@@ -190,7 +190,7 @@ class Federation:
 
     def _run_client(self, k: int, now: Round, sums: MaskedSum) -> Outcome:
         """A client's round in this slot; adds what it sends to the sums."""
-        vector, has = self.results.vector(k, now), self.exchange.has(k, now)
+        vector, has = self.results.vector(k, now), self.exchange.trains(k, now)
         correction = self.exchange.correction(k, now)
         outcome = self.local.run(k, now, vector, correction, has)
         return outcome if outcome.values is None else self.exchange.add(k, now, outcome, sums)
@@ -235,8 +235,7 @@ class Federation:
         record = self.account.record(now, tally, reasons, traffic, seconds)
         if config.curriculum.pace != "all":
             record["share"] = self.local.portion(now.number)
-        if self.layout.residual and not now.warm:
-            record["residual_lost"] = self.exchange.lost
+        record |= self.exchange.noted
         if config.curriculum.cut != "none":
             record["length"] = self.setup.cuts.length(now.number)
         if config.sparsity.keep < 1:

@@ -176,6 +176,18 @@ class Aggregation:
         above=0,
         counts=counts.FAIR,
     )
+    budget: float = option(
+        8.0, "budget: singular values that are left of each matrix at last, on average",
+        above=0, at_most=65536, counts=counts.BUDGET,
+    )  # fmt: skip
+    prune_from: float = option(
+        0.1, "budget: share of the rounds before singular values begin to go", at_least=0, below=1,
+        counts=counts.BUDGET,
+    )  # fmt: skip
+    prune_to: float = option(
+        0.5, "budget: share of the rounds after which no more go", above=0, at_most=1,
+        counts=counts.BUDGET,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
