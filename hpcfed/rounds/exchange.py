@@ -165,7 +165,8 @@ class Exchange:
 
     def _settle(self, now: Round, mean: torch.Tensor, told: torch.Tensor) -> int:
         """Let the rule act, on the first rank, for all; the bytes on the wire."""
-        found, wire = {}, 0
+        found: dict[int, npt.NDArray[np.float32]] = {}
+        wire = 0
         if self.rule.gathers:
             found, wire = gather_clients(self._sent, self.rule.part.size, self._topology)
         moves = self.rule.part | self._layout.residual

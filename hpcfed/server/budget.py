@@ -37,7 +37,7 @@ class Budget(Rule):
         self.part = layout.roles("Lambda")
         by_name = {entry.name: entry for entry in layout.entries}
         self._triples: list[tuple[Entry, Entry, Entry]] = [
-            (own, *(by_name[own.name.replace("lora_E", name)] for name in ("lora_B", "lora_A")))
+            (own, by_name[_beside(own, "lora_B")], by_name[_beside(own, "lora_A")])
             for own in self.part.entries
         ]
         self.extra = self.part.size
@@ -100,3 +100,7 @@ class Budget(Rule):
     def note(self, values: torch.Tensor, lost: float) -> dict[str, float]:
         """How many are left."""
         return {"singular_values": int((self.part.pack(values) != 0).sum())}
+
+
+def _beside(singular: Entry, name: str) -> str:
+    return singular.name.replace("lora_E", name)

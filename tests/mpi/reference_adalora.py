@@ -102,7 +102,10 @@ class Loop:
                     assert p.grad is not None
                     p.grad[still[entry.values].view(entry.shape)] = 0
                 nn.utils.clip_grad_norm_(self.parameters, local.clip)
-                moved = torch.cat([(p.detach() * p.grad).abs().flatten() for p in self.parameters])
+                moved = torch.cat(
+                    [torch.abs(p.detach() * p.grad).flatten() for p in self.parameters
+                     if p.grad is not None]
+                )  # fmt: skip
                 smooth = BETA * smooth + (1 - BETA) * moved
                 unsure = BETA * unsure + (1 - BETA) * (moved - smooth).abs()
                 steps += 1
