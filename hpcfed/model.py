@@ -38,7 +38,8 @@ class Prepared:
     source: str
     backbone_values: int
     checkpointing: bool  # activations are recomputed in backward
-    notes: tuple[str, ...] = ()  # what a person should know of it
+    rounded: str = ""  # what has to be said with every figure of it
+    notes: tuple[str, ...] = ()  # what else a person should know of it
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -93,7 +94,7 @@ def prepare(
             module = name.rpartition(".")[0]
             if module != trained and module.endswith(str(trained)) and name not in fresh:
                 fresh[name] = _read(parameter)
-        kept, notes = None, [rounded] if rounded else []
+        kept, notes = None, list[str]()
         if trained and len(missing) == len(lacking):
             kept, said = _kept_head(model.get_submodule(trained), labels, classes)
             notes.append(said)
@@ -124,6 +125,7 @@ def prepare(
         config.model.name,
         values - adapted.layout.size,
         config.model.gradient_checkpointing,
+        rounded,
         tuple(notes),
     )
 

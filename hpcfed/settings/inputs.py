@@ -111,8 +111,8 @@ class Adapter:
 class Task:
     name: str = option(
         "questions",
-        "one of the ten tasks, `questions` (built in), the name of your own data in data.root, or "
-        "a hub id, owner/name",
+        "one of the ten tasks, `questions` or `skills` (built in), the name of your own data in "
+        "data.root, or a hub id, owner/name",
         path=True,
     )
     max_length: int = option(96, "texts are cut at this many tokens", at_least=4, at_most=1_000_000)
