@@ -7,7 +7,7 @@ template, words, lengths, all that it takes to predict.
 
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,9 @@ def export(
         )
     tokenizer = model.load_tokenizer(config)
     head = heads.build(config, _outline(config, labels), tokenizer)
-    prepared = model.prepare(config, labels, tokenizer.pad_token_id, {}, head)
+    # Whoever loads the folder has the base as it is published.
+    whole = replace(config, model=replace(config.model, quantize="none"))
+    prepared = model.prepare(whole, labels, tokenizer.pad_token_id, {}, head)
     directory.check_layout(prepared.adapted.layout)
     values = _vector(directory, state, config, prepared.adapted.layout, chosen)
     rounds = state.best.round + 1 if best and state.best is not None else state.rounds
@@ -221,6 +223,8 @@ def _measured(run: Path, state: RunState, chosen: Chosen) -> list[str]:
         return [*lines, "the run is not complete: its test split has not been used"]
     if summary["rounds"] != state.rounds:
         return lines
+    if "rounded" in summary:
+        lines.append(f"of its base: {summary['rounded']}")
     if chosen.client is None:
         tests = summary["test"] if not chosen.best else summary["best"]
         lines += [

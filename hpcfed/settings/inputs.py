@@ -41,6 +41,16 @@ class Model:
     )
     head: str = option("classifier", "what answers, and is scored", names=registry.OBJECTIVES)
     dtype: Literal["fp32", "bf16"] = option("fp32", "bf16 needs ZeRO stage 1, 2 or 3")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = option(
+        "auto",
+        "how attention is computed; auto: as transformers chooses for the model; flash_attention_2 "
+        "takes a GPU, bf16 and the package flash-attn",
+    )
+    quantize: Literal["none", "nf4"] = option(
+        "none",
+        "nf4: the frozen linear layers hold 4 bits a value (QLoRA), by bitsandbytes; not with "
+        "ZeRO-3",
+    )
     dropout: float | None = option(
         None,
         "overrides every dropout of the backbone; null keeps the model's own",

@@ -11,6 +11,7 @@ import transformers
 from hpcfed import model
 from hpcfed.data import answers, rendering, sources
 from hpcfed.objectives import heads
+from hpcfed.objectives.completion import Completion
 from hpcfed.settings.resolve import resolve
 from tests import models
 from tests.mpi import variants
@@ -99,6 +100,7 @@ def before(words):
     config = resolve("lora-fedavg", words).config
     task, tokenizer = sources.load(config), model.load_tokenizer(config)
     head = heads.build(config, task, tokenizer)
+    assert isinstance(head, Completion)
     tokens = head.encode(task.test, tokenizer, config.task.max_length)
     lm = transformers.AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32)
     losses, written = [], []
