@@ -24,6 +24,7 @@ from hpcfed.data.wordings import template_of
 from hpcfed.errors import UserError
 from hpcfed.model import Prepared
 from hpcfed.objectives import heads
+from hpcfed.objectives.completion import Completion
 from hpcfed.policies.sharing import Sharing
 from hpcfed.policies.updates import held
 from hpcfed.settings.config import Config
@@ -85,6 +86,9 @@ def export(
     values = _vector(directory, state, config, prepared.adapted.layout, chosen)
     rounds = state.best.round + 1 if best and state.best is not None else state.rounds
     facts = _facts(config, prepared, labels, tokenizer, merge)
+    if isinstance(head, Completion):
+        tokenizer.chat_template = head.template.alone
+        facts["ends"] = list(head.ends)
     facts["holds"] = f"{chosen.words(rounds)}, of the run {run.name}"
     text = card(facts, config, _measured(run, state, chosen))
     with writing(to):
