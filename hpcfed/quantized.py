@@ -6,11 +6,15 @@ values anew, in the type of the model; LoRA beside them is trained in that type.
 """
 
 import importlib.util
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Config
 from hpcfed.settings.deepspeed_config import zero_stage
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Bits a value: its level, its block's scale, and the scale of 256 of those.
 BITS = 4 + 8 / 64 + 32 / (64 * 256)
@@ -52,6 +56,16 @@ def loading(config: Config, dtype: Any) -> dict[str, Any]:
             bnb_4bit_compute_dtype=dtype,
         )
     }
+
+
+def packed(blocks: "Iterable[nn.Module]") -> int:
+    """Values of a backbone that would be held in 4 bits: its blocks' matrices."""
+    return sum(
+        parameter.numel()
+        for block in blocks
+        for name, parameter in block.named_parameters()
+        if parameter.ndim == 2 and "lora_" not in name
+    )
 
 
 def said(config: Config) -> str:

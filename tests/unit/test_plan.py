@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -10,6 +11,7 @@ from transformers import DynamicCache
 from hpcfed import model, quantized
 from hpcfed.app.cli import main
 from hpcfed.app.plan import activation_bytes, cache_bytes, memory, plan
+from hpcfed.data.batches import padding
 from hpcfed.errors import UserError
 from hpcfed.settings import deepspeed_config
 from hpcfed.settings.resolve import resolve
@@ -89,6 +91,14 @@ def test_keys_and_values_of_written_answers_are_what_is_kept(tmp_path, architect
         network(input_ids=ids, attention_mask=torch.ones_like(ids), past=past)
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in past.layers)
     assert cache_bytes(own, model.outline(own, (), 0)) == kept > 0
+
+
+def test_padding_is_counted_by_micro_batch():
+    """Two clients; rows of 1 to 8 tokens, four a batch, of which each of two ranks has two."""
+    lengths = np.array([1, 8, 2, 7, 3, 6, 4, 5, 5, 5, 5, 5])
+    grouped, drawn = padding([np.arange(8), np.arange(8, 12)], lengths, 4, 2, None, 0)
+    assert grouped == pytest.approx(4 / 60)  # of 2 + 2, 4 + 4, ... and 20, as 2 x (2 + 4 + 6 + 8)
+    assert drawn > 1.5 * grouped
 
 
 def test_memory_by_stage():
