@@ -33,7 +33,7 @@ def holder(tmp_path):
     """Another process that holds ours."""
     words = [sys.executable, "-c", HOLD, str(tmp_path)]
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
+    assert process.stdout and process.stdout.readline() == "held\n"
     yield process
     process.kill()
     process.communicate()
