@@ -102,6 +102,7 @@ def before(words):
     head = heads.build(config, task, tokenizer)
     assert isinstance(head, Completion)
     tokens = head.encode(task.test, tokenizer, config.task.max_length)
+    assert tokens.positions is not None
     lm = transformers.AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32)
     losses, written = [], []
     for row in range(len(tokens)):
