@@ -88,4 +88,9 @@ def wrap(model: nn.Module, adapter: Adapter, blocks: dict[str, str]) -> tuple[nn
     )
     # PEFT would keep LoRA in fp32 beside a bf16 head; ZeRO-3 insists on one trainable dtype.
     wrapped: nn.Module = peft.get_peft_model(model, lora_config, autocast_adapter_dtype=False)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            # Beside packed weights, whose type tells nothing, PEFT makes it in fp32.
+            parameter.data = parameter.data.to(dtype)
     return wrapped, lora_config

@@ -62,7 +62,8 @@ class Engine:
         self._local = local
         self._stop = stop
         self.rehearsal = Rehearsal.from_environment(topology.world.rank)
-        self.failures = Failures()
+        shared = self.stage == 3 and topology.ranks_per_client > 1
+        self.failures = Failures(adapted.network, collective=shared)
         # Whether a step was left because the job has to stop; the same on all ranks of the slot.
         self.interrupted = False
         self.head = prepared.head
@@ -113,8 +114,7 @@ class Engine:
         trainable: (layout.size,) bool; what is False stays bit for bit as it is until the next
         load, has no gradient before clipping, no moment and no weight decay. None: all train.
         moments: what `moments` gave after this client's last round. control: (layout.size,), added
-        to the gradient of every step. rate: the learning rate; None: the configured one. senses:
-        `importance` will be asked.
+        to each gradient. rate: of learning; None: the configured one. senses: for `importance`.
         """
         masters = self._masters
         masters.set_rate(self._local.lr if rate is None else rate)
@@ -298,8 +298,8 @@ class Engine:
         """(len(rows) or 1,) fp32 losses of this rank's rows, differentiable.
 
         A rank without rows still takes part in the collectives, with a sample of `batch` at weight
-        zero. Raises ClientError on all ranks of the slot if it fails on any of them.
-        probing: for gradients by autograd, which DeepSpeed refuses; its module does not.
+        zero. Raises ClientError on all ranks of the slot if it fails on any, unless others wait
+        (Failures.told). probing: for gradients by autograd, which only DeepSpeed's module allows.
         """
         network = self.model if probing else self._deepspeed
         filled = rows if len(rows) else batch[:1]
