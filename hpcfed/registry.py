@@ -158,6 +158,10 @@ AGGREGATIONS = Registry(
             "averaged, and the backbone follows by adapter.delta (Delta-LoRA)",
             "hpcfed.server.factors:Delta",
         ),
+        "slora": (
+            "sparse values are averaged first, then LoRA, which starts as their SVD (SLoRA)",
+            "hpcfed.server.stages:Stages",
+        ),
         "budget": (
             "averaged, and singular values beyond a budget are zero (AdaLoRA)",
             "hpcfed.server.budget:Budget",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hpcfed.adapters.factors import merged
-from hpcfed.adapters.layout import HEAD, RESIDUAL, AdapterLayout
+from hpcfed.adapters.layout import HEAD, RESIDUAL, SPARSE, AdapterLayout
 from hpcfed.adapters.network import Network
 from hpcfed.errors import UserError
 from hpcfed.rng import generator
@@ -106,6 +106,12 @@ class Adapted:
                 if entry.block != HEAD
             ]
             tensors["prompt_embeddings"] = torch.cat(parts, dim=1)
+        for entry in self.layout.roles(SPARSE).entries:
+            if tensors.pop(entry.name).any():
+                raise UserError(
+                    "These values are of SLoRA's first stage, which changes single weights and is "
+                    "no LoRA; take another round, or export it with --merge."
+                )
         return {**merged(tensors, self.layout, self.gain), **self.frozen}
 
 

@@ -17,6 +17,7 @@ import torch
 
 HEAD = "head"
 RESIDUAL = ("U", "V")  # roles of the factors beside a frozen backbone
+SPARSE = "sparse"  # role of values of the backbone itself
 INPUT = "input"  # what stands in front of the first layer
 
 
@@ -26,8 +27,8 @@ class Entry:
 
     block: its layer, INPUT or HEAD. role: what it is there: "A" and "B" of LoRA, "prompt", "down"
     and "up" of a bottleneck, "weight" and "bias" of the head, "U" and "V" of a residual beside the
-    backbone, which is the server's and never trained. neuron_axis: the axis along which its
-    neurons lie, for local sparsity; None: never masked.
+    backbone, which is the server's and never trained, SPARSE values of the backbone. neuron_axis:
+    the axis along which its neurons lie, for local sparsity; None: never masked.
     """
 
     block: str

@@ -15,6 +15,7 @@ from hpcfed.adapters.base import Adapted, Trainable, assemble, block_of, train_h
 from hpcfed.adapters.factors import uniform
 from hpcfed.adapters.network import Network
 from hpcfed.adapters.residual import beside
+from hpcfed.adapters.sparse import beneath
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Adapter
 
@@ -43,7 +44,9 @@ def adapt(
             role, draw, axis = ("A", uniform, 1) if ".lora_A." in name else ("B", zero, 0)
             saved = name.replace(".default.", ".")
             trainables.append(Trainable(block, role, saved, parameter, owner, draw, axis))
-    trainables += beside(wrapped, trainables, adapter)
+    trainables += [
+        *beside(wrapped, trainables, adapter), *beneath(wrapped, trainables, adapter)
+    ]  # fmt: skip
     trainables += train_head(model, head, PREFIX, head_std)
     if adapter.residual:  # saved, it is part of LoRA: so many more ranks, at the same factor
         root = math.sqrt(adapter.rank) if adapter.rslora else adapter.rank

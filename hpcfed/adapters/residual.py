@@ -17,6 +17,7 @@ from torch import nn
 
 from hpcfed.adapters.base import Trainable, full_shape, zero
 from hpcfed.adapters.factors import beside_name
+from hpcfed.adapters.sparse import Sparse
 from hpcfed.settings.config import Adapter
 
 
@@ -69,7 +70,13 @@ def fold(wrapped: nn.Module, gain: float) -> None:
     between the factors part of A, so that PEFT's own merge leaves nothing out. Every parameter must
     be whole."""
     for layer in wrapped.modules():
-        residual, singular = (getattr(layer, name, None) for name in ("residual", "singular"))
+        residual, singular, sparse = (
+            getattr(layer, name, None) for name in ("residual", "singular", "sparse")
+        )
+        if isinstance(sparse, Sparse):
+            beneath: Any = layer
+            dense = sparse.dense()
+            beneath.get_base_layer().weight += dense.T if beneath.fan_in_fan_out else dense
         if isinstance(singular, nn.Module):
             inner: Any = layer
             inner.lora_A["default"].weight *= singular.weight

@@ -2,7 +2,7 @@
 
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Config
-from hpcfed.settings.counts import IN_FRONT, MOVING
+from hpcfed.settings.counts import IN_FRONT, MOVING, first_stage
 
 _OF_LORA = ("ffa", "fedsa", "rolora")  # sharing rules that tell A from B
 
@@ -134,6 +134,8 @@ def _check_aggregation(config: Config) -> None:
         )
     if rule == "budget":
         _check_budget(config)
+    if rule == "slora":
+        _check_stages(config)
     if config.server.optimizer != "mean" or config.local.control:
         raise UserError(
             f"{named} is the server's step itself: it needs server.optimizer=mean, and no "
@@ -192,3 +194,26 @@ def _check_budget(config: Config) -> None:
             f"aggregation.prune_from is {spec.prune_from:g} but aggregation.prune_to is "
             f"{spec.prune_to:g}; singular values must begin to go before the last has gone."
         )
+
+
+def _check_stages(config: Config) -> None:
+    """Raises UserError for what SLoRA's two stages cannot have."""
+    spec, rounds = config.curriculum, config.federation.rounds
+    faults = {
+        "adapter.sparse=0": not config.adapter.sparse,
+        "adapter.start": config.adapter.start is not None,
+        f"curriculum.warmup={spec.warmup}": spec.warmup > 0,
+        "local.moments=keep": config.local.moments == "keep",
+        "model.head=dpo": config.model.head == "dpo",
+        f"updates.transforms={list(config.updates.transforms)}": bool(config.updates.transforms),
+        f"curriculum.difficulty={spec.difficulty}": spec.pace != "all"
+        and spec.difficulty in ("fisher", "reversed"),
+        f"federation.rounds={rounds}": first_stage(config) >= rounds,
+    }
+    for what, found in faults.items():
+        if found:
+            raise UserError(
+                f"{what} cannot go with aggregation.rule=slora: single values of the backbone "
+                "(adapter.sparse, 0.01 for example) train in its first rounds, of which "
+                "aggregation.first_stage is a share, and LoRA in those that are left."
+            )

@@ -158,7 +158,7 @@ class Exchange:
         padding = (0, sums.size - len(before))
         mean = sums.mean(torch.nn.functional.pad(before, padding), self._topology)
         wire, values = mean.wire_bytes, mean.values
-        if self.rule.settles and not now.warm:
+        if self.rule.settles(now.number) and not now.warm:
             values, told = torch.split(values, [len(values) - self.rule.extra, self.rule.extra])
             wire += self._settle(now, values, told)
         return values, mean.stats, wire

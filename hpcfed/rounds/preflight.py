@@ -198,7 +198,8 @@ def check_rounds(config: Config, planned: int, output: Path) -> None:
     grows = {
         f"curriculum.pace={spec.pace}": spec.pace != "all",
         f"curriculum.cut={spec.cut}": spec.cut != "none",
-        "aggregation.rule=budget": config.aggregation.rule == "budget",
+        f"aggregation.rule={config.aggregation.rule}": config.aggregation.rule
+        in ("budget", "slora"),
         f"local.lr_schedule={config.local.lr_schedule}": config.local.lr_schedule != "constant",
     }
     if asked > planned and any(grows.values()):

@@ -29,7 +29,6 @@ class Budget(Rule):
     """Singular values beyond the budget are zero."""
 
     gathers = False
-    settles = True
     senses = True
 
     def __init__(self, config: Config, layout: AdapterLayout) -> None:

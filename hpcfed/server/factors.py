@@ -47,12 +47,11 @@ Share = tuple[float, torch.Tensor, torch.Tensor]
 class Rule:
     """One that makes nothing of them: FedAvg.
 
-    gathers: each client's own factors come together on the first rank. settles: `next` is asked.
-    senses: clients measure how much each value matters, and report `extra` numbers made of it,
-    which are averaged as values are.
+    gathers: each client's own factors come together on the first rank. senses: clients measure how
+    much each value matters, and report `extra` numbers made of it, averaged as values are.
     """
 
-    gathers = settles = True
+    gathers = True
     senses = False
     extra = 0
     # Whether a client draws its factors from the seed, instead of getting them.
@@ -62,6 +61,10 @@ class Rule:
         self._config, self.layout = config, layout
         self.part: Part = layout.roles("A", "B")  # what each client's own is wanted of
         self.matrices = list(matrices(layout))
+
+    def settles(self, number: int) -> bool:
+        """Whether `next` is asked after round `number`, of the method."""
+        return True
 
     def report(self, importance: torch.Tensor) -> torch.Tensor:
         """(extra,) what a client tells of how much its values (layout.size,) matter."""
@@ -116,7 +119,10 @@ class Rule:
 class Mean(Rule):
     """FedAvg: A and B are averaged, each by itself."""
 
-    gathers = settles = False
+    gathers = False
+
+    def settles(self, number: int) -> bool:
+        return False
 
 
 class FedEx(Rule):

@@ -177,6 +177,10 @@ class Aggregation:
         above=0,
         counts=counts.FAIR,
     )
+    first_stage: float = option(
+        0.25, "slora: share of the rounds that train sparse values, before LoRA", above=0, below=1,
+        counts=counts.SLORA,
+    )  # fmt: skip
     budget: float = option(
         8.0, "budget: singular values that are left of each matrix at last, on average",
         above=0, at_most=65536, counts=counts.BUDGET,

@@ -129,6 +129,7 @@ ASKED = When(
 MOVING = ("fedex", "flora", "delta")
 RESIDUAL = When("aggregation.rule is fedex, flora or delta", lambda c: c.aggregation.rule in MOVING)
 DELTA = When("aggregation.rule is delta", lambda c: c.aggregation.rule == "delta")
+SLORA = When("aggregation.rule is slora", lambda c: c.aggregation.rule == "slora")
 BUDGET = When("aggregation.rule is budget", lambda c: c.aggregation.rule == "budget")
 FAIR = When("aggregation.rule is fair", lambda c: c.aggregation.rule == "fair")
 RANKS = When(
@@ -166,3 +167,8 @@ STEPS = When("server.optimizer is not mean", lambda c: c.server.optimizer != "me
 ADAPTIVE = When(
     "server.optimizer is adam or yogi", lambda c: c.server.optimizer in ("adam", "yogi")
 )
+
+
+def first_stage(config: Any) -> int:
+    """Rounds of SLoRA's first stage."""
+    return max(1, round(config.aggregation.first_stage * config.federation.rounds))

@@ -97,6 +97,10 @@ class Adapter:
         0.0, "lora: the backbone follows each step of B A by this share", at_least=0,
         counts=counts.DELTA,
     )  # fmt: skip
+    sparse: float = option(
+        0.0, "lora: share of each adapted weight's values that trains before LoRA does", at_least=0,
+        at_most=1, counts=counts.SLORA,
+    )  # fmt: skip
     placement: Literal["pfeiffer", "houlsby"] = option(
         "pfeiffer", "bottleneck: one behind the feed-forward, or another behind the attention too",
         counts=counts.BOTTLENECK,
