@@ -106,4 +106,4 @@ def worlds(common):
     """Persistent MPI worlds."""
     running = Worlds(common / "worlds.lock")
     yield running
-    running.close()
+    running.end()
