@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from hpcfed.policies.sampling import sample
 from hpcfed.settings.resolve import presets, resolve
-from tests.mpi import test_factors, test_sharing
+from tests.mpi import test_factors, test_sharing, variants
 from tests.mpi.reference_fedpeptao import Loop, Outcome
 from tests.mpi.variants import COMMON
 from tests.pairwise import each_twice, product
@@ -78,11 +78,8 @@ def overrides(out, name, stage="zero0"):
 
 def federate(worlds, shape, tmp_path, words, lost=(), preset="p-tuning-v2"):
     """Final values, initial ones, and the run's directory."""
-    found = worlds.call(
-        shape, "tests.mpi.cases.runs:federate", folder=tmp_path, runs={"run": words},
-        preset=preset, lost=lost,
-    )  # fmt: skip
-    return found[0]["run"]["values"], found[0]["run"]["initial"], tmp_path / "run"
+    found, run = variants.federate(worlds, shape, tmp_path, words, preset, lost)
+    return found["values"], found["initial"], run
 
 
 @pytest.fixture
