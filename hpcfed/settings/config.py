@@ -236,6 +236,10 @@ class Evaluation:
         "look at the test split, once, at the end; false: never, as in a run that only serves to "
         "choose something, on validation data",
     )
+    before: bool = option(
+        False, "look at it with the model as it was before the first round, too, at the end",
+        counts=counts.TESTED,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
