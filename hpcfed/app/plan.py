@@ -306,6 +306,7 @@ def _traffic_lines(config: Config, adapted: Adapted, slots: int) -> Iterator[str
     if first and max(shared) < everything:
         yield f"the first {first} rounds: {everything / 1e6:.2f} MB a client"
     aggregation = registry.AGGREGATIONS[config.aggregation.rule](config, layout)
+    yield from aggregation.plan()
     if aggregation.gathers:
         factors, residual = aggregation.part.size, layout.residual.size
         got = layout.trained.size - (factors if aggregation.draws else 0) + residual
