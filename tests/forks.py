@@ -44,7 +44,8 @@ def serve(address: str) -> list[str]:
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     before = signal.signal(signal.SIGCHLD, lambda *_: None)
     while True:
-        ready, _, _ = select.select([0, waker, listener, *lines.values()], [], [])
+        sources: list[int | socket.socket] = [0, waker, listener, *lines.values()]
+        ready, _, _ = select.select(sources, [], [])
         if 0 in ready:
             return []
         for pid, line in lines.items():

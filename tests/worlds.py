@@ -218,7 +218,9 @@ class Worlds:
     def _get(self, shape: Shape) -> World:
         if shape not in self._open or self._fresh:
             self.close()
-            self._open[shape] = World(shape, self._forks and self._forks.socket, self._bare)
+            self._open[shape] = World(
+                shape, self._forks.socket if self._forks else None, self._bare
+            )
         return self._open[shape]
 
     def _drop(self, shape: Shape) -> None:
