@@ -43,3 +43,4 @@ class Outcome:
     density: float = 1.0  # fraction of its personal values that trained
     gradient: torch.Tensor | None = None  # (layout.size,) mean over its steps, for SCAFFOLD
     score_seconds: float = 0.0  # of the pass that took them
+    moved: tuple[float, ...] = ()  # squared norm of its update in each layer, where that is asked

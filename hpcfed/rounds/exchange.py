@@ -13,6 +13,7 @@ import torch
 
 from hpcfed import registry
 from hpcfed.cluster.collectives import MaskedSum, from_first, gather_clients
+from hpcfed.importance.agreement import agreement
 from hpcfed.policies.updates import Memo, Transform, Update, held
 from hpcfed.round import Outcome, Round
 from hpcfed.rounds.setup import Setup
@@ -20,6 +21,7 @@ from hpcfed.rounds.tally import Tally
 from hpcfed.server.factors import Rule, Sent
 from hpcfed.server.optimizer import Optimizer
 from hpcfed.server.variates import Sampled
+from hpcfed.settings.counts import AGREEING
 from hpcfed.state import CONTROL, UPDATES
 from hpcfed.storage.states import ClientStates
 
@@ -49,6 +51,16 @@ class Exchange:
     def vectors(self, now: Round) -> int:
         """How many vectors (n,) each client adds to this round's exchange."""
         return 1 if now.warm else 1 + self.server.variates.sums
+
+    def measures(self, now: Round) -> bool:
+        """Whether this round tells how far clients agree on each layer."""
+        return AGREEING.holds(self._config) and now.number + 1 == self._config.curriculum.warmup
+
+    def _squares(self, values: torch.Tensor) -> list[float]:
+        """For each layer, how far values (layout.size,) are from the server's: the squared norm."""
+        way = values.double() - self._state.values.double()
+        parts = (self._layout.part([layer]).pack(way) for layer in self._layout.layers)
+        return [float(part @ part) for part in parts]
 
     def travelling(self, now: Round) -> int:
         """How many of them a client must really send, and get."""
@@ -120,6 +132,8 @@ class Exchange:
             return replace(
                 outcome, values=None, loss_sum=0.0, reason="what it would send is not finite"
             )
+        if self.measures(now):
+            outcome = replace(outcome, moved=tuple(self._squares(outcome.values)))
         if self.rule.gathers and not now.warm:
             vector = torch.zeros(self._layout.size)
             shared.unpack(update.values, vector)
@@ -175,8 +189,14 @@ class Exchange:
             for transform in self.transforms:
                 mean = transform.on_mean(mean, before, now)
             after = self.server.step(shared, state.values, mean, self._sampled(tally))
-        state.values = state.values.clone()
-        shared.unpack(after, state.values)
+        values = state.values.clone()
+        shared.unpack(after, values)
+        if self.measures(now):
+            rows = np.array([self._rows[k] for k in now.clients], dtype=np.float64)
+            weights = rows * (tally.column("failed") == 0)
+            found = agreement(tally.moved, weights, np.array(self._squares(values)))
+            state.agreement = () if found is None else tuple(found.tolist())
+        state.values = values
         if self._moved is not None:
             (self.rule.part | self._layout.residual).unpack(self._moved, state.values)
         state.rounds = now.number + 1

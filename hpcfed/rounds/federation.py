@@ -102,8 +102,7 @@ class Federation:
         clock = time.monotonic()
         self._enter("select", "choosing the shared layers")
         selection = select(
-            config, setup.engine, setup.rows, setup.train_tokens, setup.prepared.initial,
-            state.values,
+            config, setup.engine, setup.rows, setup.train_tokens, setup.prepared.initial, state
         )  # fmt: skip
         state.chosen = tuple(b for b in self.layout.blocks if b in (*selection.chosen, HEAD))
         self.account.before_the_round(selection.samples, select=time.monotonic() - clock)
@@ -174,7 +173,8 @@ class Federation:
     def _train(self, now: Round, lane: list[int], progress: Progress) -> tuple[MaskedSum, Tally]:
         """This slot's clients, one after the other; their sums and numbers."""
         topology = self._topology
-        tally = Tally(now.clients, topology.slots)
+        asked = len(self.layout.layers) if self.exchange.measures(now) else 0
+        tally = Tally(now.clients, topology.slots, asked)
         sums = self.exchange.begin(now, len(tally.numbers))
         clock, scoring = time.monotonic(), 0.0
         for k in lane:

@@ -143,14 +143,20 @@ class Layers:
     keep: float | Literal["lossless"] = option(
         0.5,
         "share of the layers that is shared (not for `all`), the rest stays personal; lossless: "
-        "estimated from the loss's curvature, see rule",
+        "the data decide, see rule",
         above=0,
         at_most=1,
         counts=counts.CHOSEN,
     )
-    rule: Literal["eigengap", "plateau"] = option(
-        "eigengap", "lossless: how the share is read from the spectrum of the Hessian",
+    rule: Literal["eigengap", "plateau", "agreement"] = option(
+        "eigengap",
+        "lossless: how the share is found: eigengap, plateau: from the spectrum of the Hessian; "
+        "agreement: from how far clients' updates of the last warm-up round agree",
         counts=counts.LOSSLESS,
+    )
+    agree: float = option(
+        0.1, "agreement: what is above it is shared; 0 = independent updates, 1 = the same",
+        at_least=-1, below=1, counts=counts.AGREEING,
     )  # fmt: skip
     probe_clients: int = option(
         10, "clients that are asked to score the layers and their number", at_least=1,

@@ -116,9 +116,18 @@ LOSSLESS = When(
     "layers.keep is lossless and layers.score not all",
     lambda c: CHOSEN.holds(c) and c.layers.keep == "lossless",
 )
+AGREEING = When(
+    "layers.rule is agreement, layers.keep lossless and layers.score not all",
+    lambda c: LOSSLESS.holds(c) and c.layers.rule == "agreement",
+)
+SPECTRAL = When(
+    "layers.rule is not agreement, layers.keep lossless and layers.score not all",
+    lambda c: LOSSLESS.holds(c) and c.layers.rule != "agreement",
+)
 ASKED = When(
-    "layers.score is sensitivity or eigenvalue, or layers.keep lossless",
-    lambda c: LOSSLESS.holds(c) or c.layers.score in ("sensitivity", "eigenvalue"),
+    "layers.score is sensitivity or eigenvalue, or layers.keep lossless and layers.rule not "
+    "agreement",
+    lambda c: SPECTRAL.holds(c) or c.layers.score in ("sensitivity", "eigenvalue"),
 )
 # Aggregation rules that move the backbone.
 MOVING = ("fedex", "flora", "delta")

@@ -301,6 +301,11 @@ PRIVACY: list[Case] = [
             ["layers.score=last", "layers.keep=lossless"],
             r"layers\.keep=lossless",
         ),
+        (
+            "clients' updates compared",
+            ["layers.score=last", "layers.keep=lossless", "layers.rule=agreement"],
+            r"layers\.keep=lossless",
+        ),
         ("weights by norm", ["updates.transforms=hetlora"], r"updates\.transforms=\['hetlora'\]"),
         ("nothing that is sent", ["sharing.rule=nothing"], r"sharing\.rule=nothing"),
         ("clients' own factors", ["aggregation.rule=flexlora"], r"aggregation\.rule=flexlora"),
