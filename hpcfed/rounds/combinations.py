@@ -111,6 +111,11 @@ def _check_sharing(config: Config) -> None:
             "local.control cannot go with it."
         )
     transforms = config.updates.transforms
+    if transforms and config.layers.sync_every is not None:
+        raise UserError(
+            f"layers.sync_every averages values that stay home, which updates.transforms="
+            f"{transforms[0]} does not act on; leave out one of the two."
+        )
     if transforms and (config.server.control or local.control):
         raise UserError(
             "updates.transforms changes what clients weigh or send, and control variates would no "

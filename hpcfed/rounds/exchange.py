@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from hpcfed import registry
+from hpcfed.adapters.layout import Part
 from hpcfed.cluster.collectives import MaskedSum, from_first, gather_clients
 from hpcfed.importance.agreement import agreement
 from hpcfed.policies.updates import Memo, Transform, Update, held
@@ -52,6 +53,13 @@ class Exchange:
         """How many vectors (n,) each client adds to this round's exchange."""
         return 1 if now.warm else 1 + self.server.variates.sums
 
+    def tail(self, now: Round) -> Part:
+        """What stays home, but is averaged in this round too, for clients that have none of it:
+        it travels once, behind all else."""
+        every, warmup = self._config.layers.sync_every, self._config.curriculum.warmup
+        due = every is not None and not now.warm and (now.number + 1 - warmup) % every == 0
+        return now.personal if due else self._layout.part(())
+
     def measures(self, now: Round) -> bool:
         """Whether this round tells how far clients agree on each layer."""
         return AGREEING.holds(self._config) and now.number + 1 == self._config.curriculum.warmup
@@ -70,7 +78,9 @@ class Exchange:
         """The slot's empty sums. stats: numbers that travel with them."""
         self._sent, self._moved = {}, None
         return MaskedSum(
-            now.shared.size * self.vectors(now) + (self.guard.extra if self.guard else 0),
+            now.shared.size * self.vectors(now)
+            + (self.guard.extra if self.guard else 0)
+            + self.tail(now).size,
             stats,
             per_value_weights=self.masks and not now.warm,
             wire=self._config.collective.wire,
@@ -125,7 +135,8 @@ class Exchange:
         if sums.per_value_weights:
             own = torch.ones_like(before, dtype=torch.bool) if update.mask is None else update.mask
             mask = own.repeat(1 + len(sent)).numpy()
-        message, weight = torch.cat([update.values, *sent]), update.weight
+        home = self.tail(now).pack(outcome.values)
+        message, weight = torch.cat([update.values, *sent, home]), update.weight
         if self.guard is not None:
             message, weight = self.guard.message(message.double() - before.double()), 1
         if not sums.add(message, weight, mask):
@@ -153,8 +164,9 @@ class Exchange:
         if self.guard is not None:
             self.guard.close(sums, now.number)
         before = now.shared.pack(self._state.values)
-        padding = (0, sums.size - len(before))
-        mean = sums.mean(torch.nn.functional.pad(before, padding), self._topology)
+        home = self.tail(now).pack(self._state.values)
+        others = before.new_zeros(sums.size - len(before) - len(home))
+        mean = sums.mean(torch.cat([before, others, home]), self._topology)
         wire = mean.wire_bytes
         if self.rule.gathers and not now.warm:
             wire += self._gather(now, mean.values)
@@ -179,8 +191,9 @@ class Exchange:
 
     def step(self, now: Round, mean: torch.Tensor, tally: Tally) -> None:
         """The server's step, into the run's state."""
-        state, shared = self._state, now.shared
+        state, shared, tail = self._state, now.shared, self.tail(now)
         before = shared.pack(state.values)
+        mean, home = torch.split(mean, [len(mean) - tail.size, tail.size])
         if self.guard is not None:
             mean = before + self.guard.open(mean)
         if now.warm:
@@ -191,6 +204,7 @@ class Exchange:
             after = self.server.step(shared, state.values, mean, self._sampled(tally))
         values = state.values.clone()
         shared.unpack(after, values)
+        tail.unpack(home, values)
         if self.measures(now):
             rows = np.array([self._rows[k] for k in now.clients], dtype=np.float64)
             weights = rows * (tally.column("failed") == 0)

@@ -229,10 +229,16 @@ class Federation:
         if tally.failed:
             gathered = self._topology.world.comm.allgather(reasons)
             reasons = {k: text for part in gathered for k, text in part.items()}
-        known = self.state.clients[PERSONAL].current
-        newcomers = [k for k in now.clients if k not in known] if config.curriculum.warmup else []
-        traffic = Traffic(sizes, self.exchange.travelling(now), len(newcomers), wire)
+        known, every = self.state.clients[PERSONAL].current, config.layers.sync_every
+        # Until then the personal part is as the seed has drawn it, which every client knows.
+        moved = config.curriculum.warmup or (every is not None and now.number >= every)
+        newcomers = [k for k in now.clients if k not in known] if moved else []
+        tail = self.exchange.tail(now)
+        travels = self.exchange.travelling(now)
+        traffic = Traffic(sizes, travels, len(newcomers), tail.size, wire)
         record = self.account.record(now, tally, reasons, traffic, seconds)
+        if tail:
+            record["synced_layers"] = list(tail.layers)
         if config.curriculum.pace != "all":
             record["share"] = self.local.portion(now.number)
         if self.layout.residual and not now.warm:

@@ -158,6 +158,13 @@ class Layers:
         0.1, "agreement: what is above it is shared; 0 = independent updates, 1 = the same",
         at_least=-1, below=1, counts=counts.AGREEING,
     )  # fmt: skip
+    sync_every: int | None = option(
+        None,
+        "s: in every s-th round after the warm-up what stays home is averaged too, and is what a "
+        "client that has none of its own begins with from then on; null: never",
+        at_least=1,
+        counts=counts.SYNCED,
+    )
     probe_clients: int = option(
         10, "clients that are asked to score the layers and their number", at_least=1,
         counts=counts.ASKED,

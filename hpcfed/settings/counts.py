@@ -155,6 +155,15 @@ PERSONAL = When(
     "values are personal, by a layers.score other than all, or by sharing.rule fedsa or nothing",
     lambda c: CHOSEN.holds(c) or c.sharing.rule in ("fedsa", "nothing"),
 )
+SYNCED = When(
+    "values are personal, by a layers.score other than all, or by sharing.rule fedsa, and "
+    "federation.rounds leaves so many after curriculum.warmup",
+    lambda c: (
+        PERSONAL.holds(c)
+        and SENT.holds(c)
+        and (c.layers.sync_every or 1) <= c.federation.rounds - c.curriculum.warmup
+    ),
+)
 SPARSE = When(
     "sparsity.keep is below 1 and values are personal",
     lambda c: PERSONAL.holds(c) and c.sparsity.keep < 1,
