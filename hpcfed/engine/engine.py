@@ -72,7 +72,8 @@ class Engine:
         self._local = local
         self._stop = stop
         self.rehearsal = Rehearsal.from_environment(topology.world.rank)
-        self.failures = Failures()
+        shared = self.stage == 3 and topology.ranks_per_client > 1
+        self.failures = Failures(adapted.network, collective=shared)
         # Whether a step was left because the job has to stop; the same on all ranks of the slot.
         self.interrupted = False
         self.head = prepared.head
@@ -297,8 +298,8 @@ class Engine:
         """(len(rows) or 1,) fp32 losses of this rank's rows, differentiable.
 
         A rank without rows still takes part in the collectives, with a sample of `batch` at weight
-        zero. Raises ClientError on all ranks of the slot if it fails on any of them.
-        probing: for gradients by autograd, which DeepSpeed refuses; its module does not.
+        zero. Raises ClientError on all ranks of the slot if it fails on any, unless others wait
+        (Failures.told). probing: for gradients by autograd, which only DeepSpeed's module allows.
         """
         network = self.model if probing else self._deepspeed
         filled = rows if len(rows) else batch[:1]
