@@ -151,11 +151,11 @@ class Layers:
     rule: Literal["eigengap", "plateau", "agreement"] = option(
         "eigengap",
         "lossless: how the share is found: eigengap, plateau: from the spectrum of the Hessian; "
-        "agreement: from how far clients' updates of the last warm-up round agree",
+        "agreement: by how far clients' updates agree in the last warm-up round",
         counts=counts.LOSSLESS,
     )
     agree: float = option(
-        0.1, "agreement: what is above it is shared; 0 = independent updates, 1 = the same",
+        0.1, "agreement: all layers are shared if clients agree by more, else half of them",
         at_least=-1, below=1, counts=counts.AGREEING,
     )  # fmt: skip
     sync_every: int | None = option(
