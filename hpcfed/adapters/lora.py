@@ -62,8 +62,11 @@ def adapt(
     # PEFT would keep LoRA in fp32 beside a bf16 head; ZeRO-3 insists on one trainable dtype.
     wrapped: nn.Module = peft.get_peft_model(model, lora_config, autocast_adapter_dtype=False)
     trainables = []
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad:
+            # Beside packed weights, whose type tells nothing, PEFT makes it in fp32.
+            parameter.data = parameter.data.to(dtype)
             block = block_of(name.removeprefix(PREFIX), blocks)
             assert block is not None, f"trainable parameter {name} belongs to no block"
             owner = wrapped.get_submodule(name.rpartition(".")[0])

@@ -49,6 +49,11 @@ def check_combinations(config: Config) -> None:
         )
     if AGREEING.holds(config):
         _check_agreement(config)
+    if config.model.attention == "flash_attention_2" and config.model.dtype != "bf16":
+        raise UserError(
+            "model.attention=flash_attention_2 computes in 16 bits only; use model.dtype=bf16, or "
+            "model.attention=sdpa."
+        )
     _check_sharing(config)
     _check_aggregation(config)
     if config.model.head == "dpo":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcfed import faults
+from hpcfed import faults, quantized
 from hpcfed.data import partition, sources
 from hpcfed.data.partition import ClientRows
 from hpcfed.data.sources import TaskData
@@ -63,6 +63,7 @@ def check(resolved: Resolved, ranks: int, resume: bool = False) -> Checked:
     check_options(resolved, ranks)
     check_threads(config)
     settings = deepspeed_config.load(config)
+    quantized.check(config, settings)
     output = output_folder(config)
     begun = resume and _exists(output)
     if begun:

@@ -144,10 +144,8 @@ class Layers:
         0.5,
         "share of the layers that is shared (not for `all`), the rest stays personal; lossless: "
         "the data decide, see rule",
-        above=0,
-        at_most=1,
-        counts=counts.CHOSEN,
-    )
+        above=0, at_most=1, counts=counts.CHOSEN,
+    )  # fmt: skip
     rule: Literal["eigengap", "plateau", "agreement"] = option(
         "eigengap",
         "lossless: how the share is found: eigengap, plateau: from the spectrum of the Hessian; "
@@ -159,12 +157,9 @@ class Layers:
         at_least=-1, below=1, counts=counts.AGREEING,
     )  # fmt: skip
     sync_every: int | None = option(
-        None,
-        "s: in every s-th round after the warm-up what stays home is averaged too, and is what a "
-        "client that has none of its own begins with from then on; null: never",
-        at_least=1,
-        counts=counts.SYNCED,
-    )
+        None, "s: every s-th round after the warm-up what stays home is averaged too, and a client "
+        "that has none of its own begins with that; null: never", at_least=1, counts=counts.SYNCED,
+    )  # fmt: skip
     probe_clients: int = option(
         10, "clients that are asked to score the layers and their number", at_least=1,
         counts=counts.ASKED,
@@ -249,6 +244,10 @@ class Evaluation:
         "look at the test split, once, at the end; false: never, as in a run that only serves to "
         "choose something, on validation data",
     )
+    before: bool = option(
+        False, "look at it with the model as it was before the first round, too, at the end",
+        counts=counts.TESTED,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

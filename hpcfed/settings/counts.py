@@ -49,14 +49,17 @@ WRITTEN = When(
     f"{WRITES.words}, and evaluation.max_new_tokens is given",
     lambda c: WRITES.holds(c) and bool(c.evaluation.max_new_tokens),
 )
+TESTED = When("evaluation.test is true", lambda c: c.evaluation.test)
 PREFERRED = When("model.head is dpo", lambda c: c.model.head == "dpo")
 # Rows of prompts and answers, without labels.
 ANSWERED = When(
     "model.head is completion or dpo", lambda c: COMPLETED.holds(c) or PREFERRED.holds(c)
 )
 
+BUILT_IN = ("questions", "skills")
 OUTER_DATA = When(
-    "task.name is not questions, which are built in", lambda c: c.task.name != "questions"
+    f"task.name is not {' or '.join(BUILT_IN)}, which are built in",
+    lambda c: c.task.name not in BUILT_IN,
 )
 HUB = When(
     "task.name is a hub id, owner/name, and data.root null",

@@ -41,6 +41,16 @@ class Model:
     )
     head: str = option("classifier", "what answers, and is scored", names=registry.OBJECTIVES)
     dtype: Literal["fp32", "bf16"] = option("fp32", "bf16 needs ZeRO stage 1, 2 or 3")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = option(
+        "auto",
+        "how attention is computed; auto: as transformers chooses for the model; flash_attention_2 "
+        "takes a GPU, bf16 and the package flash-attn",
+    )
+    quantize: Literal["none", "nf4"] = option(
+        "none",
+        "nf4: the frozen linear layers hold 4 bits a value (QLoRA), by bitsandbytes; not with "
+        "ZeRO-3",
+    )
     dropout: float | None = option(
         None,
         "overrides every dropout of the backbone; null keeps the model's own",
@@ -111,8 +121,8 @@ class Adapter:
 class Task:
     name: str = option(
         "questions",
-        "one of the ten tasks, `questions` (built in), the name of your own data in data.root, or "
-        "a hub id, owner/name",
+        "one of the ten tasks, `questions` or `skills` (built in), the name of your own data in "
+        "data.root, or a hub id, owner/name",
         path=True,
     )
     max_length: int = option(96, "texts are cut at this many tokens", at_least=4, at_most=1_000_000)

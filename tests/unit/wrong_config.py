@@ -339,6 +339,23 @@ PRIVACY: list[Case] = [
         ("sums that are not exact", ["collective.wire=float32"], r"collective\.wire=float32"),
     )
 ]
+QUANTIZED = [
+    (
+        "4 bits beside virtual tokens",
+        words("model.quantize=nf4", "adapter.kind=prefix"),
+        r"model\.quantize=nf4 goes with adapter\.kind=lora, not prefix",
+    ),
+    (
+        "4 bits with ZeRO-3",
+        words("model.quantize=nf4", "deepspeed=ds_configs/zero3.json"),
+        r"ZeRO-3 cannot share out weights that are packed",
+    ),
+    (
+        "flash attention in 32 bits",
+        words("model.attention=flash_attention_2"),
+        r"flash_attention_2 computes in 16 bits only; use model\.dtype=bf16",
+    ),
+]
 PRIVACY += [
     (
         "a delta of one in so many clients",
@@ -359,7 +376,7 @@ CASES: list[Case] = [
     for area, cases in (
         ("YAML file", YAML), ("override", OVERRIDES), ("value", OPTIONS),
         ("option without effect", WITHOUT_EFFECT), ("DeepSpeed JSON", DEEPSPEED),
-        ("privacy", PRIVACY),
+        ("backbone", QUANTIZED), ("privacy", PRIVACY),
     )
     for what, build, said in cases
 ]  # fmt: skip
