@@ -58,7 +58,8 @@ def test_clients_that_failed_count_for_nothing():
     updates[2] = 0
     assert measured(updates, [3, 5, 0, 4]) == pytest.approx(measured(updates[[0, 1, 3]], [3, 5, 4]))
     assert agreement(np.ones((3, 2)), np.array([0.0, 7.0, 0.0]), np.ones(2)) is None
-    assert np.array_equal(agreement(np.zeros((3, 2)), np.ones(3), np.zeros(2)), [0, 0])
+    still = agreement(np.zeros((3, 2)), np.ones(3), np.zeros(2))
+    assert still is not None and not still.any()
 
 
 def test_layers_are_shared_where_clients_agree():
