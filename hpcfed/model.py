@@ -132,7 +132,7 @@ def prepare(
             recompute(adapted.blocks)
     values = sum(map(quantized.values, adapted.network.parameters()))
     bare = set(blocks.values()) - set(adapted.layout.layers)
-    if bare and config.adapter.kind == "lora":
+    if bare and config.adapter.kind in ("lora", "adalora"):
         notes.append(
             f"{len(bare)} of {len(set(blocks.values()))} transformer blocks have none of "
             "adapter.targets, and no LoRA"

@@ -72,10 +72,10 @@ def export(
             f"{run} has no best round: no round was validated (data.validation, "
             "evaluation.every); leave out --best for the last round."
         )
-    if merge and config.adapter.kind != "lora":
+    if merge and config.adapter.kind not in ("lora", "adalora"):
         raise UserError(
             f"--merge: an adapter of the kind {config.adapter.kind} cannot be added to the weights "
-            "of its model; only lora can. Leave out --merge."
+            "of its model; only lora and adalora can. Leave out --merge."
         )
     tokenizer = model.load_tokenizer(config)
     head = heads.build(config, _outline(config, labels), tokenizer)

@@ -314,6 +314,7 @@ def _traffic_lines(config: Config, adapted: Adapted, slots: int) -> Iterator[str
             f"client (layers.sync_every){of_all}"
         )
     aggregation = registry.AGGREGATIONS[config.aggregation.rule](config, layout)
+    yield from aggregation.plan()
     if aggregation.gathers:
         factors, residual = aggregation.part.size, layout.residual.size
         got = layout.trained.size - (factors if aggregation.draws else 0) + residual

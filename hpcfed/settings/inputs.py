@@ -65,17 +65,26 @@ class Model:
 @dataclass(frozen=True)
 class Adapter:
     kind: str = option("lora", "what is trained besides the head", names=registry.ADAPTERS)
-    rank: int = option(8, "lora: rank r", at_least=1, at_most=65536, counts=counts.LORA)
-    alpha: float = option(16.0, "lora: the update is alpha/rank * B A", above=0, counts=counts.LORA)
+    rank: int = option(
+        8, "lora, adalora: rank r", at_least=1, at_most=65536, counts=counts.LOW_RANK
+    )
+    alpha: float = option(
+        16.0, "lora, adalora: the update is alpha/rank * B A", above=0, counts=counts.LOW_RANK
+    )
     rslora: bool = option(
         False, "lora: alpha/sqrt(rank) instead of alpha/rank, for high ranks", counts=counts.LORA
     )
     targets: tuple[str, ...] | None = option(
         None,
-        "lora: names of the linear layers inside a transformer block to adapt, or all-linear; "
-        "null: what PEFT takes for the architecture, mostly attention's query and value",
-        counts=counts.LORA,
+        "lora, adalora: names of the linear layers inside a transformer block to adapt, or "
+        "all-linear; null: what PEFT takes for the architecture, mostly attention's query and "
+        "value",
+        counts=counts.LOW_RANK,
     )
+    orthogonality: float = option(
+        0.5, "adalora: weight of the penalty that holds singular vectors apart", at_least=0,
+        counts=counts.ADALORA,
+    )  # fmt: skip
     residual: int = option(
         0,
         "lora: rank q of what the server adds to the backbone, kept as two factors; what a higher "
