@@ -61,7 +61,7 @@ def ask(federation: Federation, task: str, rule: Literal["eigengap", "plateau"],
         federation.setup.rows,
         federation.setup.train_tokens,
         federation.setup.prepared.initial,
-        federation.state.values,
+        federation.state,
     )
     fractions = [spectrum["share"] for spectrum in selection.record["spectra"].values()]
     gaps = [f"{fraction:.2f}" for fraction in fractions if fraction is not None]

@@ -44,3 +44,4 @@ class Outcome:
     importance: torch.Tensor | None = None  # (layout.size,) how much its values matter
     gradient: torch.Tensor | None = None  # (layout.size,) mean over its steps, for SCAFFOLD
     score_seconds: float = 0.0  # of the pass that took them
+    moved: tuple[float, ...] = ()  # squared norm of its update in each layer, where that is asked

@@ -86,8 +86,10 @@ class RunState:
     """The run after `rounds` rounds.
 
     values (layout.size,) fp32: those of the shared part as the server made them last; elsewhere
-    those that a client begins with that has none of its own. chosen: the blocks whose layers are
-    shared, and the head.
+    those that a client begins with that has none of its own: the warm-up's, or the mean of the
+    last round of layers.sync_every. chosen: the blocks whose layers are
+    shared, and the head. agreement: how far clients agreed on each layer in the last warm-up round
+    (importance/agreement.py), where layers.rule asks for it; empty: nobody could tell.
     """
 
     values: torch.Tensor
@@ -101,3 +103,4 @@ class RunState:
     totals: Totals = field(default_factory=Totals)
     seconds: Seconds = field(default_factory=Seconds)
     privacy: PrivacyState | None = None
+    agreement: tuple[float, ...] = ()

@@ -32,7 +32,7 @@ from hpcfed.rounds.account import FP32_BYTES
 from hpcfed.server.variates import configured
 from hpcfed.settings import deepspeed_config
 from hpcfed.settings.config import Config
-from hpcfed.settings.counts import PRIVATE, VIRTUAL
+from hpcfed.settings.counts import PRIVATE, SYNCED, VIRTUAL
 from hpcfed.settings.resolve import Resolved
 
 GB = 1e9
@@ -305,6 +305,14 @@ def _traffic_lines(config: Config, adapted: Adapted, slots: int) -> Iterator[str
     yield f"a round: each client sends {sent} MB{turn} ({how}), all {sampled} of them {total} MB"
     if first and max(shared) < everything:
         yield f"the first {first} rounds: {everything / 1e6:.2f} MB a client"
+    if spec.sync_every is not None and SYNCED.holds(config):
+        home = turns[0].personal.size * FP32_BYTES
+        of_all = "" if home else ", whatever is chosen"
+        whole = max(shared) * (1 + variates.travels) + home
+        yield (
+            f"every {spec.sync_every} rounds what stays home as well: {whole / 1e6:.2f} MB a "
+            f"client (layers.sync_every){of_all}"
+        )
     aggregation = registry.AGGREGATIONS[config.aggregation.rule](config, layout)
     yield from aggregation.plan()
     if aggregation.gathers:

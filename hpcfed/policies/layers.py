@@ -31,6 +31,13 @@ def count(fraction: float, layers: int) -> int:
     return min(layers, max(1, math.floor(fraction * layers + 0.5)))
 
 
+def agreed(agreement: Sequence[float], above: float, otherwise: float) -> float:
+    """Fraction of the layers that is shared, of how far clients agree on each (importance/
+    agreement.py): all of them if on average they agree `above` that, else the fraction
+    `otherwise`."""
+    return 1.0 if float(np.mean(agreement)) > above else otherwise
+
+
 def choose(
     score: str,
     number: int,

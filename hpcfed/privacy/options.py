@@ -29,6 +29,10 @@ def check(config: Config) -> None:
             config.layers.score != "all" and config.layers.keep == "lossless",
             "the number of layers would be read from clients' data; give a share",
         ),
+        "layers.sync_every": (
+            config.layers.sync_every is not None,
+            "values that stay home would travel beside the update, without clipping and noise",
+        ),
         f"layers.score={config.layers.score}": (
             config.layers.score not in ("all", "first", "last", "random"),
             "the scores are made of clients' data; choose layers by first, last or random",

@@ -18,12 +18,14 @@ class Traffic:
 
     sizes: values of the shared part that each sampled client sends, and gets. vectors: of that
     size, each way: SCAFFOLD's control variates travel with the values. newcomers: clients that also
-    get the personal part, as the warm-up has made it.
+    get the personal part, as the server has it. tail: values of the personal part that each client
+    sends besides, once.
     """
 
     sizes: dict[int, tuple[int, int]]
     vectors: int
     newcomers: int
+    tail: int
     wire: int
 
 
@@ -63,6 +65,7 @@ class Account:
         head = shared_head.size
         sizes = traffic.sizes
         up = sum(sent for k, (sent, _) in sizes.items() if k not in failed) * traffic.vectors
+        up += updates * traffic.tail
         down = sum(got for _, got in sizes.values()) * traffic.vectors
         down += len(now.clients) * split.fetched.size + traffic.newcomers * split.personal.size
         scored = int(tally.total("scored", failed_too=True)) + self._passes

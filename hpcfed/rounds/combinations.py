@@ -2,7 +2,7 @@
 
 from hpcfed.errors import UserError
 from hpcfed.settings.config import Config
-from hpcfed.settings.counts import IN_FRONT, MOVING, first_stage
+from hpcfed.settings.counts import AGREEING, ASKED, IN_FRONT, MOVING, first_stage
 
 _OF_LORA = ("ffa", "fedsa", "rolora")  # sharing rules that tell A from B
 
@@ -47,6 +47,8 @@ def check_combinations(config: Config) -> None:
             "server.control with server.gradient=difference divides by local.lr, so that it cannot "
             "change; use local.lr_schedule=constant."
         )
+    if AGREEING.holds(config):
+        _check_agreement(config)
     if config.model.attention == "flash_attention_2" and config.model.dtype != "bf16":
         raise UserError(
             "model.attention=flash_attention_2 computes in 16 bits only; use model.dtype=bf16, or "
@@ -66,17 +68,32 @@ def _check_preferences(config: Config) -> None:
             "model.head=dpo compares with the model whose adapter is off, which needs "
             f"adapter.kind=lora, not {config.adapter.kind}."
         )
-    if config.layers.score in ("sensitivity", "eigenvalue") or config.layers.keep == "lossless":
+    if ASKED.holds(config):
         raise UserError(
             "model.head=dpo passes two answers a row, and layers.score=sensitivity and eigenvalue, "
-            "and layers.keep=lossless, measure one; choose layers.score=first, last or random, and "
-            "a share."
+            "and layers.keep=lossless by a spectrum, measure one; choose layers.score=first, last "
+            "or random, and a share or layers.rule=agreement."
         )
     spec = config.curriculum
     if spec.pace != "all" and spec.difficulty in ("fisher", "reversed") and spec.when != "training":
         raise UserError(
             f"model.head=dpo takes curriculum.difficulty={spec.difficulty} from training passes "
             "only; use curriculum.when=training, or curriculum.difficulty=loss."
+        )
+
+
+def _check_agreement(config: Config) -> None:
+    """Raises UserError where no two clients' updates can be compared before the layers are
+    chosen."""
+    if not config.curriculum.warmup:
+        raise UserError(
+            "layers.rule=agreement compares clients' updates of the last warm-up round, and "
+            "curriculum.warmup is 0; give it rounds, 2 for example."
+        )
+    if config.federation.per_round < 2 or config.federation.pooled:
+        raise UserError(
+            "layers.rule=agreement compares clients' updates with each other, and a round has one "
+            "client; raise federation.per_round, and leave out federation.pooled."
         )
 
 
@@ -99,6 +116,11 @@ def _check_sharing(config: Config) -> None:
             "local.control cannot go with it."
         )
     transforms = config.updates.transforms
+    if transforms and config.layers.sync_every is not None:
+        raise UserError(
+            f"layers.sync_every averages values that stay home, which updates.transforms="
+            f"{transforms[0]} does not act on; leave out one of the two."
+        )
     if transforms and (config.server.control or local.control):
         raise UserError(
             "updates.transforms changes what clients weigh or send, and control variates would no "

@@ -12,7 +12,9 @@ import numpy.typing as npt
 import torch
 
 from hpcfed import registry
+from hpcfed.adapters.layout import Part
 from hpcfed.cluster.collectives import MaskedSum, from_first, gather_clients
+from hpcfed.importance.agreement import agreement
 from hpcfed.policies.updates import Memo, Transform, Update, held
 from hpcfed.round import Outcome, Round
 from hpcfed.rounds.setup import Setup
@@ -20,6 +22,7 @@ from hpcfed.rounds.tally import Tally
 from hpcfed.server.factors import Rule, Sent
 from hpcfed.server.optimizer import Optimizer
 from hpcfed.server.variates import Sampled
+from hpcfed.settings.counts import AGREEING
 from hpcfed.state import CONTROL, UPDATES
 from hpcfed.storage.states import ClientStates
 
@@ -51,6 +54,23 @@ class Exchange:
         """How many vectors (n,) each client adds to this round's exchange."""
         return 1 if now.warm else 1 + self.server.variates.sums
 
+    def tail(self, now: Round) -> Part:
+        """What stays home, but is averaged in this round too, for clients that have none of it:
+        it travels once, behind all else."""
+        every, warmup = self._config.layers.sync_every, self._config.curriculum.warmup
+        due = every is not None and not now.warm and (now.number + 1 - warmup) % every == 0
+        return now.personal if due else self._layout.part(())
+
+    def measures(self, now: Round) -> bool:
+        """Whether this round tells how far clients agree on each layer."""
+        return AGREEING.holds(self._config) and now.number + 1 == self._config.curriculum.warmup
+
+    def _squares(self, values: torch.Tensor) -> list[float]:
+        """For each layer, how far values (layout.size,) are from the server's: the squared norm."""
+        way = values.double() - self._state.values.double()
+        parts = (self._layout.part([layer]).pack(way) for layer in self._layout.layers)
+        return [float(part @ part) for part in parts]
+
     def travelling(self, now: Round) -> int:
         """How many of them a client must really send, and get."""
         return 1 if now.warm else 1 + self.server.variates.travels
@@ -60,7 +80,7 @@ class Exchange:
         self._sent, self._moved, self.noted = {}, None, {}
         extra = self.guard.extra if self.guard else 0 if now.warm else self.rule.extra
         return MaskedSum(
-            now.shared.size * self.vectors(now) + extra,
+            now.shared.size * self.vectors(now) + extra + self.tail(now).size,
             stats,
             per_value_weights=self.masks and not now.warm,
             wire=self._config.collective.wire,
@@ -129,13 +149,16 @@ class Exchange:
         if self.rule.senses and not now.warm:
             assert outcome.importance is not None
             sent = [*sent, self.rule.report(outcome.importance)]
-        message, weight = torch.cat([update.values, *sent]), update.weight
+        home = self.tail(now).pack(outcome.values)
+        message, weight = torch.cat([update.values, *sent, home]), update.weight
         if self.guard is not None:
             message, weight = self.guard.message(message.double() - before.double()), 1
         if not sums.add(message, weight, mask):
             return replace(
                 outcome, values=None, loss_sum=0.0, reason="what it would send is not finite"
             )
+        if self.measures(now):
+            outcome = replace(outcome, moved=tuple(self._squares(outcome.values)))
         if self.rule.gathers and not now.warm:
             vector = torch.zeros(self._layout.size)
             shared.unpack(update.values, vector)
@@ -155,8 +178,9 @@ class Exchange:
         if self.guard is not None:
             self.guard.close(sums, now.number)
         before = now.shared.pack(self._state.values)
-        padding = (0, sums.size - len(before))
-        mean = sums.mean(torch.nn.functional.pad(before, padding), self._topology)
+        home = self.tail(now).pack(self._state.values)
+        others = before.new_zeros(sums.size - len(before) - len(home))
+        mean = sums.mean(torch.cat([before, others, home]), self._topology)
         wire, values = mean.wire_bytes, mean.values
         if self.rule.settles(now.number) and not now.warm:
             values, told = torch.split(values, [len(values) - self.rule.extra, self.rule.extra])
@@ -184,8 +208,9 @@ class Exchange:
 
     def step(self, now: Round, mean: torch.Tensor, tally: Tally) -> None:
         """The server's step, into the run's state."""
-        state, shared = self._state, now.shared
+        state, shared, tail = self._state, now.shared, self.tail(now)
         before = shared.pack(state.values)
+        mean, home = torch.split(mean, [len(mean) - tail.size, tail.size])
         if self.guard is not None:
             mean = before + self.guard.open(mean)
         if now.warm:
@@ -194,8 +219,15 @@ class Exchange:
             for transform in self.transforms:
                 mean = transform.on_mean(mean, before, now)
             after = self.server.step(shared, state.values, mean, self._sampled(tally))
-        state.values = state.values.clone()
-        shared.unpack(after, state.values)
+        values = state.values.clone()
+        shared.unpack(after, values)
+        tail.unpack(home, values)
+        if self.measures(now):
+            rows = np.array([self._rows[k] for k in now.clients], dtype=np.float64)
+            weights = rows * (tally.column("failed") == 0)
+            found = agreement(tally.moved, weights, np.array(self._squares(values)))
+            state.agreement = () if found is None else tuple(found.tolist())
+        state.values = values
         if self._moved is not None:
             (self.rule.part | self._layout.residual).unpack(self._moved, state.values)
             self.noted = self.rule.note(state.values, self._lost)

@@ -111,8 +111,7 @@ class Federation:
         clock = time.monotonic()
         self._enter("select", "choosing the shared layers")
         selection = select(
-            config, setup.engine, setup.rows, setup.train_tokens, setup.prepared.initial,
-            state.values,
+            config, setup.engine, setup.rows, setup.train_tokens, setup.prepared.initial, state
         )  # fmt: skip
         state.chosen = tuple(b for b in self.layout.blocks if b in (*selection.chosen, HEAD))
         self.account.before_the_round(selection.samples, select=time.monotonic() - clock)
@@ -183,7 +182,8 @@ class Federation:
     def _train(self, now: Round, lane: list[int], progress: Progress) -> tuple[MaskedSum, Tally]:
         """This slot's clients, one after the other; their sums and numbers."""
         topology = self._topology
-        tally = Tally(now.clients, topology.slots)
+        asked = len(self.layout.layers) if self.exchange.measures(now) else 0
+        tally = Tally(now.clients, topology.slots, asked)
         sums = self.exchange.begin(now, len(tally.numbers))
         clock, scoring = time.monotonic(), 0.0
         for k in lane:
@@ -238,10 +238,16 @@ class Federation:
         if tally.failed:
             gathered = self._topology.world.comm.allgather(reasons)
             reasons = {k: text for part in gathered for k, text in part.items()}
-        known = self.state.clients[PERSONAL].current
-        newcomers = [k for k in now.clients if k not in known] if config.curriculum.warmup else []
-        traffic = Traffic(sizes, self.exchange.travelling(now), len(newcomers), wire)
+        known, every = self.state.clients[PERSONAL].current, config.layers.sync_every
+        # Until then the personal part is as the seed has drawn it, which every client knows.
+        moved = config.curriculum.warmup or (every is not None and now.number >= every)
+        newcomers = [k for k in now.clients if k not in known] if moved else []
+        tail = self.exchange.tail(now)
+        travels = self.exchange.travelling(now)
+        traffic = Traffic(sizes, travels, len(newcomers), tail.size, wire)
         record = self.account.record(now, tally, reasons, traffic, seconds)
+        if tail:
+            record["synced_layers"] = list(tail.layers)
         if config.curriculum.pace != "all":
             record["share"] = self.local.portion(now.number)
         record |= self.exchange.noted

@@ -22,6 +22,7 @@ from hpcfed.rounds.combinations import check_combinations
 from hpcfed.rounds.tracker import check_installed
 from hpcfed.settings import deepspeed_config, plugins
 from hpcfed.settings.config import Config
+from hpcfed.settings.counts import SPECTRAL
 from hpcfed.settings.resolve import Resolved, changed, refuse_without_effect
 from hpcfed.storage.checks import DamageError, read_bytes, read_object
 from hpcfed.storage.paths import CONFIG, LIVES, PARTITION, SUMMARY
@@ -110,10 +111,11 @@ def check_options(resolved: Resolved, ranks: int) -> None:
             f"curriculum.warmup is {config.curriculum.warmup} but federation.rounds is "
             f"{spec.rounds}; the warm-up must leave a round for the method."
         )
-    if config.layers.keep == "lossless" and config.model.dtype == "bf16":
+    if SPECTRAL.holds(config) and config.model.dtype == "bf16":
         raise UserError(
-            "layers.keep=lossless needs model.dtype=fp32: bf16 rounds away the small steps that "
-            "curvature is taken from; give a share."
+            f"layers.keep=lossless by layers.rule={config.layers.rule} needs model.dtype=fp32: "
+            "bf16 rounds away the small steps that curvature is taken from; give a share, or "
+            "layers.rule=agreement."
         )
     output_folder(config)
     check_installed(config)

@@ -83,9 +83,11 @@ class Progress:
             return
         scores = record.get("scores")
         why = "  ".join(f"{k}: {v:.3f}" for k, v in scores.items()) if scores else ""
+        agreed = list(record.get("agreement", {}).values())
+        far = f"; clients agree by {sum(agreed) / len(agreed):.3f}" if agreed else ""
         self._say(
             f"shared from round {round_number + 1} on: layers {' '.join(record['shared_layers'])} "
-            f"and the head, by {record['score']}" + (f" ({why})" if why else "")
+            f"and the head, by {record['score']}" + (f" ({why})" if why else "") + far
         )
 
     def client(self, client: int) -> None:

@@ -20,6 +20,8 @@ from hpcfed.policies import layers
 from hpcfed.policies.sampling import again, spread
 from hpcfed.rng import derive, generator
 from hpcfed.settings.config import Config
+from hpcfed.settings.counts import AGREEING
+from hpcfed.state import RunState
 
 # Clients are drawn again so many times where too few can be asked.
 REDRAWS = 3
@@ -81,11 +83,11 @@ def select(
     rows: list[ClientRows],
     tokens: Tokens,
     initial: torch.Tensor,
-    vector: torch.Tensor,
+    state: RunState,
 ) -> Selection:
     """Choose the shared layers. Collective over all ranks.
 
-    They are scored at the `initial` values (layout.size,), their number is estimated at `vector`,
+    They are scored at the `initial` values (layout.size,), their number is found by the `state`
     after the warm-up. (A few rounds on skewed clients can leave a layer saturated, which a score
     then takes for unimportant: measured on trec at Dirichlet 0.3, where the last layer dropped out
     of the choice in 2 of 3 seeds, and with it 9 and 14 points of accuracy.)
@@ -111,10 +113,30 @@ def select(
             "scores": dict(zip(names, scores.tolist(), strict=True)),
             "clients": {str(k): values.tolist() for k, values in by_client.items()},
         }
-    fraction, spent, how = _fraction(config, engine, rows, tokens, vector)
+    if AGREEING.holds(config):
+        fraction, how = _agreed(config, names, state.agreement)
+        spent = 0
+    else:
+        fraction, spent, how = _fraction(config, engine, rows, tokens, state.values)
     chosen = layers.choose(spec.score, layers.count(fraction, len(names)), names, rng, scores)
     record = {"score": spec.score, "shared_layers": chosen, **record, **how}
     return Selection(chosen, samples + spent, record)
+
+
+def _agreed(
+    config: Config, names: Sequence[str], agreement: tuple[float, ...]
+) -> tuple[float, dict[str, Any]]:
+    """Fraction of the layers that is shared by how far clients agree, and the record."""
+    how: dict[str, Any] = {"rule": config.layers.rule}
+    if not agreement:
+        how["fallback"] = (
+            "of the last warm-up round's clients fewer than two came through, so that none could "
+            f"agree: fixed share {FIXED}"
+        )
+        return FIXED, {"share": FIXED, **how}
+    fraction = layers.agreed(agreement, config.layers.agree, FIXED)
+    how["agreement"] = dict(zip(names, agreement, strict=True))
+    return fraction, {"share": fraction, **how}
 
 
 def _fraction(

@@ -9,17 +9,18 @@ from hpcfed.round import Outcome
 
 
 class Tally:
-    """One flat vector of float64, which is summed over the slots: a row of COLUMNS for each sampled
-    client, seconds of scoring and training for each slot, and two counts of ranks: asked to stop,
-    and left in the middle of the round."""
+    """One flat vector of float64, which is summed over the slots: a row for each sampled client, of
+    COLUMNS and, where it is asked for, of how far it moved each of so many `layers`; seconds of
+    scoring and training for each slot; and two counts of ranks: asked to stop, and left in the
+    middle of the round."""
 
     COLUMNS = ("loss_sum", "samples", "tokens", "steps", "failed", "scored", "density")
     SECONDS = ("score", "train")
 
-    def __init__(self, clients: Sequence[int], slots: int) -> None:
+    def __init__(self, clients: Sequence[int], slots: int, layers: int = 0) -> None:
         self.clients = tuple(clients)
-        self._slots = slots
-        rows, columns = len(clients), len(self.COLUMNS)
+        self._slots, self._layers = slots, layers
+        rows, columns = len(clients), len(self.COLUMNS) + layers
         self.numbers = np.zeros(rows * columns + slots * len(self.SECONDS) + 2)
         # Views into it.
         table, seconds, self._signals = np.split(
@@ -37,7 +38,7 @@ class Tally:
             self.reasons[client] = outcome.reason
         self._table[self.clients.index(client)] = (
             outcome.loss_sum, outcome.samples, outcome.tokens, outcome.steps, failed,
-            outcome.scored, outcome.density,
+            outcome.scored, outcome.density, *(outcome.moved or (0.0,) * self._layers),
         )  # fmt: skip
 
     @property
@@ -51,7 +52,7 @@ class Tally:
 
     def summed(self, numbers: npt.NDArray[np.float64]) -> "Tally":
         """The tally of all slots, from the sum of their numbers; the reasons stay here."""
-        whole = Tally(self.clients, self._slots)
+        whole = Tally(self.clients, self._slots, self._layers)
         whole.numbers[:] = numbers
         whole.reasons = self.reasons
         return whole
@@ -69,6 +70,11 @@ class Tally:
     def column(self, name: str) -> npt.NDArray[np.float64]:
         """(clients,)."""
         return self._table[:, self.COLUMNS.index(name)]
+
+    @property
+    def moved(self) -> npt.NDArray[np.float64]:
+        """(clients, layers) squared norms of their updates; zeros of those that failed."""
+        return self._table[:, len(self.COLUMNS) :]
 
     @property
     def failed(self) -> list[int]:

@@ -144,14 +144,22 @@ class Layers:
     keep: float | Literal["lossless"] = option(
         0.5,
         "share of the layers that is shared (not for `all`), the rest stays personal; lossless: "
-        "estimated from the loss's curvature, see rule",
-        above=0,
-        at_most=1,
-        counts=counts.CHOSEN,
-    )
-    rule: Literal["eigengap", "plateau"] = option(
-        "eigengap", "lossless: how the share is read from the spectrum of the Hessian",
+        "the data decide, see rule",
+        above=0, at_most=1, counts=counts.CHOSEN,
+    )  # fmt: skip
+    rule: Literal["eigengap", "plateau", "agreement"] = option(
+        "eigengap",
+        "lossless: how the share is found: eigengap, plateau: from the spectrum of the Hessian; "
+        "agreement: by how far clients' updates agree in the last warm-up round",
         counts=counts.LOSSLESS,
+    )
+    agree: float = option(
+        0.1, "agreement: all layers are shared if clients agree by more, else half of them",
+        at_least=-1, below=1, counts=counts.AGREEING,
+    )  # fmt: skip
+    sync_every: int | None = option(
+        None, "s: every s-th round after the warm-up what stays home is averaged too, and a client "
+        "that has none of its own begins with that; null: never", at_least=1, counts=counts.SYNCED,
     )  # fmt: skip
     probe_clients: int = option(
         10, "clients that are asked to score the layers and their number", at_least=1,

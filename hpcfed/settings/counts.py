@@ -121,9 +121,18 @@ LOSSLESS = When(
     "layers.keep is lossless and layers.score not all",
     lambda c: CHOSEN.holds(c) and c.layers.keep == "lossless",
 )
+AGREEING = When(
+    "layers.rule is agreement, layers.keep lossless and layers.score not all",
+    lambda c: LOSSLESS.holds(c) and c.layers.rule == "agreement",
+)
+SPECTRAL = When(
+    "layers.rule is not agreement, layers.keep lossless and layers.score not all",
+    lambda c: LOSSLESS.holds(c) and c.layers.rule != "agreement",
+)
 ASKED = When(
-    "layers.score is sensitivity or eigenvalue, or layers.keep lossless",
-    lambda c: LOSSLESS.holds(c) or c.layers.score in ("sensitivity", "eigenvalue"),
+    "layers.score is sensitivity or eigenvalue, or layers.keep lossless and layers.rule not "
+    "agreement",
+    lambda c: SPECTRAL.holds(c) or c.layers.score in ("sensitivity", "eigenvalue"),
 )
 # Aggregation rules that move the backbone.
 MOVING = ("fedex", "flora", "delta")
@@ -152,6 +161,15 @@ WARM = When(
 PERSONAL = When(
     "values are personal, by a layers.score other than all, or by sharing.rule fedsa or nothing",
     lambda c: CHOSEN.holds(c) or c.sharing.rule in ("fedsa", "nothing"),
+)
+SYNCED = When(
+    "values are personal, by a layers.score other than all, or by sharing.rule fedsa, and "
+    "federation.rounds leaves so many after curriculum.warmup",
+    lambda c: (
+        PERSONAL.holds(c)
+        and SENT.holds(c)
+        and (c.layers.sync_every or 1) <= c.federation.rounds - c.curriculum.warmup
+    ),
 )
 SPARSE = When(
     "sparsity.keep is below 1 and values are personal",

@@ -35,7 +35,7 @@ from hpcfed.state import (
 from hpcfed.storage.checks import as_object, digest, parse
 from hpcfed.storage.paths import PARTITION, SELECTION, tensors_of
 
-FORMAT = 4  # of the manifest
+FORMAT = 5  # of the manifest
 
 _SERVER, _CLIENTS = "server.", "clients."
 _TABLES = ("current", "pinned", "replaced")  # of ClientFiles
@@ -91,6 +91,7 @@ class Manifest:
     totals: Totals
     seconds: Seconds
     privacy: PrivacyState | None
+    agreement: tuple[float, ...]
     metrics: Committed
     files: dict[str, str]
 
@@ -117,6 +118,7 @@ def encode(state: RunState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "totals": asdict(state.totals),
         "seconds": asdict(state.seconds),
         "privacy": None if state.privacy is None else asdict(state.privacy),
+        "agreement": list(state.agreement),
     }
     # Copies, since the best values may be the current ones, and a file holds each tensor once.
     return {name: value.clone() for name, value in tensors.items()}, fields
@@ -157,6 +159,7 @@ def decode(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> RunState:
         totals=manifest.totals,
         seconds=manifest.seconds,
         privacy=manifest.privacy,
+        agreement=manifest.agreement,
     )
 
 

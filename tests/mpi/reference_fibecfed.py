@@ -71,7 +71,9 @@ class Reference:
                 if number >= config.curriculum.warmup:
                     found.personal[k] = values
             mean = (total / weight).float()
-            shared = torch.where(self.global_part, mean, shared)
+            every, after = config.layers.sync_every, number + 1 - config.curriculum.warmup
+            synced = every is not None and after > 0 and after % every == 0
+            shared = mean if synced else torch.where(self.global_part, mean, shared)
         found.shared = shared
         return found
 

@@ -44,6 +44,7 @@ def state():
         totals=Totals(samples=9, wire=1),
         seconds=Seconds(init=1.5, total=8.0, tail=None),
         privacy=PrivacyState(0.7, 0.25, "00"),
+        agreement=(0.1, -0.3),
     )
 
 
@@ -64,12 +65,12 @@ def test_everything_comes_back():
     assert found.server.vectors.keys() == given.server.vectors.keys()
     for name, vector in found.server.vectors.items():
         assert torch.equal(vector, given.server.vectors[name])
-    for name in ("chosen", "rounds", "clients", "totals", "seconds", "privacy"):
+    for name in ("chosen", "rounds", "clients", "totals", "seconds", "privacy", "agreement"):
         assert getattr(given, name) == getattr(found, name), name
     assert (found.server.lr, found.best.round, found.best.score) == (0.25, 4, 0.5)
     assert set(vars(given)) == {
         "values", "best", "server", "chosen", "rounds", "clients", "totals", "seconds",
-        "privacy",
+        "privacy", "agreement",
     }, "a part of the state that this test does not know"  # fmt: skip
 
 

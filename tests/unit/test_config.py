@@ -154,6 +154,7 @@ def configs():
         [],
         ["task.name=mine", "data.root=x", "model.head=cloze", "data.partition.kind=natural"],
         ["layers.score=first", "layers.keep=lossless"],
+        ["layers.score=first", "layers.keep=lossless", "layers.rule=agreement"],
         ["data.partition.kind=pathological"],
         ["data.partition.kind=iid"],
         ["task.name=owner/name"],

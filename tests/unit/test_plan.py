@@ -228,6 +228,14 @@ def test_what_the_plan_says_of_sharing_rules(uneven, extra, values, how):
     assert (warm in lines) == ("curriculum.warmup=1" in extra)
 
 
+@pytest.mark.parametrize(("keep", "end"), [("0.5", ""), ("lossless", ", whatever is chosen")])
+def test_the_plan_counts_what_is_averaged_at_home(uneven, keep, end):
+    words = [*uneven, "layers.score=last", f"layers.keep={keep}", "layers.sync_every=4"]
+    every = f"every 4 rounds what stays home as well: {(A + B + WEIGHT) * 4 / 1e6:.2f} MB a client"
+    lines = list(plan(resolve("lora-fedavg", words), 1, 2, 80.0))
+    assert f"{every} (layers.sync_every){end}" in lines
+
+
 @pytest.mark.parametrize(
     ("preset", "got"),
     [("fedex-lora", "{all}"), ("flora", "{anew}"), ("lora-fair", "{plain}"),

@@ -184,6 +184,20 @@ OPTIONS: list[Case] = [
         "model.head=dpo", "layers.score=sensitivity", "data.partition.kind=iid"
     ),
      r"model\.head=dpo passes two answers a row"),
+    ("agreement without a warm-up", words(
+        "layers.score=last", "layers.keep=lossless", "layers.rule=agreement"
+    ), r"compares clients' updates of the last warm-up round, and curriculum\.warmup is 0"),
+    ("agreement of one client", words(
+        "layers.keep=lossless", "layers.rule=agreement", "federation.per_round=1",
+        preset="fibecfed",
+    ), r"agreement compares clients' updates with each other, and a round has one"),
+    ("values at home averaged under masks", words(
+        "layers.score=last", "layers.sync_every=2", "updates.transforms=hetlora"
+    ), r"layers\.sync_every averages values that stay home, which updates\.transforms=hetlora"),
+    ("curvature in bf16", words(
+        "layers.keep=lossless", "model.dtype=bf16", "deepspeed=ds_configs/zero2.json",
+        preset="fibecfed",
+    ), r"layers\.keep=lossless by layers\.rule=eigengap needs model\.dtype=fp32"),
     ("preferences scored beforehand", words(
         "model.head=dpo", "curriculum.pace=linear", "curriculum.when=start",
         "data.partition.kind=iid",
@@ -232,6 +246,13 @@ WITHOUT_EFFECT: list[Case] = [
     ("columns of the built-in task", words("data.columns.text=body"), r"data\.root names a folder"),
     ("a server where nothing is sent", words("server.optimizer=adam", preset="local-only"),
      r"server\.optimizer=adam.*sharing\.rule is not nothing"),
+    ("values at home averaged, and none there", words("layers.sync_every=3"), r"values are pers"),
+    ("values at home averaged after the end", words(
+        "layers.sync_every=29", "federation.rounds=30", preset="fibecfed"
+    ), r"layers\.sync_every=29.*leaves so many after curriculum\.warmup"),
+    ("agreement without its rule", words(
+        "layers.score=last", "layers.keep=lossless", "layers.agree=0.2"
+    ), r"layers\.agree=0\.2.*counts if layers\.rule is agreement"),
     ("ranks of clients", words("updates.rank_decay=0.1"), r"updates\.transforms has hetlora"),
 ]  # fmt: skip
 
@@ -312,6 +333,16 @@ PRIVACY: list[Case] = [
         (
             "a number of layers from data",
             ["layers.score=last", "layers.keep=lossless"],
+            r"layers\.keep=lossless",
+        ),
+        (
+            "values that stay home",
+            ["layers.score=last", "layers.sync_every=2"],
+            r"layers\.sync_every",
+        ),
+        (
+            "clients' updates compared",
+            ["layers.score=last", "layers.keep=lossless", "layers.rule=agreement"],
             r"layers\.keep=lossless",
         ),
         ("weights by norm", ["updates.transforms=hetlora"], r"updates\.transforms=\['hetlora'\]"),
