@@ -17,7 +17,7 @@ from tests import models
 from tests.mpi import variants
 from tests.mpi.reference import federated_average
 from tests.mpi.variants import COMMON
-from tests.pairwise import pairwise, product
+from tests.pairwise import each_twice, product
 
 ARCHITECTURES = ("llama", "gpt2", "qwen3")
 FACTORS: dict[str, list[Any]] = {
@@ -26,7 +26,7 @@ FACTORS: dict[str, list[Any]] = {
     "stage": ["zero0", "zero1", "zero2", "zero3"],
     "micro_batch": ["null", "3"],
 }
-FEW = pairwise({**FACTORS, "shape": [(1, 1), (2, 1), (1, 2)]})
+FEW = each_twice({**FACTORS, "shape": [(1, 1), (2, 1), (1, 2)]})
 MANY = [case for case in product(FACTORS) if case not in FEW]
 
 

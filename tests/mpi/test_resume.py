@@ -152,7 +152,7 @@ def test_killed(worlds, undisturbed, data, tmp_path, shape, asked):
     lives = json.loads((out / "run.json").read_text())["lives"]
     assert lives[-1]["slots"] == 1 and lives[0]["slots"] == 2
     begun = [own["rounds_done"] for own in lives]
-    assert begun == sorted(begun) and begun[0] == 0 and begun[-1] >= 2
+    assert begun == sorted(begun) and begun[0] == 0 and begun[-1] >= 1 + asked
     total = json.loads((out / "summary.json").read_text())["seconds"]
     assert total["total"] > sum(total[phase] for phase in ("train", "evaluate"))
 
