@@ -19,6 +19,7 @@ from hpcfed.cluster.stop import Stop
 from hpcfed.cluster.topology import Topology
 from hpcfed.data.batches import Ids, Tokens, split_batch
 from hpcfed.engine.failures import Failures
+from hpcfed.engine.lean import walk_no_frozen
 from hpcfed.engine.masters import Masters
 from hpcfed.engine.observer import Observer
 from hpcfed.engine.optimizer import make_optimizer
@@ -92,11 +93,12 @@ class Engine:
             config=settings,
             dist_init_required=False,
         )
-        # At stage 0 the ranks of a slot agree that backward came through before they add up
-        # gradients; later stages add them up while backward runs.
+        # At stage 0 ranks of a slot agree that backward came through before gradients are added up;
+        # later stages do that while backward runs.
         self._agrees = self.stage == 0 and topology.ranks_per_client > 1
-        if self._agrees:
+        if self.stage == 0:
             self._deepspeed.enable_backward_allreduce = False
+            walk_no_frozen(self._deepspeed)
         self._masters = Masters(self.parameters, self._deepspeed, self.stage)
         self._values = Values(self.parameters, residual, self.layout, self.stage, topology)
         lowered = self._deepspeed.torch_autocast_enabled() or self._deepspeed.fp16_enabled()
