@@ -109,7 +109,9 @@ class Took:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--peer", default=sys.executable)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--shuffled", action="store_true")

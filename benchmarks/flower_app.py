@@ -65,13 +65,15 @@ class App:
             self.ids[split] = self.tokenizer(
                 texts, truncation=True, max_length=self.job["max_length"]
             )["input_ids"]
-        return self.ids[split]  # type: ignore[no-any-return]
+        return self.ids[split]
 
     def batch(self, split: str, rows: list[int]) -> dict[str, torch.Tensor]:
         """Inputs of these rows, padded to the longest, and their labels."""
         ids = self.encoded(split)
         padded = self.tokenizer.pad(
-            {"input_ids": [ids[row] for row in rows]}, return_tensors="pt", return_attention_mask=True
+            {"input_ids": [ids[row] for row in rows]},
+            return_tensors="pt",
+            return_attention_mask=True,
         )
         labels = self.job[split]["labels"]
         return {**padded, "labels": torch.tensor([labels[row] for row in rows])}
@@ -95,7 +97,9 @@ class App:
         job, samples = self.job, 0
         batches = job["batches"][round_number - 1][str(client)]
         if job["shuffled"]:  # as a DataLoader with shuffle=True deals them out
-            rows = np.random.default_rng([round_number, client]).permutation(sum(batches, []))
+            rows = np.random.default_rng([round_number, client]).permutation(
+                [row for batch in batches for row in batch]
+            )
             size = job["batch_size"]
             batches = [rows[i : i + size].tolist() for i in range(0, len(rows), size)]
         torch.manual_seed(client)
@@ -240,6 +244,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import flower_app  # by its name, workers import it once; what is of __main__ is copied each time
+    import flower_app  # by its name workers import it once; what is in __main__ they get anew
 
     flower_app.main()

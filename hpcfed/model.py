@@ -78,6 +78,8 @@ def prepare(
     drawn from the configuration's seed, so all slots and all ZeRO stages start from the same.
     Raises UserError for a model that cannot be loaded or adapted.
     """
+    import peft
+
     rounded = rounding(resolve_name(config.model.name))  # converted here, if need be, and whole
     with _sharded_at_load(ds_settings):
         model, lacking, classes = _load(config, labels, pad_id)
@@ -98,6 +100,12 @@ def prepare(
             kept, said = _kept_head(model.get_submodule(trained), labels, classes)
             notes.append(said)
         adapted = _adapt(config, model, blocks, trained, pad_id)
+        if trained and isinstance(adapted.description, peft.PromptLearningConfig):
+            # Of what it calls the classifier PEFT then takes all, and the checkpoint's of nothing.
+            top, own = trained.partition(".")[0], f"{trained}."
+            for name, parameter in parameters.items():
+                if name.startswith(f"{top}.") and not name.startswith(own) and name not in fresh:
+                    fresh[name] = _read(parameter)
         initial = adapted.initial(config.seed)
         if kept is not None:
             initial[adapted.layout.span(HEAD)] = kept

@@ -19,7 +19,7 @@ from hpcfed.cluster.stop import Stop
 from hpcfed.cluster.topology import Topology
 from hpcfed.data.batches import Ids, Tokens, split_batch
 from hpcfed.engine.failures import Failures
-from hpcfed.engine.lean import walk_no_frozen
+from hpcfed.engine.lean import leave_out_what_is_idle
 from hpcfed.engine.masters import Masters
 from hpcfed.engine.observer import Observer
 from hpcfed.engine.optimizer import make_optimizer
@@ -73,7 +73,8 @@ class Engine:
         self._local = local
         self._stop = stop
         self.rehearsal = Rehearsal.from_environment(topology.world.rank)
-        self.failures = Failures()
+        shared = self.stage == 3 and topology.ranks_per_client > 1
+        self.failures = Failures(adapted.network, collective=shared)
         # Whether a step was left because the job has to stop; the same on all ranks of the slot.
         self.interrupted = False
         self.head = prepared.head
@@ -93,12 +94,10 @@ class Engine:
             config=settings,
             dist_init_required=False,
         )
-        # At stage 0 ranks of a slot agree that backward came through before gradients are added up;
-        # later stages do that while backward runs.
+        # At stage 0 the ranks of a slot agree that backward came through before they add up
+        # gradients; later stages add them up while backward runs.
         self._agrees = self.stage == 0 and topology.ranks_per_client > 1
-        if self.stage == 0:
-            self._deepspeed.enable_backward_allreduce = False
-            walk_no_frozen(self._deepspeed)
+        leave_out_what_is_idle(self._deepspeed, self.stage)
         self._masters = Masters(self.parameters, self._deepspeed, self.stage)
         self._values = Values(self.parameters, residual, self.layout, self.stage, topology)
         lowered = self._deepspeed.torch_autocast_enabled() or self._deepspeed.fp16_enabled()
@@ -299,8 +298,8 @@ class Engine:
         """(len(rows) or 1,) fp32 losses of this rank's rows, differentiable.
 
         A rank without rows still takes part in the collectives, with a sample of `batch` at weight
-        zero. Raises ClientError on all ranks of the slot if it fails on any of them.
-        probing: for gradients by autograd, which DeepSpeed refuses; its module does not.
+        zero. Raises ClientError on all ranks of the slot if it fails on any, unless others wait
+        (Failures.told). probing: for gradients by autograd, which only DeepSpeed's module allows.
         """
         network = self.model if probing else self._deepspeed
         filled = rows if len(rows) else batch[:1]

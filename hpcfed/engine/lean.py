@@ -1,14 +1,18 @@
-"""What DeepSpeed does around a step for parameters that never have a gradient, left out."""
+"""What DeepSpeed does around a step that leads to nothing, left out; the bits are the same."""
 
 from typing import Any
 
 
-def walk_no_frozen(deepspeed: Any) -> None:
-    """Have an engine of stage 0 clip and clear the gradients of what trains, and no others.
+def leave_out_what_is_idle(deepspeed: Any, stage: int) -> None:
+    """Have an engine of stage 0 clip and clear the gradients of what trains, and no others, and
+    add up gradients only where it is called to. Other stages stay as they are.
 
-    By itself it walks all modules for them in every step, which in a small model takes as long as
-    a layer. The order is that of its own walk, so that norms are added up to the same bits.
+    By itself it walks all modules three times a step, which in a small model takes as long as a
+    layer, and copies the gradients of one rank into a buffer and back. The order is that of its
+    own walk, so that norms are added up to the same bits.
     """
+    if stage:
+        return
     from deepspeed.runtime.utils import clip_grad_norm_
 
     trained = [own for own in deepspeed.module.parameters() if own.requires_grad]
@@ -21,3 +25,4 @@ def walk_no_frozen(deepspeed: Any) -> None:
             parameter.grad = None
 
     deepspeed.clip_fp32_gradients, deepspeed.zero_grad = clip, clear
+    deepspeed.enable_backward_allreduce = False

@@ -29,13 +29,18 @@ def save(folder, preset, scores, *words, every=2):
     for number in range(1, every * len(scores) + 1):
         early = number <= every or preset == "lora-fedavg"
         line = {
-            "round": number, "samples": 10, "bytes": {"up": 1e6}, "train_loss": 1 / number,
-            "seconds": {"train": 1.5, "evaluate": 0.5}, "clients": [0, 1],
+            "round": number, "samples": 10, "train_loss": 1 / number,
+            "bytes": {"up": 1e6, "down": 2e6}, "seconds": {"train": 1.5, "evaluate": 0.5},
+            "clients": [0, 1],
             "failed": {"1": "odd <loss>"} if number == 2 else {},
             "shared_layers": ["0", "1", "2"] if early else ["0", "2"],
         }  # fmt: skip
         if preset == "fibecfed":
             line["share"] = min(1.0, 0.4 + 0.2 * number)
+        if number == 3:
+            line["redrawn"] = [
+                {"samples": 5, "bytes": {"up": 5e5, "down": 1e6}, "seconds": {"train": 1.0}}
+            ]
         if number % every == 0:
             score = scores[number // every - 1]
             line["validation"] = {"personal": {"score": score, "accuracy": score}}
@@ -72,7 +77,7 @@ def runs(tmp_path):
 def test_what_a_run_directory_tells(tmp_path):
     run = read(save(tmp_path / "a", "fibecfed", [0.3, 0.5]))
     assert [(p.round, p.seconds, p.samples, p.up, p.score) for p in run.points] == [
-        (2, 4.0, 20, 2.0, 0.3), (4, 8.0, 40, 4.0, 0.5),
+        (2, 4.0, 20, 2.0, 0.3), (4, 9.0, 45, 4.5, 0.5),
     ]  # fmt: skip
     assert run.chance == 5 / 8 and run.of_clients() == {0: 1.0, 1: 0.5}
     with (tmp_path / "a" / "metrics.jsonl").open("a") as stream:
