@@ -191,7 +191,8 @@ def write_job(resolved: Resolved, folder: Path, shuffled: bool) -> dict[str, Any
         "model": str(resolve_name(config.model.name)), "classes": len(task.labels),
         "model_options": {} if dropout is None else dict.fromkeys(names, dropout),
         "rank": config.adapter.rank, "alpha": config.adapter.alpha,
-        "targets": sorted(prepared.adapted.description.target_modules), "max_length": config.task.max_length,
+        "targets": sorted(prepared.adapted.description.target_modules),
+        "max_length": config.task.max_length,
         "train": {"texts": list(task.train.texts), "labels": task.train.labels.tolist()},
         "test": {"texts": list(task.test.texts), "labels": task.test.labels.tolist()},
         "clients": clients, "rounds": config.federation.rounds, "processes": PROCESSES,
@@ -229,7 +230,8 @@ def of_hpcfed(words: list[str], output: Path) -> Took:
     first, *later = [(sum(own["seconds"].values()), own["samples"]) for own in rounds]
     return Took(
         seconds, sum(own[0] for own in later), first[1] + sum(own[1] for own in later),
-        sum(own[1] for own in later), watched.cpu, watched.peak, summary["test"]["personal"]["accuracy"],
+        sum(own[1] for own in later), watched.cpu, watched.peak,
+        summary["test"]["personal"]["accuracy"],
     )  # fmt: skip
 
 

@@ -3,8 +3,9 @@
     python benchmarks/flower_app.py FOLDER
 
 Needs flwr[simulation], torch, transformers and peft, and nothing of hpcfed. FOLDER holds what
-benchmarks/flower.py writes: job.json, start.safetensors and fresh.safetensors. A process loads model and texts once and
-keeps them; what travels are the trained values. Leaves result.json and end.safetensors there.
+benchmarks/flower.py writes: job.json, start.safetensors and fresh.safetensors. A process loads
+model and texts once and keeps them; what travels are the trained values. Leaves result.json and
+end.safetensors there.
 """
 
 import functools
