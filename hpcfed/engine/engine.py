@@ -18,14 +18,9 @@ from hpcfed.adapters.layout import AdapterLayout
 from hpcfed.cluster.stop import Stop
 from hpcfed.cluster.topology import Topology
 from hpcfed.data.batches import Ids, Tokens, split_batch
-<<<<<<< HEAD
-from hpcfed.engine.failures import Failures
-from hpcfed.engine.lean import leave_out_what_is_idle
-from hpcfed.engine.masters import Masters
-=======
 from hpcfed.engine.failures import ClientError, Failures, StopError
+from hpcfed.engine.lean import leave_out_what_is_idle
 from hpcfed.engine.masters import STEPS, Masters
->>>>>>> main
 from hpcfed.engine.observer import Observer
 from hpcfed.engine.optimizer import make_optimizer
 from hpcfed.engine.trained import Trained
