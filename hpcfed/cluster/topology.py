@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import io
 import os
 import socket
 import sys
@@ -25,7 +24,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpcfed.cluster import operators
 from hpcfed.cluster.network import make_store, open_store
 from hpcfed.cluster.watch import Watch, Watched, patience
 from hpcfed.errors import UserError
@@ -393,8 +391,9 @@ def _start_distributed(slot: Any, local_rank: int, device: torch.device, minutes
     dist.init_process_group(
         backend, store=store, rank=slot.rank, world_size=slot.size, timeout=timeout
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces each operator it loads
-        import deepspeed
+    import deepspeed
 
-        operators.load()
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    # Its shared-memory kernels serve inference alone, and the first start would compile them, which
+    # takes a compiler and a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

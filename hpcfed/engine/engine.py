@@ -19,6 +19,7 @@ from hpcfed.cluster.stop import Stop
 from hpcfed.cluster.topology import Topology
 from hpcfed.data.batches import Ids, Tokens, split_batch
 from hpcfed.engine.failures import ClientError, Failures, StopError
+from hpcfed.engine.lean import leave_out_what_is_idle
 from hpcfed.engine.masters import STEPS, Masters
 from hpcfed.engine.observer import Observer
 from hpcfed.engine.optimizer import make_optimizer
@@ -86,8 +87,7 @@ class Engine:
         # At stage 0 the ranks of a slot agree that backward came through before they add up
         # gradients; later stages add them up while backward runs.
         self._agrees = self.stage == 0 and topology.ranks_per_client > 1
-        if self._agrees:
-            self._deepspeed.enable_backward_allreduce = False
+        leave_out_what_is_idle(self._deepspeed, self.stage)
         self._masters = Masters(self.parameters, self._deepspeed, self.stage)
         self._values = Values(self.parameters, residual, self.layout, self.stage, topology)
         lowered = self._deepspeed.torch_autocast_enabled() or self._deepspeed.fp16_enabled()
