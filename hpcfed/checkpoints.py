@@ -11,6 +11,7 @@ import copy
 import fcntl
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -117,10 +118,11 @@ def _convert(file: Path, name: str, folder: Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         at = {"gguf_file": file.name, "trust_remote_code": False}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **at)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.float32, **at
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # bars that nothing else switches off
+            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **at)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype=torch.float32, **at
+            )
         config = copy.deepcopy(model.config)
         del config.quantization_config
         with torch.device("meta"):

@@ -7,6 +7,7 @@ import torch
 from hpcfed import model
 from hpcfed.data import answers
 from hpcfed.engine.generation import Answers
+from hpcfed.errors import UserError
 from hpcfed.settings.config import Adapter, Config, Model
 from tests import models
 
@@ -77,3 +78,9 @@ def test_how_near_an_answer_is(written, right, exact, f1, rouge):
 def test_scores_are_means():
     both = answers.score(["cat", "horse"], ["cat", "dog"])
     assert both == {"exact_match": 0.5, "f1": 0.5, "rouge_l": 0.5}
+
+
+def test_without_rouge_score_nothing_is_written(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"takes the package rouge-score; install .*\[instruct\]"):
+        answers.check_installed()
