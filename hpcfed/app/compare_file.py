@@ -164,8 +164,9 @@ def parse(tree: Mapping[str, Any], name: str = "the comparison") -> Description:
         )
     target, relative = _target(spec["target"], name)
     folder = home(spec["folder"])
+    cells = home(spec["cells"]) if spec["cells"] else folder / "cells"
     return Description(
-        name, spec["source"], folder, home(spec["cells"]) if spec["cells"] else folder / "cells", spec["executor"],
+        name, spec["source"], folder, cells, spec["executor"],
         spec["cluster"], _options(spec["overrides"], f"{name}: overrides"), methods, reference,
         settings, tuple(seeds), tune, target, relative, spec["score"], spec["keep_runs"],
     )  # fmt: skip
