@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests import architectures
 from tests.support import mpiexec
 from tests.unit.wrong_models import CASES
 
@@ -35,7 +36,8 @@ def test_a_folder_that_will_not_do(tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2)])
 def test_a_step_of_a_model(worlds, data, tmp_path, shape):
-    """Of a model that trains, and of one that `hpcfed run` refuses, for the same reason."""
+    """Of models that train, one with a classifier of three classes, which is drawn anew for five
+    under ZeRO-3 too; and of one that `hpcfed run` refuses, for the same reason."""
     words = [
         f"cluster.ranks_per_client={shape[1]}", "deepspeed=ds_configs/zero3.json",
         f"data.root={data}", "task.name=few", "task.max_length=32", "cluster.threads=1",
@@ -51,8 +53,10 @@ def test_a_step_of_a_model(worlds, data, tmp_path, shape):
         assert len(found) == 1 and not list(tmp_path.glob("*/checkpoint")), ranks
         return code, found[0]
 
-    code, said = ask(f"--model={data}/bert-classifier")
-    assert code == 0 and said.startswith("ok"), said
+    other = architectures.save("bert", tmp_path / "other")
+    for folder in (data / "bert-classifier", other):
+        code, said = ask(f"--model={folder}")
+        assert code == 0 and said.startswith("ok"), said
     assert f"ZeRO-3 on {shape[1]} rank" in said and "BertForSequenceClassification" in said
     (make,) = (make for what, make, _ in CASES if what == "SqueezeBERT with LoRA")
     code, said = ask(*make(tmp_path / "model"))
