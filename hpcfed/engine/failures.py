@@ -1,4 +1,4 @@
-"""How failures of clients are told: in a line, and the first of a kind in full."""
+"""Failures of clients, and how they are told: in a line, and the first of a kind in full."""
 
 import contextlib
 import logging
@@ -7,6 +7,14 @@ from collections.abc import Iterator
 from torch import nn
 
 from hpcfed.errors import place, reason
+
+
+class ClientError(Exception):
+    """This client's update is lost; the federation goes on. All ranks of the slot raise it."""
+
+
+class StopError(Exception):
+    """The job has to stop: what is not committed is dropped. All ranks of the world raise it."""
 
 
 class Failures:

@@ -7,6 +7,9 @@ output alone.
 
 import functools
 import importlib.util
+import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +17,9 @@ from hpcfed.errors import UserError
 from hpcfed.settings.config import Config
 
 STEP = 1e-3  # to which z is solved, upwards
-MOST_NOISE = 1000.0
+LEAST, MOST = 100, 1_000_000  # of steps
+FINEST, POINTS = -4, 5e4  # of the grid: a power of ten, and how many it may have
+COARSER = 10.0
 LIBRARY = "dp_accounting"
 
 
@@ -27,22 +32,32 @@ def check_installed() -> None:
         )
 
 
+def interval(noise: float) -> float:
+    """Of the grid that privacy losses are put on, a power of ten: at most some 50,000 points in
+    each direction, which more noise needs fewer of. On any grid the result is an upper bound."""
+    reach = 9 / noise + 0.5 / noise**2
+    return float(10.0 ** max(FINEST, math.ceil(math.log10(reach / POINTS))))
+
+
 @functools.lru_cache(maxsize=64)
-def _loss(rate: float, noise: float) -> Any:
-    """The privacy loss distribution of one release."""
+def _loss(rate: float, noise: float, grid: float) -> Any:
+    """The privacy loss distribution of one release, by the library."""
     from dp_accounting.pld import privacy_loss_distribution
 
     return privacy_loss_distribution.from_gaussian_mechanism(
-        standard_deviation=noise, sampling_prob=rate, use_connect_dots=True
-    )
+        standard_deviation=noise, sampling_prob=rate, use_connect_dots=True,
+        value_discretization_interval=grid,
+    )  # fmt: skip
 
 
-def epsilon(rate: float, noise: float, releases: int, delta: float) -> float:
-    """After so many releases. rate: of Poisson sampling. noise: z, its deviation over the
-    sensitivity."""
+@functools.lru_cache(maxsize=4096)
+def epsilon(rate: float, noise: float, releases: int, delta: float, coarser: float = 1.0) -> float:
+    """After so many releases, from above. rate: of Poisson sampling. noise: z, its deviation over
+    the sensitivity. coarser: how many times the usual grid, for a first look."""
     if not releases:
         return 0.0
-    return float(_loss(rate, noise).self_compose(releases).get_epsilon_for_delta(delta))
+    loss = _loss(rate, noise, interval(noise) * coarser)
+    return float(loss.self_compose(releases).get_epsilon_for_delta(delta))
 
 
 def solve(rate: float, releases: int, wanted: float, delta: float) -> float:
@@ -50,21 +65,58 @@ def solve(rate: float, releases: int, wanted: float, delta: float) -> float:
 
     Raises UserError if no noise in reach is enough.
     """
-    low, high = 0, 1000  # in steps; low costs too much
-    while epsilon(rate, high * STEP, releases, delta) > wanted:
-        low, high = high, 2 * high
-        if high * STEP > MOST_NOISE:
-            raise UserError(
-                f"privacy.epsilon={wanted:g} at privacy.delta={delta:g} is out of reach: no noise "
-                f"up to {MOST_NOISE:g} is enough for {releases} rounds; allow more, or plan fewer."
-            )
-    while high - low > 1:
-        middle = (low + high) // 2
-        if epsilon(rate, middle * STEP, releases, delta) > wanted:
+
+    def roughly(steps: int) -> float:
+        return epsilon(rate, steps * STEP, releases, delta, COARSER)
+
+    def cost(steps: int) -> float:
+        return epsilon(rate, steps * STEP, releases, delta)
+
+    rough = _bracket(roughly, wanted)
+    low, high = rough or _bracket(cost, wanted) or (0, 0)
+    if not high:
+        raise UserError(
+            f"privacy.epsilon={wanted:g} at privacy.delta={delta:g} is out of reach: no noise up "
+            f"to {MOST * STEP:g} is enough for {releases} rounds; allow more, or plan fewer."
+        )
+    if rough:
+        # The rough bound is the larger one, so that z is this or less: epsilon falls at least as
+        # fast as 1 / z does.
+        low = high = _least(roughly, wanted, low, high)
+        while low > LEAST and cost(low) <= wanted:
+            high, low = low, max(LEAST, min(low - 1, int(low * cost(low) / wanted)))
+        while cost(high) > wanted:
+            low, high = high, high + 1
+    return (low if cost(low) <= wanted else _least(cost, wanted, low, high)) * STEP
+
+
+def _bracket(cost: Callable[[int], float], wanted: float) -> tuple[int, int] | None:
+    """Numbers of which the second costs at most `wanted`, and the first more, unless it is LEAST;
+    None if none up to MOST does."""
+    low, high = MOST // 4, MOST  # from above, where the library is fast
+    if cost(high) > wanted:
+        return None
+    while low > LEAST and cost(low) <= wanted:
+        low, high = max(LEAST, low // 4), low
+    return low, high
+
+
+def _least(cost: Callable[[int], float], wanted: float, low: int, high: int) -> int:
+    """The least whole number in (low, high] that costs at most `wanted`; high does. Log cost over
+    log number is all but straight, so that this interpolates, and bisects every third time."""
+    for turn in itertools.count(1):
+        if high - low <= 1:
+            break
+        share = 0.5
+        if turn % 3 and cost(high) < wanted < cost(low):
+            share = math.log(cost(low) / wanted) / math.log(cost(low) / cost(high))
+        middle = math.ceil(low * (high / low) ** share)
+        middle = min(high - 1, max(low + 1, middle))
+        if cost(middle) > wanted:
             low = middle
         else:
             high = middle
-    return high * STEP
+    return high
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Clipping, noise, keys and the accountant, against the formula and the library."""
 
+import functools
 import hashlib
 import math
 
@@ -98,13 +99,13 @@ def test_poisson_sampling():
     assert streams.coins(KEY, "sample", 0, 5, 1.0) == [0, 1, 2, 3, 4]
 
 
-def by_hand(rate, noise, rounds, delta):
-    """The library's own accountant, as its documentation has it."""
+def by_hand(rate, noise, rounds, delta, grid):
+    """The library's own accountant, as its documentation has it, on a grid."""
     import dp_accounting as dp
     from dp_accounting import pld
 
     each = dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise))
-    own = pld.PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    own = pld.PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE, grid)
     return own.compose(each, rounds).get_epsilon(delta)
 
 
@@ -113,7 +114,10 @@ def by_hand(rate, noise, rounds, delta):
 )
 def test_epsilon_is_the_librarys(rate, noise, rounds):
     found = accountant.epsilon(rate, noise, rounds, 1e-5)
-    assert found == pytest.approx(by_hand(rate, noise, rounds, 1e-5), rel=1e-6)
+    grid = accountant.interval(noise)
+    assert found == pytest.approx(by_hand(rate, noise, rounds, 1e-5, grid), rel=1e-6)
+    finest = by_hand(rate, noise, rounds, 1e-5, 1e-4)  # the library's own choice
+    assert finest * (1 - 1e-9) <= found <= finest * (1 + 1e-4)
     assert accountant.epsilon(rate, noise, 0, 1e-5) == 0
 
 
@@ -122,10 +126,29 @@ def terms(*overrides, clients=20):
     return accountant.terms(resolve("lora-fedavg", words).config, clients)
 
 
-@pytest.mark.long
 def test_the_noise_is_the_least_that_is_enough():
+    """From little noise and few rounds to much noise and many."""
     found = terms("privacy.epsilon=8")
-    assert found.epsilon(3) <= 8 < accountant.epsilon(0.2, found.noise - 2e-3, 3, 1e-5)
+    assert found.epsilon(3) <= 8 < accountant.epsilon(0.2, found.noise - 1e-3, 3, 1e-5)
+    for rate, rounds, wanted in ((0.5, 4, 100.0), (0.01, 1000, 1.0), (1.0, 3, 0.9)):
+        least = accountant.solve(rate, rounds, wanted, 1e-5)
+        cost, less = (accountant.epsilon(rate, z, rounds, 1e-5) for z in (least, least - 1e-3))
+        assert cost <= wanted < less
+    assert accountant.solve(0.001, 1, 1000.0, 1e-5) == 0.1, "the least there may be"
+    with pytest.raises(UserError, match="out of reach"):
+        accountant.solve(1.0, 100_000, 0.001, 1e-5)
+
+
+def test_the_least_number_is_found_with_few_questions():
+    """Whatever the cost's shape: smooth, with steps, or flat."""
+    for cost in (lambda n: 4000 / n, lambda n: (700 / n) ** 3, lambda n: 9.0 - (n > 613),
+                 lambda n: 2.0**-n, lambda n: math.exp(500 / n)):  # fmt: skip
+        for wanted in (8.0, 8.5, 1e-2):
+            least = next((n for n in range(1, 1001) if cost(n) <= wanted), None)
+            if least is not None and least > 1:
+                asked = functools.lru_cache(cost)
+                assert accountant._least(asked, wanted, 1, 1000) == least
+                assert asked.cache_info().misses <= 32
 
 
 def test_a_budget_that_is_too_small():

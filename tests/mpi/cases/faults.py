@@ -10,7 +10,7 @@ from hpcfed.adapters.layout import HEAD
 from hpcfed.cluster.collectives import MaskedSum
 from hpcfed.cluster.topology import Topology
 from hpcfed.engine import generation
-from hpcfed.engine.engine import ClientError
+from hpcfed.engine.failures import ClientError
 from hpcfed.rounds.federation import Federation
 from hpcfed.rounds.progress import Progress
 from tests.mpi.cases.runs import build, clear
