@@ -23,6 +23,7 @@ from typing import Any
 
 from hpcfed.errors import UserError, reason
 from hpcfed.storage.files import sync_file, sync_folder, write_bytes, writing
+from hpcfed.storage.paths import home
 
 GGUF = ".gguf"
 ORIGIN = "converted.json"  # in a converted folder: what it was made of
@@ -34,7 +35,7 @@ def resolve_name(name: str) -> str:
     if name.startswith("pkg:"):
         place = _in_package(name)
     else:
-        place = Path(name).expanduser()
+        place = home(name)
         given = name.startswith((".", "/", "~")) or name.endswith(GGUF)
         if given and not (place.is_file() if name.endswith(GGUF) else place.is_dir()):
             kind = "file" if name.endswith(GGUF) else "folder"

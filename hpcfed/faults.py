@@ -16,6 +16,7 @@ in round 2 (from 1), and rank 1 where round 4 is exchanged. `in` is train unless
 
 import errno
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ SLOW = 5.0
 PHASES = ("select", "score", "train", "exchange", "evaluate", "commit")
 _ANYWHERE = ("exception", "slow", "hang", "sigkill")
 _ONLY = {"oom": "train", "nan": "train", "disk_full": "commit", "torn_file": "commit"}
+
+
+_NUMBER = re.compile("[0-9]{1,9}")
 
 
 class RehearsedError(RuntimeError):
@@ -60,8 +64,8 @@ def _fault(text: str) -> Fault:
     kind, phase = pairs.pop("kind", ""), pairs.pop("in", None)
     phase = phase or _ONLY.get(kind, "train")
     known = kind in _ANYWHERE or _ONLY.get(kind) == phase
-    whole = all(value.isdigit() for value in numbers.values()) and "round" in numbers
-    if pairs or not known or not whole or phase not in PHASES:
+    whole = "round" in numbers and all(_NUMBER.fullmatch(value) for value in numbers.values())
+    if pairs or not known or not whole or phase not in PHASES or not int(numbers["round"]):
         raise UserError(
             f"{VARIABLE}: {text.strip()!r} is no failure; it must look like 'round=2 client=3 "
             f"kind=oom' or 'round=2 rank=1 kind=hang in=exchange', with a kind of "

@@ -1,6 +1,7 @@
 """Backbone and tokenizer; sharded under ZeRO-3 while it is loaded."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,7 @@ def _unreachable(config: Config, what: str, error: Exception) -> UserError:
             f"model.attention={config.model.attention}: transformers has it not for "
             f"{config.model.name!r} here ({reason(error)}); use model.attention=auto."
         )
-    detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    detail = (" ".join(str(error).split()) or type(error).__name__)[:300]
     return UserError(
         f"model.name: could not load the {what} of {config.model.name!r} ({detail}); give a hub "
         "id that can be reached, a folder, pkg:package/folder, or a GGUF file."
@@ -93,9 +94,10 @@ def prepare(
     import peft
 
     rounded = rounding(resolve_name(config.model.name))  # converted here, if need be, and whole
+    left = _other_head(config, labels, pad_id) if zero_stage(ds_settings) == 3 else None
     rounded = "; ".join(filter(None, (rounded, quantized.said(config))))
     with _sharded_at_load(ds_settings):
-        model, lacking, classes = _load(config, labels, pad_id)
+        model, lacking, classes = _load(config, labels, pad_id, left)
         trained = _trained_head(config, model, labels)
         blocks = transformer_blocks(model)
         missing = [name for name in lacking if not trained or not name.startswith(f"{trained}.")]
@@ -302,11 +304,21 @@ def _drop(model: nn.Module, dropout: float | None) -> None:
                 setattr(module, attribute, dropout)
 
 
+def _other_head(config: Config, labels: tuple[str, ...], pad_id: int) -> str | None:
+    """Name of the head if the checkpoint's has another number of classes: its weights are left out,
+    which transformers does by itself where it does not shard."""
+    auto, hf_config, _, classes = _described(config, labels, pad_id)
+    if len(classes) == len(labels):
+        return None
+    with torch.device("meta"):
+        return _trained_head(config, auto.from_config(hf_config), labels)
+
+
 def _load(
-    config: Config, labels: tuple[str, ...], pad_id: int
+    config: Config, labels: tuple[str, ...], pad_id: int, left: str | None = None
 ) -> tuple[Any, list[str], tuple[str, ...]]:
     """The model, the names of the parameters that its checkpoint lacks, or has of another number of
-    classes, and the classes that it names."""
+    classes, and the classes that it names. left: a module whose weights stay in the checkpoint."""
     auto, hf_config, dtype, classes = _described(config, labels, pad_id)
     try:
         model, report = auto.from_pretrained(
@@ -317,6 +329,7 @@ def _load(
             **quantized.loading(config, dtype),
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            key_mapping={rf"^{re.escape(left)}\.": "left_out."} if left else None,
             trust_remote_code=False,
         )
     except torch.OutOfMemoryError:

@@ -35,6 +35,8 @@ from hpcfed.settings.config import Adapter
 
 INITIAL_STD = 0.02
 PREFIX = "base_model."
+# They take past keys and values, but not as PEFT 0.21 gives them (tests/architectures.py).
+_NOT_IN_PEFT = ("big_bird", "roformer")
 
 
 class Copies(nn.Module):
@@ -193,6 +195,11 @@ def adapt(
             raise UserError(
                 f"adapter.kind=prefix: the attention of {type(model).__name__} takes no past keys "
                 "and values; use adapter.kind=lora or prompt."
+            )
+        if model.config.model_type in _NOT_IN_PEFT:
+            raise UserError(
+                f"adapter.kind=prefix: PEFT cannot run {type(model).__name__} with a prefix, and "
+                "what is trained could not be loaded; use adapter.kind=lora or prompt."
             )
         prompts = Prefix(config, adapter, dtype)
         copies = {str(index): module for index, module in enumerate(prompts.copies)}

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from hpcfed.adapters.base import Adapted
 from hpcfed.adapters.layout import HEAD
 from hpcfed.errors import UserError
+from hpcfed.storage.paths import home
 
 # What has to be the same: with another value of it the same tensors are another function.
 _SAME = (
@@ -35,7 +35,7 @@ def read(folder: str, option: str = "adapter.start") -> Saved:
     read."""
     from safetensors.torch import load_file
 
-    path = Path(folder).expanduser()
+    path = home(folder)
     try:
         config = json.loads((path / "adapter_config.json").read_text())
         tensors = load_file(path / "adapter_model.safetensors")

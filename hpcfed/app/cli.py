@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from hpcfed.app import compare_cli, results_cli, scripts, status_cli, sweep_cli
+from hpcfed.app import compare_cli, doctor_cli, results_cli, scripts, status_cli, sweep_cli
 from hpcfed.app.options import listing
-from hpcfed.app.run import check_ranks, quiet, refuse, run_command
+from hpcfed.app.run import quiet, refuse, run_command
 from hpcfed.cluster import launcher
-from hpcfed.cluster.topology import connect_world, launched_rank
+from hpcfed.cluster.topology import launched_rank
 from hpcfed.errors import UserError
 from hpcfed.rounds import preflight
 from hpcfed.settings import deepspeed_config
@@ -37,6 +37,7 @@ _EPILOG = """examples:
   hpcfed predict runs/demo texts.csv                labels and probabilities
   hpcfed report runs/*                              a page of curves, clients, costs
   hpcfed doctor --ranks 2                           whether this machine can
+  hpcfed doctor --model my/folder                   and whether a model trains on it
 """
 
 _PROVENANCE = """List the presets: methods, and a setting to try them in.
@@ -120,15 +121,8 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--memory", type=float, default=80.0, metavar="GB", help="of a GPU; default: 80"
     )
-    doctor = commands.add_parser(
-        "doctor",
-        help="check what a run needs of the machine",
-        description="Check what a run needs of the machine: packages, MPI, launchers, devices, "
-        "ZeRO's operators, the run folder, a timed Allreduce. Start it as you would start a run: "
-        "with srun, mpirun, or --ranks N. Exit code 1 if something has to be mended.",
-    )
-    _add_ranks(doctor)
-    doctor.add_argument("--folder", default="runs", help="where runs will lie; default: runs")
+    doctor_cli.add_parser(commands)
+    _add_ranks(commands.choices["doctor"])
     results_cli.add_parsers(commands)
     sweep_cli.add_parser(commands)
     compare_cli.add_parser(commands)
@@ -179,14 +173,16 @@ def main(
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
     options, rest = parser.parse_known_args(words)
-    no_overrides = options.command not in ("run", "config", "plan")
+    no_overrides = options.command not in ("run", "config", "plan", "doctor")
     if any(word.startswith("-") or no_overrides for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # argparse stops collecting overrides at the first option
+    if rest and options.command == "doctor":
+        options.words = [*options.words, *rest]
+    elif rest:  # argparse stops collecting overrides at the first option
         options.overrides = [*options.overrides, *rest]
     try:
         if options.command == "doctor":
-            return _examine(options)
+            return doctor_cli.call(options)
         if options.command == "presets":
             width = max(map(len, presets()))
             print("\n".join(f"{name:<{width}}  {text}" for name, text in presets().items()))
@@ -238,21 +234,3 @@ def _plan(options: argparse.Namespace) -> int:
     for line in lines:
         print(line, flush=True)
     return 0
-
-
-def _examine(options: argparse.Namespace) -> int:
-    """The doctor, on this rank or on ranks of its own; exit code 1 if something is to be mended."""
-    if options.ranks is not None:
-        check_ranks(options)
-        return launcher.start(options.ranks, ["doctor", f"--folder={options.folder}"])
-    quiet()
-    from hpcfed.cluster.doctor import examine
-
-    world = connect_world()
-    bad = False
-    for finding in examine(world, Path(options.folder)):
-        bad = bad or bool(finding.mend)
-        if world.rank == 0:
-            print(finding.line(), flush=True)
-    world.comm.Barrier()
-    return 1 if bad else 0

@@ -12,6 +12,7 @@ from hpcfed.errors import UserError
 from hpcfed.settings.reading import read_file, shown
 from hpcfed.settings.resolve import as_text, leaves
 from hpcfed.settings.values import nearest
+from hpcfed.storage.paths import home
 
 Options = dict[str, Any]  # section.key -> value
 
@@ -162,9 +163,10 @@ def parse(tree: Mapping[str, Any], name: str = "the comparison") -> Description:
             f"{name}: reference is {reference!r}, which is none of the methods: {', '.join(names)}."
         )
     target, relative = _target(spec["target"], name)
-    folder = Path(spec["folder"])
+    folder = home(spec["folder"])
+    cells = home(spec["cells"]) if spec["cells"] else folder / "cells"
     return Description(
-        name, spec["source"], folder, Path(spec["cells"] or folder / "cells"), spec["executor"],
+        name, spec["source"], folder, cells, spec["executor"],
         spec["cluster"], _options(spec["overrides"], f"{name}: overrides"), methods, reference,
         settings, tuple(seeds), tune, target, relative, spec["score"], spec["keep_runs"],
     )  # fmt: skip

@@ -23,7 +23,7 @@ from hpcfed.rounds.preflight import check_options
 from hpcfed.settings.reading import given_once, read_file
 from hpcfed.settings.resolve import Resolved, as_text, leaves, resolve
 from hpcfed.storage.checks import read_object
-from hpcfed.storage.paths import SUMMARY
+from hpcfed.storage.paths import SUMMARY, home
 
 POLL_SECONDS = 2.0
 
@@ -38,7 +38,7 @@ class Sweep:
         """Raises UserError for whatever a run would be refused for before it reads data."""
         spec = checked(description, name)
         self.source: str = spec["source"]
-        self.folder = Path(spec["folder"])
+        self.folder = home(spec["folder"])
         cluster = {**CLUSTER, **spec["cluster"]}
         self.nodes: int = cluster["nodes"]
         self.tasks_per_node: int = cluster["tasks_per_node"]

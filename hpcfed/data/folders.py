@@ -4,6 +4,7 @@ A split is `<split>.jsonl`, `.csv` or `.parquet`, or a folder that `datasets.sav
 data set saved without splits is the training split.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,8 +55,12 @@ def read(folder: Path, data: Data, reader: Reader) -> tuple[list[Row], list[Row]
 
 
 def _found(folder: Path, split: str) -> list[Path]:
+    """Raises UserError for one that is no file: a folder, a link to nothing, a pipe."""
     paths = [folder / f"{split}{suffix}" for suffix in _SUFFIXES]
     saved = [folder / split] if (folder / split / _SAVED).is_file() else []
+    odd = next((path for path in paths if os.path.lexists(path) and not path.is_file()), None)
+    if odd is not None:
+        raise UserError(f"{odd} is no file, nor a link to one; put the rows there, or remove it.")
     return [path for path in paths if path.is_file()] + saved
 
 

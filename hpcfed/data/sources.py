@@ -8,7 +8,6 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +20,7 @@ from hpcfed.errors import UserError
 from hpcfed.rng import generator
 from hpcfed.settings import counts
 from hpcfed.settings.config import Columns, Config
+from hpcfed.storage.paths import home
 
 _CHUNK = 4096  # rows
 _WHOLE = re.compile(r"[+-]?[0-9]{1,4000}")  # no longer text is read as a number
@@ -68,7 +68,7 @@ def load(config: Config) -> TaskData:
     if name in counts.BUILT_IN:
         train, test = _built_in(config, reader)
     elif data.root is not None:
-        train, test = folders.read(Path(data.root) / name, data, reader)
+        train, test = folders.read(home(data.root) / name, data, reader)
     elif name in TASKS:
         train, test = tables.from_hub(TASKS[name].hub, data.test is not None, reader)
     elif "/" in name:

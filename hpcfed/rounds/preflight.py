@@ -25,7 +25,7 @@ from hpcfed.settings.config import Config
 from hpcfed.settings.counts import SPECTRAL
 from hpcfed.settings.resolve import Resolved, changed, refuse_without_effect
 from hpcfed.storage.checks import DamageError, read_bytes, read_object
-from hpcfed.storage.paths import CONFIG, LIVES, PARTITION, SUMMARY
+from hpcfed.storage.paths import CONFIG, LIVES, PARTITION, SUMMARY, home
 
 # What another life of a run may have otherwise: none of it changes a bit of the result but threads,
 # which a smaller node may not have.
@@ -53,10 +53,11 @@ class Checked:
         return self.resolved.config
 
 
-def check(resolved: Resolved, ranks: int, resume: bool = False) -> Checked:
+def check(resolved: Resolved, ranks: int, resume: bool = False, writes: bool = True) -> Checked:
     """Check and load what a run on `ranks` MPI ranks needs besides its model.
 
     resume: if the run directory exists, its run goes on; it must be one of this configuration.
+    writes: a run directory will be made, and must not be there.
     Raises UserError for the first fault found.
     """
     config = resolved.config
@@ -69,7 +70,7 @@ def check(resolved: Resolved, ranks: int, resume: bool = False) -> Checked:
     begun = resume and _exists(output)
     if begun:
         _check_unchanged(config, output)
-    else:
+    elif writes:
         _check_new(output)
     task = sources.load(config)
     if config.model.head in ("cloze", "label_words"):  # a plug-in's own says itself what it needs
@@ -263,7 +264,7 @@ def output_folder(config: Config) -> Path:
             f"output is {config.output!r}; only {{task}}, {{method}} and {{seed}} may stand in "
             "braces."
         )
-    return Path("".join(known.get(part, part) for part in parts))
+    return home("".join(known.get(part, part) for part in parts))
 
 
 def _exists(path: Path) -> bool:

@@ -139,22 +139,9 @@ def _set_up(
                 key = directory.read_key() if secret else public_key(config.seed)
                 privacy.check_key(state.privacy, key)
     stop = stop or Stop(config.cluster.grace_seconds)
-    topology = topology or connect_slots(world, config.cluster)
-    if zero_stage(settings) == 3 and topology.device.type == "cpu":
-        keep_heap_small()
-    with world.agreement("checking the DeepSpeed configuration"):
-        deepspeed_config.verify(settings)
-    with world.agreement("reading the tokenizer"):
-        tokenizer = model.load_tokenizer(config)
-        head = heads.build(config, task, tokenizer)
-        train_tokens, test_tokens = fitting.encode(head, (task.train, task.test), tokenizer, config)
-        cuts = fitting.Cuts(train_tokens, head, task.train, tokenizer, config)
-    with world.agreement("loading the model"):
-        prepared = model.prepare(config, task.labels, train_tokens.pad_id, settings, head)
-        said = fitting.shortened((train_tokens, test_tokens), config)
-        prepared = replace(prepared, notes=(*prepared.notes, *said))
-        backbone = prepared.adapted.network.backbone
-        fitting.check_ids(backbone, (train_tokens, test_tokens), tokenizer, config.model.name)
+    topology = _connect(checked, world, topology)
+    cuts, test_tokens, prepared = _load(checked, world)
+    train_tokens = cuts.whole
     began = replace(
         began,
         tokens=origin.of_tokens(train_tokens, test_tokens),
@@ -206,6 +193,53 @@ def _set_up(
         directory, state, started, init_seconds, earlier_seconds,
         privacy.build(config, len(checked.rows), topology, state.privacy, key),
     )  # fmt: skip
+
+
+def try_out(checked: Checked, world: World) -> tuple[str, tuple[str, ...]]:
+    """The trial step that a run begins with, and no run: what came through, in words, and what a
+    person should know of the model. Raises UserError as `set_up` does."""
+    config = checked.config
+    topology = _connect(checked, world)
+    cuts, test_tokens, prepared = _load(checked, world)
+    engine = Engine(prepared, config.local, checked.settings, topology)
+    try:
+        try_step(config, engine, prepared.initial, cuts.whole, test_tokens)
+    finally:
+        engine.close()
+    lengths, inner = cuts.whole.lengths, prepared.adapted.network.inner
+    ranks = topology.ranks_per_client
+    return (
+        f"{type(inner).__name__} with adapter.kind={config.adapter.kind} and model.head="
+        f"{config.model.head}, at ZeRO-{engine.stage} on {ranks} rank{'s'[: ranks > 1]} a client: "
+        f"rows of {lengths.min()} and {lengths.max()} tokens"
+    ), prepared.notes
+
+
+def _connect(checked: Checked, world: World, topology: Topology | None = None) -> Topology:
+    """The slots of the world, if they are not given, and what their memory needs."""
+    topology = topology or connect_slots(world, checked.config.cluster)
+    if zero_stage(checked.settings) == 3 and topology.device.type == "cpu":
+        keep_heap_small()
+    return topology
+
+
+def _load(checked: Checked, world: World) -> tuple[fitting.Cuts, Tokens, Prepared]:
+    """Training and test rows as token ids, and the adapted model. Collective over the world."""
+    config, settings, task = checked.config, checked.settings, checked.task
+    with world.agreement("checking the DeepSpeed configuration"):
+        deepspeed_config.verify(settings)
+    with world.agreement("reading the tokenizer"):
+        tokenizer = model.load_tokenizer(config)
+        head = heads.build(config, task, tokenizer)
+        train_tokens, test_tokens = fitting.encode(head, (task.train, task.test), tokenizer, config)
+        cuts = fitting.Cuts(train_tokens, head, task.train, tokenizer, config)
+    with world.agreement("loading the model"):
+        prepared = model.prepare(config, task.labels, train_tokens.pad_id, settings, head)
+        said = fitting.shortened((train_tokens, test_tokens), config)
+        prepared = replace(prepared, notes=(*prepared.notes, *said))
+        backbone = prepared.adapted.network.backbone
+        fitting.check_ids(backbone, (train_tokens, test_tokens), tokenizer, config.model.name)
+    return cuts, test_tokens, prepared
 
 
 def _first_state(config: Config, prepared: Prepared) -> RunState:

@@ -17,6 +17,7 @@ from hpcfed.settings.deepspeed_keys import Key
 from hpcfed.settings.reading import shown
 from hpcfed.settings.shipped import folder
 from hpcfed.settings.values import nearest
+from hpcfed.storage.paths import home
 
 _RULED = {
     "train_batch_size": "local.batch_size",
@@ -59,7 +60,7 @@ def zero_stage(settings: dict[str, Any]) -> int:
 def locate(name: str) -> Path:
     """The JSON file: as given, or the one that hpcfed ships under the name ds_configs/..., so that
     a run may start in any folder."""
-    own, shipped = Path(name), folder("ds_configs")
+    own, shipped = home(name), folder("ds_configs")
     if os.path.isfile(own):
         return own
     if own.parent == Path(shipped.name) and os.path.isfile(shipped / own.name):

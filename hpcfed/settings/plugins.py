@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hpcfed import registry
 from hpcfed.errors import UserError
+from hpcfed.storage.paths import home
 
 # What was read in this process, and is registered: absolute path -> digest.
 _read: dict[str, str] = {}
@@ -21,7 +22,7 @@ def load(paths: Sequence[str]) -> None:
 
     Raises UserError for one that cannot be read or run.
     """
-    files = {os.path.abspath(path): path for path in paths}
+    files = {os.path.abspath(home(path)): path for path in paths}
     for file in set(_read) - set(files):
         registry.forget(file)
         del _read[file]
@@ -61,6 +62,6 @@ def digests(paths: Sequence[str]) -> dict[str, str]:
 
 def _digest(path: str) -> str:
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return hashlib.sha256(home(path).read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(f"plugins: {path} cannot be read ({error.strerror}).") from None

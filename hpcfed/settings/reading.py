@@ -2,9 +2,10 @@
 
 What YAML allows and a configuration does not need is refused here, in one sentence: a key given
 twice, of which the last would win in silence; an alias to what it stands in; thousands of levels or
-values; a number or a date that Python cannot make.
+values; a number or a date that Python cannot make; a number that is another one than it looks like.
 """
 
+import re
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ class _Loader(yaml.SafeLoader):
             self._level -= 1
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if _odd(node):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shown(node.value, 30)} is a number to the base of 8 or 60 in YAML; "
+                "write it to the base of 10, or in quotes", node.start_mark,
+            )  # fmt: skip
         try:
             value = super().construct_object(node, deep)
             if isinstance(value, int) and value.bit_length() > 64:
@@ -56,6 +62,14 @@ class _Loader(yaml.SafeLoader):
                     )
                 seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
+
+
+def _odd(node: yaml.Node) -> bool:
+    """Whether YAML takes it for another number than its writer: 010 for 8, 1:30 for 90."""
+    if node.tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+        return False
+    digits = str(node.value).lstrip("+-")
+    return ":" in digits or (node.tag.endswith("int") and re.match("0[0-7_]", digits) is not None)
 
 
 def parse(text: str) -> Any:

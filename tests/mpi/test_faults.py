@@ -139,7 +139,8 @@ def test_clients_that_cannot_be_evaluated(hpcfed, tmp_path, shape):
     ("text", "says"),
     [("round=1 kind=flood", "a kind of exception"), ("kind=nan", "must look like"),
      ("round=x kind=nan", "must look like"), ("round=1 kind=nan in=commit", "a phase of"),
-     ("round=1 kind=oom size=3", "must look like")],
+     ("round=1 kind=oom size=3", "must look like"), ("round=0 kind=nan", "must look like"),
+     ("round=\u00b2 kind=nan", "must look like"), (f"round={'9' * 5000} kind=nan", "look like")],
 )  # fmt: skip
 def test_no_such_fault(hpcfed, tmp_path, text, says):
     code, printed = hpcfed((1, 1), "run", fail=text)

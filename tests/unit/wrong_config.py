@@ -103,6 +103,8 @@ YAML: list[Case] = [
     ("method is null", file("method: null\n"), r"method is null"),
     ("base is null", file("base: null\n"), r"method is null"),
     ("an unknown method", file("method: fedavgg\n"), r"Unknown preset 'fedavgg'.*'fedavgm'"),
+    ("a number to the base of 8", file("seed: 010\n"), r"'010' is .* base of 8 or 60"),
+    ("a number to the base of 60", file("seed: 1:30\n"), r"line 1.*'1:30' is .* base of 8 or 60"),
     ("presets that build on each other", preset_of_itself, r"builds on itself"),
     ("a switch in quotes", file("local: {control: 'true'}\n"), r"true or false, not 'true'"),
 ]  # fmt: skip

@@ -229,6 +229,12 @@ _FILES: list[tuple[str, Build, str]] = [
         r"own/train cannot be read as a data set of save_to_disk \(JSONDecodeError",
     ),
     (
+        "a folder with the name of a file",
+        linked("train", "/"),
+        r"own/train\.jsonl is no file, nor a link to one",
+    ),
+    ("a link to nothing", linked("test", "nowhere"), r"own/test\.jsonl is no file, nor a link"),
+    (
         "a file that gives an I/O error",
         linked("train", "/proc/self/mem"),
         r"train\.jsonl cannot be read \(Input/output error\)",

@@ -35,6 +35,21 @@ CASES: list[tuple[str, list[str], str]] = [
         r"--ranks is 10000.*--oversubscribe",
     ),
     (
+        "the doctor with two configurations",
+        ["hpcfed", "doctor", "demo", "fibecfed"],
+        r"'demo' and 'fibecfed' are two configurations; give one",
+    ),
+    (
+        "the doctor with a model twice",
+        ["hpcfed", "doctor", "--model", "a/b", "model.name=a/c"],
+        r"model\.name is given twice",
+    ),
+    (
+        "the doctor with a configuration that is not there",
+        ["hpcfed", "doctor", "nowhere.yaml"],
+        r"nowhere\.yaml.* is neither a YAML file nor a preset",
+    ),
+    (
         "ranks that make no whole clients",
         ["hpcfed", "run", "demo", "--ranks", "3"],
         r"3 MPI ranks do not divide into slots of cluster\.ranks_per_client=2",

@@ -168,6 +168,8 @@ CASES: list[Case] = [
     ("a vocabulary too small for the tokenizer", _small_vocabulary, "embeds 60 tokens only"),
     ("DistilBERT with a prefix", _architecture("distilbert", "adapter.kind=prefix"),
      "takes no past keys"),
+    ("RoFormer with a prefix", _architecture("roformer", "adapter.kind=prefix"),
+     "PEFT cannot run RoFormerForSequenceClassification with a prefix"),
     ("T5 with a prefix", _architecture("t5", "adapter.kind=prefix"), "encoder with a decoder"),
     ("BART with a prefix", _architecture("bart", "adapter.kind=prefix"), "encoder with a decoder"),
     ("BART with prompts", _architecture("bart", "adapter.kind=prompt"), "encoder with a decoder"),
