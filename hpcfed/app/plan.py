@@ -24,14 +24,14 @@ from hpcfed.errors import UserError
 from hpcfed.objectives import heads
 from hpcfed.policies import layers, sampling
 from hpcfed.policies.sharing import Sharing
-from hpcfed.privacy import accountant, mechanism
+from hpcfed.privacy import accountant, mechanism, samples
 from hpcfed.privacy import options as privacy
 from hpcfed.rounds import preflight
 from hpcfed.rounds.account import FP32_BYTES
 from hpcfed.server.variates import configured
 from hpcfed.settings import deepspeed_config
 from hpcfed.settings.config import Config
-from hpcfed.settings.counts import PRIVATE
+from hpcfed.settings.counts import BY_CLIENT, BY_SAMPLE, PRIVATE
 from hpcfed.settings.resolve import Resolved
 
 GB = 1e9
@@ -73,7 +73,7 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
     settings = deepspeed_config.load(config)
     task = sources.load(config)
     rows = partition.partition(task, config)
-    privacy.check_clients(config, len(rows))
+    privacy.check_clients(config, [len(own.train) for own in rows])
     tokenizer = model.load_tokenizer(config)
     head = heads.build(config, task, tokenizer)
     tokens, test = fitting.encode(head, (task.train, task.test), tokenizer, config)
@@ -104,8 +104,8 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
     yield from _traffic_lines(config, adapted, slots)
     yield ""
     if PRIVATE.holds(config):
-        yield from _privacy_lines(config, len(rows))
-    else:
+        yield from _privacy_lines(config, rows)
+    if not BY_CLIENT.holds(config):
         yield from _lane_lines(config, rows, cuts, slots)
 
 
@@ -310,9 +310,16 @@ def _lane_lines(
             yield f"  slot {slot}: {names}: {load:,} tokens an epoch"
 
 
-def _privacy_lines(config: Config, clients: int) -> Iterator[str]:
+def _privacy_lines(config: Config, rows: list[ClientRows]) -> Iterator[str]:
     """What privacy costs, and what the noise is beside what it hides; who is sampled is secret."""
-    terms, rounds = accountant.terms(config, clients), config.federation.rounds
+    if BY_SAMPLE.holds(config):
+        yield from _sample_lines(config, rows)
+        return
+    clients = len(rows)
+    terms, planned = accountant.terms(config, clients), config.federation.rounds
+    rounds = terms.fitting(planned, config.privacy.epsilon)
+    if early := accountant.ends_early(config, rounds):
+        yield early
     expected = config.federation.per_round
     yield (
         f"privacy of each client: epsilon {terms.epsilon(rounds):.3f} at delta {terms.delta:g} "
@@ -329,6 +336,29 @@ def _privacy_lines(config: Config, clients: int) -> Iterator[str]:
     yield (
         f"  a value of the mean update gets noise of {deviation / expected:.3g} times "
         + ("the norm, which follows the median" if adaptive else f"the norm of {norm:g}")
+    )
+
+
+def _sample_lines(config: Config, rows: list[ClientRows]) -> Iterator[str]:
+    """Of DP-SGD: for the row that loses most, and what its client does."""
+    own = samples.Plan(config, tuple(len(client.train) for client in rows))
+    noise = own.noise()
+    rounds = own.fitting(noise)
+    if early := accountant.ends_early(config, rounds):
+        yield early
+    rate, steps = max(
+        own.cases(rounds), key=lambda case: samples.worst([case], noise, config.privacy.delta)
+    )
+    yield (
+        f"privacy of each row: epsilon {own.epsilon(rounds, noise):.3f} at delta "
+        f"{config.privacy.delta:g} after {rounds} rounds, with noise z = {noise:g}"
+    )
+    yield (
+        f"  at most; of a client whose rows are in a step with rate {rate:.4g}, in {steps} steps"
+    )
+    yield (
+        f"  a step's mean gradient gets noise of {noise / config.local.batch_size:.3g} times the "
+        f"norm of {config.privacy.clip:g}"
     )
 
 

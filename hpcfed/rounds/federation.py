@@ -45,7 +45,7 @@ class Federation:
         self._config, self._topology = setup.config, setup.topology
         self._guard = setup.guard
         # With privacy a round counts whoever comes through: to draw again would tell who does.
-        self._needed = setup.config.federation.min_clients if self._guard is None else 0
+        self._needed = setup.config.federation.min_clients if setup.privacy is None else 0
         self.client_states = {
             kind: ClientStates(
                 kind, self.state.clients[kind], setup.directory, setup.topology.is_root
@@ -71,7 +71,7 @@ class Federation:
         config, state = self._config, self.state
         progress.start(self.setup.opening())
         stopping = False
-        while not stopping and state.rounds < config.federation.rounds:
+        while not stopping and state.rounds < self.setup.rounds:
             if state.rounds == config.curriculum.warmup:
                 try:
                     self.begin_method(progress)
@@ -86,7 +86,7 @@ class Federation:
             self.commit(record)
             progress.round(record)
             self.setup.stop.committed()
-        done = not stopping and state.rounds == config.federation.rounds
+        done = not stopping and state.rounds >= self.setup.rounds
         summary = self.results.finish(lambda: self.seconds_so_far) if done else None
         if summary is not None:
             progress.finish(summary)
@@ -242,8 +242,8 @@ class Federation:
         if config.sparsity.keep < 1:
             densities = tally.column("density").tolist()
             record["mask_density"] = dict(zip(map(str, now.clients), densities, strict=True))
-        if self._guard is not None:
-            record["privacy"] = self._guard.record(now.number + 1)
+        if self.setup.privacy is not None:
+            record["privacy"] = self.setup.privacy.record(now.number + 1)
         return record
 
     def commit(self, record: dict[str, Any]) -> None:
