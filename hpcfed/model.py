@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpcfed import fitting, registry
+from hpcfed import fitting, quantized, registry
 from hpcfed.adapters import start
 from hpcfed.adapters.base import (
     Adapted,
@@ -38,7 +38,8 @@ class Prepared:
     source: str
     backbone_values: int
     checkpointing: bool  # activations are recomputed in backward
-    notes: tuple[str, ...] = ()  # what a person should know of it
+    rounded: str = ""  # what has to be said with every figure of it
+    notes: tuple[str, ...] = ()  # what else a person should know of it
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -57,7 +58,18 @@ def load_tokenizer(config: Config) -> Any:
     return tokenizer
 
 
+def _attention(config: Config) -> dict[str, str]:
+    """What transformers is told of attention, if anything."""
+    chosen = config.model.attention
+    return {} if chosen == "auto" else {"attn_implementation": chosen}
+
+
 def _unreachable(config: Config, what: str, error: Exception) -> UserError:
+    if _attention(config) and "attention" in str(error).lower():
+        return UserError(
+            f"model.attention={config.model.attention}: transformers has it not for "
+            f"{config.model.name!r} here ({reason(error)}); use model.attention=auto."
+        )
     detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return UserError(
         f"model.name: could not load the {what} of {config.model.name!r} ({detail}); give a hub "
@@ -78,7 +90,10 @@ def prepare(
     drawn from the configuration's seed, so all slots and all ZeRO stages start from the same.
     Raises UserError for a model that cannot be loaded or adapted.
     """
+    import peft
+
     rounded = rounding(resolve_name(config.model.name))  # converted here, if need be, and whole
+    rounded = "; ".join(filter(None, (rounded, quantized.said(config))))
     with _sharded_at_load(ds_settings):
         model, lacking, classes = _load(config, labels, pad_id)
         trained = _trained_head(config, model, labels)
@@ -93,11 +108,17 @@ def prepare(
             module = name.rpartition(".")[0]
             if module != trained and module.endswith(str(trained)) and name not in fresh:
                 fresh[name] = _read(parameter)
-        kept, notes = None, [rounded] if rounded else []
+        kept, notes = None, list[str]()
         if trained and len(missing) == len(lacking):
             kept, said = _kept_head(model.get_submodule(trained), labels, classes)
             notes.append(said)
         adapted = _adapt(config, model, blocks, trained, pad_id)
+        if trained and isinstance(adapted.description, peft.PromptLearningConfig):
+            # Of what it calls the classifier PEFT then takes all, and the checkpoint's of nothing.
+            top, own = trained.partition(".")[0], f"{trained}."
+            for name, parameter in parameters.items():
+                if name.startswith(f"{top}.") and not name.startswith(own) and name not in fresh:
+                    fresh[name] = _read(parameter)
         initial = adapted.initial(config.seed)
         if kept is not None:
             initial[adapted.layout.span(HEAD)] = kept
@@ -109,9 +130,9 @@ def prepare(
                 _write(parameters[name], fresh[name])
         if config.model.gradient_checkpointing:
             recompute(adapted.blocks)
-    values = sum(getattr(p, "ds_numel", p.numel()) for p in adapted.network.parameters())
+    values = sum(map(quantized.values, adapted.network.parameters()))
     bare = set(blocks.values()) - set(adapted.layout.layers)
-    if bare and config.adapter.kind == "lora":
+    if bare and config.adapter.kind in ("lora", "adalora"):
         notes.append(
             f"{len(bare)} of {len(set(blocks.values()))} transformer blocks have none of "
             "adapter.targets, and no LoRA"
@@ -124,6 +145,7 @@ def prepare(
         config.model.name,
         values - adapted.layout.size,
         config.model.gradient_checkpointing,
+        rounded,
         tuple(notes),
     )
 
@@ -136,7 +158,7 @@ def outline(config: Config, labels: tuple[str, ...], pad_id: int) -> Adapted:
     auto, hf_config, dtype, _ = _described(config, labels, pad_id)
     with torch.device("meta"):
         try:
-            model = auto.from_config(hf_config, dtype=dtype)
+            model = auto.from_config(hf_config, dtype=dtype, **_attention(config))
         except Exception as error:  # transformers raises many unrelated types here
             raise _unreachable(config, "model", error) from None
         _drop(model, config.model.dropout)
@@ -291,6 +313,8 @@ def _load(
             resolve_name(config.model.name),
             config=hf_config,
             dtype=dtype,
+            **_attention(config),
+            **quantized.loading(config, dtype),
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=False,

@@ -158,6 +158,10 @@ AGGREGATIONS = Registry(
             "averaged, and the backbone follows by adapter.delta (Delta-LoRA)",
             "hpcfed.server.factors:Delta",
         ),
+        "budget": (
+            "averaged, and singular values beyond a budget are zero (AdaLoRA)",
+            "hpcfed.server.budget:Budget",
+        ),
     },
 )
 
@@ -198,6 +202,10 @@ ADAPTERS = Registry(
     "adapter",
     {
         "lora": ("low-rank updates of linear layers", "hpcfed.adapters.lora:adapt"),
+        "adalora": (
+            "low-rank updates with singular values of their own (AdaLoRA)",
+            "hpcfed.adapters.adalora:adapt",
+        ),
         "prefix": (
             "keys and values of virtual tokens in every layer (P-tuning v2)",
             "hpcfed.adapters.prompts:adapt",

@@ -41,5 +41,6 @@ class Outcome:
     steps: int = 0
     scored: int = 0  # sample passes spent on difficulties before training
     density: float = 1.0  # fraction of its personal values that trained
+    importance: torch.Tensor | None = None  # (layout.size,) how much its values matter
     gradient: torch.Tensor | None = None  # (layout.size,) mean over its steps, for SCAFFOLD
     score_seconds: float = 0.0  # of the pass that took them

@@ -90,7 +90,8 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "xlnet": ({"d_head": 8, "d_inner": 48, "max_position_embeddings": None}, ["layer_1"]),
 }  # fmt: skip
 # Of each way to find blocks, positions and heads one; the others are run by the command.
-QUICK = ("albert", "bart", "deberta-v2", "funnel", "mpnet", "mixtral", "opt", "t5", "xlnet")
+QUICK = ("albert", "bart", "deberta-v2", "funnel", "mpnet", "mixtral", "opt", "roberta", "t5",
+         "xlnet")  # fmt: skip
 
 
 def save(name: str, folder: Path, **changes: Any) -> Path:

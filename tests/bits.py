@@ -44,7 +44,7 @@ SHAPES = {
         ["adapter.kind=lora", "sparsity.keep=0.5", "curriculum.pace=linear"],
     ),
 }
-SETTINGS = ("demo",)
+SETTINGS = ("demo", "instruct-demo")
 
 
 def main() -> int:

@@ -30,37 +30,9 @@ def adapt(
     pad_id: int = 0,
 ) -> Adapted:
     """Freeze the backbone, add LoRA to the targets in every block, train the classifier of this
-    name, if any. blocks: see `transformer_blocks`.
-
-    Raises UserError, listing the legal ones, if a target names no linear layer of a block, and for
-    a model without any.
+    name, if any. blocks: see `transformer_blocks`. Raises UserError as `wrap` does.
     """
-    import peft
-    from transformers.pytorch_utils import Conv1D
-
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and block_of(name, blocks) is not None
-    }
-    legal = {name.rsplit(".", 1)[-1] for name in linear}
-    if not legal:
-        raise UserError(
-            f"adapter.kind=lora: {type(model).__name__} has no linear layers in its blocks, and "
-            "LoRA goes on nothing else; give another model."
-        )
-    chosen = targets.choose(model, legal, adapter.targets)
-    adapted = [name for name in linear if name.rsplit(".", 1)[-1] in chosen]
-    lora_config = peft.LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        use_rslora=adapter.rslora,
-        target_modules=adapted,
-        fan_in_fan_out=isinstance(linear[adapted[0]], Conv1D),
-    )
-    # PEFT would keep LoRA in fp32 beside a bf16 head; ZeRO-3 insists on one trainable dtype.
-    wrapped: nn.Module = peft.get_peft_model(model, lora_config, autocast_adapter_dtype=False)
+    wrapped, lora_config = wrap(model, adapter, blocks)
     trainables = []
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad:
@@ -82,3 +54,43 @@ def adapt(
     network = Network(wrapped, model, None)
     gain = 1 + adapter.delta
     return assemble(network, model, trainables, blocks, lora_config, PREFIX, gain=gain)
+
+
+def wrap(model: nn.Module, adapter: Adapter, blocks: dict[str, str]) -> tuple[nn.Module, Any]:
+    """PEFT's model with LoRA on the targets in every block, and its configuration.
+
+    Raises UserError, listing the legal ones, if a target names no linear layer of a block, and for
+    a model without any.
+    """
+    import peft
+    from transformers.pytorch_utils import Conv1D
+
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and block_of(name, blocks) is not None
+    }
+    legal = {name.rsplit(".", 1)[-1] for name in linear}
+    if not legal:
+        raise UserError(
+            f"adapter.kind={adapter.kind}: {type(model).__name__} has no linear layers in its "
+            "blocks, and LoRA goes on nothing else; give another model."
+        )
+    chosen = targets.choose(model, legal, adapter.targets)
+    adapted = [name for name in linear if name.rsplit(".", 1)[-1] in chosen]
+    lora_config = peft.LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora,
+        target_modules=adapted,
+        fan_in_fan_out=isinstance(linear[adapted[0]], Conv1D),
+    )
+    # PEFT would keep LoRA in fp32 beside a bf16 head; ZeRO-3 insists on one trainable dtype.
+    wrapped: nn.Module = peft.get_peft_model(model, lora_config, autocast_adapter_dtype=False)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            # Beside packed weights, whose type tells nothing, PEFT makes it in fp32.
+            parameter.data = parameter.data.to(dtype)
+    return wrapped, lora_config

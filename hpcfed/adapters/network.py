@@ -11,19 +11,51 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 
+class Penalty:
+    """What an adapter adds to the loss of a step by its values alone, as a gradient.
+
+    share: of it, in this forward: a step of several has it once.
+    """
+
+    def __init__(self) -> None:
+        self.share = 1.0
+
+    def attached(self, output: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        """The output of a module, whose backward is this loss's too."""
+        both: torch.Tensor = _Attached.apply(output, self.share * loss)  # type: ignore[no-untyped-call]
+        return both
+
+
+class _Attached(torch.autograd.Function):
+    """The identity; a scalar beside it gets the gradient of a term of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (grad,) = grads
+        return grad, torch.ones((), device=grad.device)
+
+
 class Network(nn.Module):
     """A Hugging Face model, adapted, as one function of token ids.
 
     backbone: the model, or PEFT's wrapper around it; inner: the model itself. prompts rewrites the
-    inputs, see hpcfed.adapters.prompts. lead: virtual tokens in front of every text.
+    inputs, see hpcfed.adapters.prompts. lead: virtual tokens in front of every text. penalty: what
+    the adapter adds to the loss.
 
     anchor: zeros (samples,) of the last forward, which prompts add to their values. Nothing in
     front of a prompt depends on the text, so this is where a backward pass through prompts ends
     that shall not end in parameters; and ZeRO-3 learns from it that a prompt's backward is over.
     """
 
-    def __init__(self, backbone: nn.Module, inner: Any, prompts: Any | None) -> None:
+    def __init__(
+        self, backbone: nn.Module, inner: Any, prompts: Any | None, penalty: Penalty | None = None
+    ) -> None:
         super().__init__()
+        self.penalty = penalty
         self.backbone = backbone
         # In a list, or its parameters would have two names.
         self._inner = [inner]

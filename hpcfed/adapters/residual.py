@@ -65,10 +65,14 @@ def beside(wrapped: nn.Module, factors: list[Trainable], adapter: Adapter) -> li
 
 @torch.no_grad()
 def fold(wrapped: nn.Module, gain: float) -> None:
-    """Make the residuals part of the backbone's weights, and the gain part of B, so that PEFT's own
-    merge leaves nothing out. Every parameter must be whole."""
+    """Make the residuals part of the backbone's weights, the gain part of B, and singular values
+    between the factors part of A, so that PEFT's own merge leaves nothing out. Every parameter must
+    be whole."""
     for layer in wrapped.modules():
-        residual = getattr(layer, "residual", None)
+        residual, singular = (getattr(layer, name, None) for name in ("residual", "singular"))
+        if isinstance(singular, nn.Module):
+            inner: Any = layer
+            inner.lora_A["default"].weight *= singular.weight
         if not isinstance(residual, Residual):
             continue
         owner: Any = layer

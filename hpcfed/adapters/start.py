@@ -13,7 +13,7 @@ from hpcfed.errors import UserError
 
 # What has to be the same: with another value of it the same tensors are another function.
 _SAME = (
-    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "num_virtual_tokens",
+    "peft_type", "r", "init_r", "lora_alpha", "use_rslora", "use_dora", "num_virtual_tokens",
     "prefix_projection",
 )  # fmt: skip
 _SAME_OF_OURS = ("kind", "placement", "reduction", "width", "virtual_tokens", "layer")

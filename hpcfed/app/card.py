@@ -12,8 +12,7 @@ _START = """import torch
 from transformers import AutoTokenizer, {model_class}
 {more}
 folder = "."  # where this file lies
-labels = {labels}
-tokenizer = AutoTokenizer.from_pretrained(folder)
+{names}tokenizer = AutoTokenizer.from_pretrained(folder)
 tokenizer.padding_side = "right"
 {load}
 
@@ -60,7 +59,20 @@ def predict(texts, pairs=None):  # of at most {max_length} tokens, with template
         found.append(labels[losses.index(min(losses))])
     return found
 """
+_ANSWER = """def answer(prompt, longest=64):  # of at most {max_length} tokens
+    inputs = tokenizer.apply_chat_template(
+        [{{"role": "user", "content": prompt}}], add_generation_prompt=True, return_dict=True,
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        ids = model.generate(
+            **inputs, do_sample=False, max_new_tokens=longest, eos_token_id={ends},
+            pad_token_id={pad_token_id},
+        )[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+"""
 _BY_HEAD = {
+    "completion": _ANSWER,
     "classifier": _CLASSIFIER, "cloze": _FILLED + _CLOZE, "label_words": _FILLED + _LABEL_WORDS
 }  # fmt: skip
 
@@ -68,6 +80,7 @@ _BY_HEAD = {
 def card(facts: dict[str, Any], config: Config, measured: list[str]) -> str:
     """The model card. facts: task.json. measured: lines."""
     merged = facts["form"] == "merged"
+    classes = f" Classes: {', '.join(facts['labels'])}." if facts["labels"] else ""
     head = ["---", f"base_model: {facts['base']}"]
     head += [f"library_name: {'transformers' if merged else 'peft'}", "---"]
     kind = "merged into its model" if merged else f"an adapter ({config.adapter.kind})"
@@ -76,7 +89,7 @@ def card(facts: dict[str, Any], config: Config, measured: list[str]) -> str:
         f"# {facts['task']}, trained by {config.method}",
         "",
         f"This folder holds {facts['holds']}, {kind}. Base: `{facts['base']}`, in "
-        f"{facts['dtype']}. Classes: {', '.join(facts['labels'])}.",
+        f"{facts['dtype']}.{classes}",
         "",
         f"It was trained by hpcfed in a simulated federation: method `{config.method}`, seed "
         f"{config.seed}, partition `{config.data.partition.kind}`, "
@@ -108,7 +121,7 @@ def _use(facts: dict[str, Any]) -> list[str]:
         return []
     values = {
         **facts,
-        "labels": json.dumps(facts["labels"]),
+        "names": f"labels = {json.dumps(facts['labels'])}\n" if facts["labels"] else "",
         "template": json.dumps(facts.get("template", "")),
         "word_ids": json.dumps(list(facts.get("word_ids", {}).values())),
         **_loading(facts),
@@ -116,7 +129,8 @@ def _use(facts: dict[str, Any]) -> list[str]:
     text = (_START + program).format(**values)
     if "re.sub" in program:
         text = "import re\n\n" + text
-    return ["Without hpcfed:", "", "```python", text.rstrip(), "```", "", f"With it, {command}", ""]
+    lines = ["Without hpcfed:", "", "```python", text.rstrip(), "```", ""]
+    return [*lines, f"With it, {command}", ""] if facts["labels"] else lines
 
 
 def _loading(facts: dict[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpcfed.app import spending
 from hpcfed.data.tasks import TASKS
 from hpcfed.rounds.preflight import MAY_CHANGE
 from hpcfed.settings.config import Config
@@ -63,13 +64,13 @@ class Cell:
     @property
     def curve(self) -> list[dict[str, Any]]:
         """At each validation its `round` and `score`, and what had been spent: samples, up, down
-        (bytes), seconds (evaluation left out)."""
+        (bytes), seconds."""
         return self.content["curve"]
 
     @property
     def spent(self) -> dict[str, Any]:
         """In all rounds: samples, scored, up, down, wire, seconds; and `total` seconds, with
-        start-up and evaluation."""
+        start-up and the test."""
         return self.content["spent"]
 
     def score(self, which: str, whose: str = "personal") -> float | None:
@@ -130,7 +131,7 @@ def of_run(folder: Path, settings: Settings) -> Cell:
     lines = read_bytes(folder / METRICS).splitlines()
     try:
         records = [json.loads(line) for line in lines]
-        spent = list(_spent(records))
+        spent = list(spending.spent(records))
         return Cell(
             {
                 "format": FORMAT,
@@ -155,18 +156,6 @@ def of_run(folder: Path, settings: Settings) -> Cell:
         )
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise DamageError(folder, f"holds no result that can be read ({error!r})") from None
-
-
-def _spent(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """After each round what had been spent; draws of clients that came to nothing included."""
-    total = {"samples": 0, "up": 0, "down": 0, "seconds": 0.0}
-    for record in records:
-        for own in (*record.get("redrawn", ()), record):
-            total["samples"] += own["samples"]
-            total["up"] += own["bytes"]["up"]
-            total["down"] += own["bytes"]["down"]
-            total["seconds"] += sum(v for k, v in own["seconds"].items() if k != "evaluate")
-        yield {**total, "seconds": round(total["seconds"], 3)}
 
 
 def _test(folder: Path, summary: dict[str, Any], task: str) -> dict[str, Any] | None:

@@ -272,6 +272,7 @@ class Comparison:
         self._share_cores()
         tried: set[str] = set()
         while True:
+            began = time.monotonic()
             finished = self.gather()
             while finished and (more := self.gather()):  # what is known now may be finished too
                 finished += more
@@ -292,7 +293,8 @@ class Comparison:
             elif not busy:
                 return [own for own in found if own.state != "complete"]
             else:
-                time.sleep(POLL_SECONDS)
+                # To look at hundreds of runs takes the processor from those that run.
+                time.sleep(max(POLL_SECONDS, 50 * (time.monotonic() - began)))
 
     def _share_cores(self) -> None:
         """Runs side by side share this machine's cores, unless it is said otherwise."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from hpcfed.app.spending import spent
 from hpcfed.errors import UserError
 from hpcfed.settings.resolve import leaves
 from hpcfed.storage.checks import DamageError, read_object
@@ -31,7 +32,8 @@ AXES = (
 
 @dataclass(frozen=True)
 class Point:
-    """A validation: its score, and what had been spent until then (up in MB; seconds of rounds)."""
+    """A validation: its score, and what had been spent until then (up in MB; seconds of rounds,
+    validation included)."""
 
     round: int
     seconds: float
@@ -119,16 +121,13 @@ def read(folder: Path) -> Run:
 
 
 def _points(records: list[dict[str, Any]]) -> Iterator[Point]:
-    samples, up, seconds = 0, 0.0, 0.0
-    for record in records:
-        seconds += sum(record["seconds"].values())
-        samples += record["samples"]
-        up += record["bytes"]["up"] / 1e6
-        if "validation" in record:
-            score = record["validation"]["personal"]["score"]
-            if score is None:  # it was not finite
-                continue
-            yield Point(record["round"], seconds, samples, up, score)
+    for record, so_far in zip(records, spent(records), strict=True):
+        if "validation" not in record:
+            continue
+        score = record["validation"]["personal"]["score"]
+        if score is not None:  # it was finite
+            seconds, samples, up = (so_far[key] for key in ("seconds", "samples", "up"))
+            yield Point(record["round"], seconds, samples, up / 1e6, score)
 
 
 def curves(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -7,7 +7,7 @@ template, words, lengths, all that it takes to predict.
 
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from hpcfed.data.wordings import template_of
 from hpcfed.errors import UserError
 from hpcfed.model import Prepared
 from hpcfed.objectives import heads
+from hpcfed.objectives.completion import Completion
 from hpcfed.policies.sharing import Sharing
 from hpcfed.policies.updates import held
 from hpcfed.settings.config import Config
@@ -71,18 +72,23 @@ def export(
             f"{run} has no best round: no round was validated (data.validation, "
             "evaluation.every); leave out --best for the last round."
         )
-    if merge and config.adapter.kind != "lora":
+    if merge and config.adapter.kind not in ("lora", "adalora"):
         raise UserError(
             f"--merge: an adapter of the kind {config.adapter.kind} cannot be added to the weights "
-            "of its model; only lora can. Leave out --merge."
+            "of its model; only lora and adalora can. Leave out --merge."
         )
     tokenizer = model.load_tokenizer(config)
     head = heads.build(config, _outline(config, labels), tokenizer)
-    prepared = model.prepare(config, labels, tokenizer.pad_token_id, {}, head)
+    # Whoever loads the folder has the base as it is published.
+    whole = replace(config, model=replace(config.model, quantize="none"))
+    prepared = model.prepare(whole, labels, tokenizer.pad_token_id, {}, head)
     directory.check_layout(prepared.adapted.layout)
     values = _vector(directory, state, config, prepared.adapted.layout, chosen)
     rounds = state.best.round + 1 if best and state.best is not None else state.rounds
     facts = _facts(config, prepared, labels, tokenizer, merge)
+    if isinstance(head, Completion):
+        tokenizer.chat_template = head.template.alone
+        facts["ends"] = list(head.ends)
     facts["holds"] = f"{chosen.words(rounds)}, of the run {run.name}"
     text = card(facts, config, _measured(run, state, chosen))
     with writing(to):
@@ -221,6 +227,8 @@ def _measured(run: Path, state: RunState, chosen: Chosen) -> list[str]:
         return [*lines, "the run is not complete: its test split has not been used"]
     if summary["rounds"] != state.rounds:
         return lines
+    if "rounded" in summary:
+        lines.append(f"of its base: {summary['rounded']}")
     if chosen.client is None:
         tests = summary["test"] if not chosen.best else summary["best"]
         lines += [

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hpcfed import fitting, model, registry
-from hpcfed.adapters.base import Adapted
+from hpcfed import fitting, model, quantized, registry
+from hpcfed.adapters.base import Adapted, text_config
 from hpcfed.adapters.layout import HEAD
 from hpcfed.cluster.topology import check_hosts
 from hpcfed.data import partition, sources
+from hpcfed.data.batches import padding
 from hpcfed.data.partition import ClientRows
 from hpcfed.errors import UserError
 from hpcfed.objectives import heads
@@ -31,7 +32,7 @@ from hpcfed.rounds.account import FP32_BYTES
 from hpcfed.server.variates import configured
 from hpcfed.settings import deepspeed_config
 from hpcfed.settings.config import Config
-from hpcfed.settings.counts import BY_CLIENT, BY_SAMPLE, PRIVATE
+from hpcfed.settings.counts import BY_CLIENT, BY_SAMPLE, PRIVATE, VIRTUAL
 from hpcfed.settings.resolve import Resolved
 
 GB = 1e9
@@ -71,6 +72,7 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
     preflight.check_options(resolved, ranks)
     check_hosts({"a node": gpus}, per_client)
     settings = deepspeed_config.load(config)
+    quantized.check(config, settings)
     task = sources.load(config)
     rows = partition.partition(task, config)
     privacy.check_clients(config, [len(own.train) for own in rows])
@@ -86,6 +88,8 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
         whole = model.outline(dataclasses.replace(config, model=off), task.labels, tokens.pad_id)
         everything, _ = activation_bytes(whole, micro_batch(config), config.task.max_length)
         activations += everything / len(adapted.blocks)
+    cache = cache_bytes(config, adapted)
+    activations = max(activations, cache)  # answers are written when nothing is trained
     slots = ranks // per_client
     yield (
         f"{config.method} on {config.task.name}: {len(rows)} clients, "
@@ -97,12 +101,24 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
     )
     yield ""
     yield from _memory_lines(config, settings, adapted, activations, gigabytes)
+    if cache:
+        yield (
+            f"  (while answers are written, {config.evaluation.batch_size} at a time, keys and "
+            f"values take {cache / GB:.2f} GB: evaluation.batch_size)"
+        )
     yield from (f"  ({said})" for said in fitting.shortened((tokens, test), config))
     if not traced:
         yield "  (activations by the sizes of the weights: this model's forward cannot be followed)"
     yield ""
     yield from _traffic_lines(config, adapted, slots)
     yield ""
+    trained, spec = [own.train for own in rows], config.local
+    shape = spec.batch_size, config.cluster.ranks_per_client, spec.micro_batch
+    grouped, drawn = padding(trained, tokens.lengths, *shape, config.seed)
+    yield (
+        f"padding is {grouped:.1%} of what a forward reads, of batches whose rows are about as long"
+        f" ({drawn:.1%} if they were drawn at random)"
+    )
     if PRIVATE.holds(config):
         yield from _privacy_lines(config, rows)
     if not BY_CLIENT.holds(config):
@@ -129,6 +145,8 @@ def _memory_lines(
         verdict = "does not fit"
         if config.model.dtype == "bf16" and stage == 0:
             verdict = "not with bf16"
+        elif config.model.quantize != "none" and stage == 3:
+            verdict = f"not with {config.model.quantize}"
         elif need.total * MARGIN <= gigabytes * GB:
             fits.append(stage)
             verdict = "fits"
@@ -174,10 +192,29 @@ def memory(
         live = max(largest, min(int(zero.get("stage3_max_live_parameters", 1e9)), frozen))
         gathered = float(live * width)
     held = frozen * width / (ranks if stage == 3 else 1)
+    if config.model.quantize != "none":
+        packed = quantized.packed(adapted.blocks)
+        held = (frozen - packed) * width + packed * quantized.BITS / 8
     master = 4 * trained / (ranks if stage else 1) if stage or width == 2 else 0
     copies = 2 * width * trained
     moments = _MOMENTS[config.local.optimizer] * 4 * trained / (ranks if stage else 1)
     return Memory(held, gathered, copies + master, moments, activations)
+
+
+def cache_bytes(config: Config, adapted: Adapted) -> float:
+    """Bytes of the keys and values that are kept while a batch of answers is written, each as long
+    as it may be; 0 where none are written. Of every layer, also one that keeps a window only."""
+    longest = config.evaluation.max_new_tokens
+    if not longest:
+        return 0.0
+    own = text_config(adapted.network.inner)
+    heads = own.num_attention_heads
+    kept = getattr(own, "num_key_value_heads", None) or heads
+    size = getattr(own, "head_dim", None) or own.hidden_size // heads
+    virtual = config.adapter.virtual_tokens if config.adapter.kind in VIRTUAL else 0
+    tokens = config.evaluation.batch_size * (config.task.max_length + virtual + longest)
+    width = 2 if config.model.dtype == "bf16" else 4
+    return float(2 * own.num_hidden_layers * kept * size * tokens * width)
 
 
 def activation_bytes(adapted: Adapted, rows: int, length: int) -> tuple[float, bool]:
@@ -269,6 +306,7 @@ def _traffic_lines(config: Config, adapted: Adapted, slots: int) -> Iterator[str
     if first and max(shared) < everything:
         yield f"the first {first} rounds: {everything / 1e6:.2f} MB a client"
     aggregation = registry.AGGREGATIONS[config.aggregation.rule](config, layout)
+    yield from aggregation.plan()
     if aggregation.gathers:
         factors, residual = aggregation.part.size, layout.residual.size
         got = layout.trained.size - (factors if aggregation.draws else 0) + residual

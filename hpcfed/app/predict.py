@@ -55,6 +55,11 @@ class Predictor:
                 f"{folder} holds an adapter of the kind {facts['form']}, which PEFT does not load; "
                 "load it as its README.md says."
             )
+        if not facts["labels"]:
+            raise UserError(
+                f"{folder} holds a model that writes answers and knows no labels; use it as its "
+                "README.md says, or with lm_eval (docs/export.md)."
+            )
         config, tokenizer = _config(facts), _tokenizer(folder)
         pairs: list[str] | None = [] if "{b}" in facts.get("template", "") else None
         nothing = Split([], pairs, np.zeros(0, dtype=np.int64), None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcfed.app import curves as told
-from hpcfed.app import figures
+from hpcfed.app import figures, written
 from hpcfed.app.curves import Run
 from hpcfed.data.metrics import over_clients
 from hpcfed.errors import UserError
@@ -28,7 +28,9 @@ _TITLES = {
 _STYLE = """body{font:15px/1.5 sans-serif;max-width:62em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
 td,th{padding:.2em .7em;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
-td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}
+td:first-child,th:first-child,.texts td,.texts th{text-align:left}
+svg{max-width:100%;height:auto}
+.texts td{white-space:pre-wrap;vertical-align:top;max-width:22em}.hit{background:#dff3df}
 pre{font-size:12px;overflow-x:auto;background:#f6f6f6;padding:1em}"""
 
 
@@ -150,6 +152,10 @@ def _page(curves: figures.Curves, tables: dict[str, Table], drawn: dict[str, Any
     tasks = ", ".join(sorted({run.settings.get("task.name", "") for run in runs}))
     parts = [f"<h1>{html.escape(tasks)}: {len(runs)} run{'s'[: len(runs) > 1]}</h1>"]
     parts.append(_as_html(tables["runs"]))
+    for rounded in dict.fromkeys(run.summary.get("rounded") for run in runs):
+        if rounded:
+            parts.append(f"<p>{html.escape(rounded[:1].upper() + rounded[1:])}.</p>")
+    parts += written.section([own[0] for own in curves.values()], _as_html)
     for name, figure in drawn.items():
         parts.append(f"<h2>{_TITLES[name]}</h2>\n{_svg(name, figure)}")
         if name == "score":

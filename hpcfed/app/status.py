@@ -14,6 +14,7 @@ from typing import Any
 
 from hpcfed.app.cells import FORMAT, Cell
 from hpcfed.app.jobs import TURN, Status, known_jobs, status_of
+from hpcfed.app.spending import seconds
 from hpcfed.storage.checks import DamageError, as_object, digest, read_bytes, read_object
 from hpcfed.storage.files import holder
 from hpcfed.storage.paths import CONFIG, LOCK, MANIFEST, METRICS, SUMMARY
@@ -108,7 +109,7 @@ def _standing(
     scores = [(r["round"], r["validation"]["personal"]["score"]) for r in records
               if "validation" in r]  # fmt: skip
     validated, score = scores[-1] if scores else (None, None)
-    took = [_seconds(record) for record in records[-LATEST:]]
+    took = [seconds(record) for record in records[-LATEST:]]
     return Standing(
         status.name, state, status.job, rounds, told or planned, score, validated,
         mean(took) if took else None, why,
@@ -141,14 +142,10 @@ def _committed(run: Path) -> tuple[int, int | None, list[dict[str, Any]]]:
     try:
         records = [as_object(line) for line in content.splitlines()]
         for record in records:
-            _seconds(record)
+            seconds(record)
     except (KeyError, TypeError, ValueError) as error:
         raise DamageError(run / METRICS, f"is damaged ({error})") from None
     return rounds, planned, records
-
-
-def _seconds(record: Mapping[str, Any]) -> float:
-    return sum(sum(own["seconds"].values()) for own in (*record.get("redrawn", ()), record))
 
 
 def of_cell(name: str, cell: Cell) -> Standing:

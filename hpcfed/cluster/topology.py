@@ -25,6 +25,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpcfed.cluster import operators
 from hpcfed.cluster.network import make_store, open_store
 from hpcfed.cluster.watch import Watch, Watched, patience
 from hpcfed.errors import UserError
@@ -395,4 +396,5 @@ def _start_distributed(slot: Any, local_rank: int, device: torch.device, minutes
     with contextlib.redirect_stdout(io.StringIO()):  # it announces each operator it loads
         import deepspeed
 
+        operators.load()
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

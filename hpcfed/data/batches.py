@@ -16,6 +16,7 @@ import torch
 
 from hpcfed.data.sources import Split
 from hpcfed.errors import UserError
+from hpcfed.rng import generator
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -132,3 +133,19 @@ def split_batch(batch: Ids, ranks: int, micro_batch: int | None) -> list[list[Id
         [np.asarray(rows, dtype=np.int64) for rows in np.array_split(step, ranks)]
         for step in np.array_split(batch, steps)
     ]
+
+
+def padding(
+    clients: Sequence[Ids], lengths: Ids, size: int, ranks: int, micro_batch: int | None, seed: int
+) -> tuple[float, float]:
+    """Share of padding in what ranks read in an epoch over the rows of all clients: in batches as
+    they are formed, and in batches of rows in random order."""
+    shares = []
+    for known in (lengths, np.zeros_like(lengths)):  # of rows that are all alike
+        read = 0
+        for number, rows in enumerate(clients):
+            for batch in form_batches(rows, known, size, generator(seed, "padding", number)):
+                parts = [part for step in split_batch(batch, ranks, micro_batch) for part in step]
+                read += sum(len(part) * int(lengths[part].max()) for part in parts if len(part))
+        shares.append(1 - sum(int(lengths[rows].sum()) for rows in clients) / read)
+    return shares[0], shares[1]

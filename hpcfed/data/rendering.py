@@ -66,6 +66,12 @@ class Template:
         (found,) = self.render([sample])
         return tuple(sorted({found.ids[-1], self._tokenizer.eos_token_id}))
 
+    @property
+    def alone(self) -> str:
+        """As a chat template that needs nothing besides; a tokenizer that has it writes the same
+        prompts."""
+        return self._template.replace("{{ begin }}", self._begin)
+
     def render(self, conversations: Sequence[Sequence[Message]]) -> list[Rendered]:
         """Each conversation, ending with its last answer and the token that ends it. What a text
         spells of special tokens is left out. Raises UserError naming the first that fails."""

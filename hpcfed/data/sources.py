@@ -7,14 +7,13 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from hpcfed.data import corpus, folders, tables
+from hpcfed.data import corpus, folders, skills, tables
 from hpcfed.data.instructions import Instructions
 from hpcfed.data.rows import Labelled, Reader, Row, listed, shown
 from hpcfed.data.tasks import TASKS, HubSource, Metric
@@ -66,14 +65,8 @@ def load(config: Config) -> TaskData:
     name, data = config.task.name, config.data
     reader = _reader(config)
     test: list[Row] | None
-    if name == corpus.NAME:
-        if counts.ANSWERED.holds(config):
-            raise UserError(
-                f"model.head={config.model.head} needs rows of prompts and answers, which task "
-                f"{name!r} has not; set task.name and data.root to data of your own, or use "
-                "another model.head."
-            )
-        train, test = (_corpus_rows(split) for split in corpus.generate())
+    if name in counts.BUILT_IN:
+        train, test = _built_in(config, reader)
     elif data.root is not None:
         train, test = folders.read(Path(data.root) / name, data, reader)
     elif name in TASKS:
@@ -83,7 +76,7 @@ def load(config: Config) -> TaskData:
         train, test = tables.from_hub(own, data.test is not None, reader)
     else:
         raise UserError(
-            f"Unknown task {name!r}: name one of {', '.join([*TASKS, corpus.NAME])}, "
+            f"Unknown task {name!r}: name one of {', '.join([*TASKS, *counts.BUILT_IN])}, "
             f"or set data.root to a folder that holds {name}/train.jsonl and {name}/test.jsonl, "
             "or name a hub id, owner/name."
         )
@@ -126,7 +119,7 @@ def check_options(config: Config) -> None:
             "no labels: name a column in data.partition.column, as topic or source, or use "
             "data.partition.kind=iid, quantity or natural."
         )
-    if data.test is not None and name == corpus.NAME:
+    if data.test is not None and name in counts.BUILT_IN:
         raise UserError(f"data.test holds out training rows, but task {name!r} has test rows.")
 
 
@@ -144,8 +137,31 @@ def _is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and name.isprintable()
 
 
-def _corpus_rows(split: Iterable[tuple[str, str]]) -> list[Row]:
-    return [Row(text, None, label, None, corpus.NAME) for text, label in split]
+def _built_in(config: Config, reader: Reader) -> tuple[list[Row], list[Row]]:
+    """(train, test) of a task that is generated. Raises UserError for an objective that it has no
+    rows for."""
+    name, head = config.task.name, config.model.head
+    if name == skills.NAME:
+        if not counts.COMPLETED.holds(config):
+            raise UserError(
+                f"task {name!r} has prompts with their answers, which model.head={head} does not "
+                "take; use model.head=completion, or another task."
+            )
+        train, test = (
+            reader.read([(f"{name}, row {i}", own) for i, own in enumerate(split, 1)])
+            for split in skills.generate()
+        )
+        return train, test
+    if counts.ANSWERED.holds(config):
+        raise UserError(
+            f"model.head={head} needs rows of prompts and answers, which task {name!r} has not; "
+            "set task.name and data.root to data of your own, or use another model.head."
+        )
+    train, test = (
+        [Row(text, None, label, None, corpus.NAME) for text, label in split]
+        for split in corpus.generate()
+    )
+    return train, test
 
 
 def _hold_out(rows: list[Row], config: Config) -> tuple[list[Row], list[Row]]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from hpcfed.data.batches import Ids, Tokens
-from hpcfed.engine.engine import ClientError, Engine
+from hpcfed.engine.engine import Engine
+from hpcfed.engine.failures import ClientError
 from hpcfed.engine.probe import input_gradient
 from hpcfed.engine.trained import Trained
 from hpcfed.importance.fisher import FisherSums

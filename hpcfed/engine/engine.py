@@ -18,8 +18,8 @@ from hpcfed.adapters.layout import AdapterLayout
 from hpcfed.cluster.stop import Stop
 from hpcfed.cluster.topology import Topology
 from hpcfed.data.batches import Ids, Tokens, split_batch
-from hpcfed.engine.failures import Failures
-from hpcfed.engine.masters import Masters
+from hpcfed.engine.failures import ClientError, Failures, StopError
+from hpcfed.engine.masters import STEPS, Masters
 from hpcfed.engine.observer import Observer
 from hpcfed.engine.optimizer import make_optimizer
 from hpcfed.engine.recovery import discard, recover
@@ -37,19 +37,9 @@ from hpcfed.settings.deepspeed_config import zero_stage
 # the next engine of the process would not have the bits it has in a process of its own.
 _LINEAR = nn.functional.linear
 
-STEPS = "steps"  # beside an optimizer's moments, how many steps it had made
-
 # What a rank reports to its slot in place of a problem, if the round has to be dropped.
 _STOPPING = "the job has to stop"
 _LOSS = "the loss is not finite"
-
-
-class ClientError(Exception):
-    """This client's update is lost; the federation goes on. All ranks of the slot raise it."""
-
-
-class StopError(Exception):
-    """The job has to stop: what is not committed is dropped. All ranks of the world raise it."""
 
 
 class Engine:
@@ -73,7 +63,8 @@ class Engine:
         self._local = local
         self._stop = stop
         self.rehearsal = Rehearsal.from_environment(topology.world.rank)
-        self.failures = Failures()
+        shared = self.stage == 3 and topology.ranks_per_client > 1
+        self.failures = Failures(adapted.network, collective=shared)
         # Whether a step was left because the job has to stop; the same on all ranks of the slot.
         self.interrupted = False
         self.head = prepared.head
@@ -116,6 +107,7 @@ class Engine:
         moments: dict[str, torch.Tensor] | None = None,
         control: torch.Tensor | None = None,
         rate: float | None = None,
+        senses: bool = False,
     ) -> None:
         """Make the trainable values equal `vector` (layout.size,) fp32 on the CPU, with no trace
         of an earlier client: master copy, working copy, and a fresh optimizer.
@@ -123,7 +115,7 @@ class Engine:
         trainable: (layout.size,) bool; what is False stays bit for bit as it is until the next
         load, has no gradient before clipping, no moment and no weight decay. None: all train.
         moments: what `moments` gave after this client's last round. control: (layout.size,), added
-        to the gradient of every step. rate: the learning rate; None: the configured one.
+        to each gradient. rate: of learning; None: the configured one. senses: for `importance`.
         """
         masters = self._masters
         masters.set_rate(self._local.lr if rate is None else rate)
@@ -147,6 +139,8 @@ class Engine:
             masters.add(added)
         if self._local.proximal:
             masters.pull(self._local.proximal)
+        if senses:
+            masters.sense()
 
     def _in_master_order(self, vector: torch.Tensor) -> list[torch.Tensor]:
         if self.stage == 0:  # the masters are the parameters
@@ -172,6 +166,11 @@ class Engine:
         """(layout.size,) fp32: the mean over `steps` steps of what the optimizer would have got
         without the control vector. Spoils the values: read them before, load afterwards."""
         return self._in_layout_order([part / steps for part in self._masters.gradients()])
+
+    def importance(self, steps: int) -> torch.Tensor:
+        """(layout.size,) fp32: how much each value mattered in the `steps` steps since `load`, see
+        `Masters.sense`. Spoils the values: read them before, load afterwards."""
+        return self._in_layout_order(self._masters.importance(steps))
 
     def read(self) -> torch.Tensor:
         """The trainable values (layout.size,) fp32 on the CPU, the same on all ranks of the slot;
@@ -200,6 +199,8 @@ class Engine:
             micro_steps = self.micro_batches(batch)
             # DeepSpeed averages over the ranks: ranks / len(batch) makes it the batch's mean.
             scale = topology.ranks_per_client / len(batch)
+            if self.model.penalty is not None:
+                self.model.penalty.share = 1 / len(micro_steps)
             if seen:
                 seen.forget(batch)
             for number, rows in enumerate(micro_steps):
@@ -283,8 +284,8 @@ class Engine:
         """(len(rows) or 1,) fp32 losses of this rank's rows, differentiable.
 
         A rank without rows still takes part in the collectives, with a sample of `batch` at weight
-        zero. Raises ClientError on all ranks of the slot if it fails on any of them.
-        probing: for gradients by autograd, which DeepSpeed refuses; its module does not.
+        zero. Raises ClientError on all ranks of the slot if it fails on any, unless others wait
+        (Failures.told). probing: for gradients by autograd, which only DeepSpeed's module allows.
         """
         network = self.model if probing else self._deepspeed
         filled = rows if len(rows) else batch[:1]

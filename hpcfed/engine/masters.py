@@ -8,6 +8,9 @@ Corrections: a constant vector, or a pull to where the round began, is added to 
 the optimizer gets, after averaging over ranks and after clipping: clipping bounds what the data
 say, not what is known about the other clients.
 
+Importance: what a value matters to the loss, |w g| to first order, smoothed over the steps, and how
+uncertain that is.
+
 All of it works alike at every stage, because only masters are touched: the parameters themselves
 at stage 0, flat fp32 partitions of this rank from stage 1 on.
 """
@@ -17,6 +20,11 @@ from typing import Any
 
 import torch
 from torch import nn
+
+STEPS = "steps"  # beside an optimizer's moments, how many steps it had made
+
+# How slowly importance and its uncertainty follow the steps: AdaLoRA's beta1 and beta2, in PEFT.
+SMOOTH = 0.85
 
 
 class Masters:
@@ -32,6 +40,7 @@ class Masters:
         self._added: dict[int, torch.Tensor] = {}
         self._start: dict[int, torch.Tensor] = {}
         self._gradients: dict[int, torch.Tensor] = {}
+        self._importance: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
         self._pull = 0.0
         for index, parameter in enumerate(parameters):
             parameter.register_hook(self._gradient_hook(index))  # type: ignore[no-untyped-call]
@@ -62,6 +71,7 @@ class Masters:
     def release(self) -> None:
         """Nothing is frozen, corrected, or remembered of earlier steps."""
         self._absent, self._pull, self._noise = [], 0.0, {}
+        self._importance = None
         self._frozen, self._added, self._start, self._gradients = {}, {}, {}, {}
         self._base.state.clear()
 
@@ -94,6 +104,21 @@ class Masters:
         """The sum of all gradients since `add`."""
         return [self._gradients.get(id(m), torch.zeros_like(m)) for m in self.tensors()]
 
+    def sense(self) -> None:
+        """From now on note how much values matter: I <- b I + (1 - b) |w g|, and its uncertainty
+        U <- b U + (1 - b) | |w g| - I |, with the gradient that the optimizer gets."""
+        self._importance = {}
+
+    def importance(self, steps: int) -> list[torch.Tensor]:
+        """I U after so many steps, both as averages whose weights add up to 1."""
+        assert self._importance is not None
+        whole = (1 - SMOOTH**steps) ** 2 if steps else 1.0
+        pairs = [self._importance.get(id(master)) for master in self.tensors()]
+        return [
+            torch.zeros_like(master) if pair is None else pair[0] * pair[1] / whole
+            for master, pair in zip(self.tensors(), pairs, strict=True)
+        ]
+
     def set_moments(self, moments: dict[str, list[torch.Tensor]], steps: int) -> None:
         """Give the optimizer what it remembered `steps` steps into an earlier round."""
         for index, master in enumerate(self.tensors()):
@@ -120,11 +145,20 @@ class Masters:
         return hook
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._pull and not self._added:
-            return
         for group in optimizer.param_groups:
             for master in group["params"]:
-                self._correct(master)
+                if self._pull or self._added:
+                    self._correct(master)
+                if self._importance is not None:
+                    self._sense(master, self._importance)
+
+    @staticmethod
+    def _sense(master: torch.Tensor, seen: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        assert master.grad is not None
+        now = (master.detach() * master.grad).abs()
+        old, unsure = seen.get(id(master)) or (torch.zeros_like(now), torch.zeros_like(now))
+        smooth = SMOOTH * old + (1 - SMOOTH) * now
+        seen[id(master)] = smooth, SMOOTH * unsure + (1 - SMOOTH) * (now - smooth).abs()
 
     def _correct(self, master: torch.Tensor) -> None:
         gradient, key = master.grad, id(master)

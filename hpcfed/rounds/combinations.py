@@ -47,6 +47,11 @@ def check_combinations(config: Config) -> None:
             "server.control with server.gradient=difference divides by local.lr, so that it cannot "
             "change; use local.lr_schedule=constant."
         )
+    if config.model.attention == "flash_attention_2" and config.model.dtype != "bf16":
+        raise UserError(
+            "model.attention=flash_attention_2 computes in 16 bits only; use model.dtype=bf16, or "
+            "model.attention=sdpa."
+        )
     _check_sharing(config)
     _check_aggregation(config)
     if config.model.head == "dpo":
@@ -121,11 +126,14 @@ def _check_aggregation(config: Config) -> None:
     named = f"aggregation.rule={rule}"
     if rule == "mean":
         return
-    if adapter.kind != "lora" or config.sharing.rule != "layers" or config.layers.score != "all":
+    kind = "adalora" if rule == "budget" else "lora"
+    if adapter.kind != kind or config.sharing.rule != "layers" or config.layers.score != "all":
         raise UserError(
-            f"{named} takes all clients' A and B of LoRA: it needs adapter.kind=lora, "
+            f"{named} takes the factors of all clients' LoRA: it needs adapter.kind={kind}, "
             "sharing.rule=layers and layers.score=all."
         )
+    if rule == "budget":
+        _check_budget(config)
     if config.server.optimizer != "mean" or config.local.control:
         raise UserError(
             f"{named} is the server's step itself: it needs server.optimizer=mean, and no "
@@ -168,4 +176,19 @@ def _check_aggregation(config: Config) -> None:
         raise UserError(
             f"{named} lets the backbone follow each step of B A from the first on: it needs "
             "adapter.delta above 0, adapter.dropout=0 and curriculum.warmup=0."
+        )
+
+
+def _check_budget(config: Config) -> None:
+    """Raises UserError for a schedule that cannot be kept."""
+    spec, rank = config.aggregation, config.adapter.rank
+    if spec.budget > rank:
+        raise UserError(
+            f"aggregation.budget is {spec.budget:g} but adapter.rank is {rank}; no more singular "
+            "values can be left of a matrix than it begins with."
+        )
+    if spec.prune_from >= spec.prune_to:
+        raise UserError(
+            f"aggregation.prune_from is {spec.prune_from:g} but aggregation.prune_to is "
+            f"{spec.prune_to:g}; singular values must begin to go before the last has gone."
         )

@@ -42,7 +42,8 @@ class Exchange:
         # The factors that this slot's clients send, packed.
         self._sent: dict[int, npt.NDArray[np.float32]] = {}
         self._moved: torch.Tensor | None = None  # what the rule has made of all of them
-        self.lost: float | None = None  # of the residual, see Rule.next
+        self._lost = 0.0  # of the residual, see Rule.next
+        self.noted: dict[str, float] = {}  # for the round's record
         self.masks = any(transform.masks for transform in self.transforms)
         self._remembers = any(transform.remembers for transform in self.transforms)
 
@@ -56,9 +57,10 @@ class Exchange:
 
     def begin(self, now: Round, stats: int) -> MaskedSum:
         """The slot's empty sums. stats: numbers that travel with them."""
-        self._sent, self._moved = {}, None
+        self._sent, self._moved, self.noted = {}, None, {}
+        extra = self.guard.extra if self.guard else 0 if now.warm else self.rule.extra
         return MaskedSum(
-            now.shared.size * self.vectors(now) + (self.guard.extra if self.guard else 0),
+            now.shared.size * self.vectors(now) + extra,
             stats,
             per_value_weights=self.masks and not now.warm,
             wire=self._config.collective.wire,
@@ -74,10 +76,21 @@ class Exchange:
     def sizes(self, client: int, now: Round) -> tuple[int, int]:
         """How many values of the shared part a client sends, all that it has, and how many it gets:
         some it may draw itself."""
-        has = self.has(client, now)
+        has = self.trains(client, now)
         size = now.shared.size if has is None else int(now.shared.pack(has).sum())
-        draws = self.rule.draws and not now.warm
-        return size, (now.shared - self.rule.part).size if draws else size
+        if now.warm:
+            return size, size
+        got = (now.shared - self.rule.part).size if self.rule.draws else size
+        return size + self.rule.extra, got
+
+    def trains(self, client: int, now: Round) -> torch.Tensor | None:
+        """(layout.size,) bool: the values that a client has, without those that the rule lets rest;
+        None: all."""
+        has = self.has(client, now)
+        rests = None if now.warm else self.rule.rests(self._state.values, now.number)
+        if rests is None:
+            return has
+        return ~rests if has is None else has & ~rests
 
     def _memo(self, client: int) -> Memo:
         return (self._memos.load(client) if self._remembers else None) or {}
@@ -113,6 +126,9 @@ class Exchange:
         if sums.per_value_weights:
             own = torch.ones_like(before, dtype=torch.bool) if update.mask is None else update.mask
             mask = own.repeat(1 + len(sent)).numpy()
+        if self.rule.senses and not now.warm:
+            assert outcome.importance is not None
+            sent = [*sent, self.rule.report(outcome.importance)]
         message, weight = torch.cat([update.values, *sent]), update.weight
         if self.guard is not None:
             message, weight = self.guard.message(message.double() - before.double()), 1
@@ -141,26 +157,29 @@ class Exchange:
         before = now.shared.pack(self._state.values)
         padding = (0, sums.size - len(before))
         mean = sums.mean(torch.nn.functional.pad(before, padding), self._topology)
-        wire = mean.wire_bytes
-        if self.rule.gathers and not now.warm:
-            wire += self._gather(now, mean.values)
-        return mean.values, mean.stats, wire
+        wire, values = mean.wire_bytes, mean.values
+        if self.rule.settles and not now.warm:
+            values, told = torch.split(values, [len(values) - self.rule.extra, self.rule.extra])
+            wire += self._settle(now, values, told)
+        return values, mean.stats, wire
 
-    def _gather(self, now: Round, mean: torch.Tensor) -> int:
-        """Let the rule act on what each client sent, on the first rank, for all; the bytes on the
-        wire."""
-        found, wire = gather_clients(self._sent, self.rule.part.size, self._topology)
+    def _settle(self, now: Round, mean: torch.Tensor, told: torch.Tensor) -> int:
+        """Let the rule act, on the first rank, for all; the bytes on the wire."""
+        found: dict[int, npt.NDArray[np.float32]] = {}
+        wire = 0
+        if self.rule.gathers:
+            found, wire = gather_clients(self._sent, self.rule.part.size, self._topology)
         moves = self.rule.part | self._layout.residual
         moved = np.zeros(moves.size + 1)
-        if found:
+        if found or (self._topology.is_root and not self.rule.gathers):
             values = self._state.values.clone()
             now.shared.unpack(mean, values)
             sent = [Sent(self._rows[k], torch.from_numpy(row)) for k, row in found.items()]
-            values, lost = self.rule.next(values, sent, now)
+            values, lost = self.rule.next(values, sent, now, told)
             moved[:-1], moved[-1] = moves.pack(values).numpy(), lost
         result = moved.astype(np.float32)
         wire += from_first(result, self._topology)
-        self._moved, self.lost = torch.from_numpy(result[:-1]), float(result[-1])
+        self._moved, self._lost = torch.from_numpy(result[:-1]), float(result[-1])
         return wire
 
     def step(self, now: Round, mean: torch.Tensor, tally: Tally) -> None:
@@ -179,6 +198,7 @@ class Exchange:
         shared.unpack(after, state.values)
         if self._moved is not None:
             (self.rule.part | self._layout.residual).unpack(self._moved, state.values)
+            self.noted = self.rule.note(state.values, self._lost)
         state.rounds = now.number + 1
 
     def _sampled(self, tally: Tally) -> Sampled:

@@ -15,10 +15,11 @@ import torch
 from hpcfed import registry
 from hpcfed.adapters.layout import HEAD
 from hpcfed.cluster.collectives import MaskedSum, sum_in_slot
-from hpcfed.engine.engine import StopError
+from hpcfed.engine.failures import StopError
 from hpcfed.policies import sampling
 from hpcfed.policies.sharing import Sharing
 from hpcfed.round import Outcome, Round
+from hpcfed.rounds import tracker as tracking
 from hpcfed.rounds.account import Account, Traffic, too_few
 from hpcfed.rounds.exchange import Exchange
 from hpcfed.rounds.local import LocalRounds
@@ -27,6 +28,7 @@ from hpcfed.rounds.results import Results
 from hpcfed.rounds.selection import select
 from hpcfed.rounds.setup import Setup
 from hpcfed.rounds.tally import Tally
+from hpcfed.rounds.tracker import Tracker
 from hpcfed.state import KINDS, PERSONAL
 from hpcfed.storage.paths import tensors_of
 from hpcfed.storage.states import ClientStates
@@ -69,6 +71,11 @@ class Federation:
 
     def _run(self, progress: Progress) -> dict[str, Any] | None:
         config, state = self._config, self.state
+        tracker = Tracker()
+        with self._topology.world.agreement("beginning the tracker"):
+            if self._topology.is_root:
+                directory = self.setup.directory
+                tracker = tracking.begin(config, directory.path, directory.clients.run)
         progress.start(self.setup.opening())
         stopping = False
         while not stopping and state.rounds < self.setup.rounds:
@@ -84,10 +91,12 @@ class Federation:
             self._enter("evaluate", f"validating round {state.rounds}", state.rounds)
             self.results.validate(record)
             self.commit(record)
+            tracker.round(record)
             progress.round(record)
             self.setup.stop.committed()
         done = not stopping and state.rounds >= self.setup.rounds
         summary = self.results.finish(lambda: self.seconds_so_far) if done else None
+        tracker.finish(summary)
         if summary is not None:
             progress.finish(summary)
         else:
@@ -190,7 +199,7 @@ class Federation:
 
     def _run_client(self, k: int, now: Round, sums: MaskedSum) -> Outcome:
         """A client's round in this slot; adds what it sends to the sums."""
-        vector, has = self.results.vector(k, now), self.exchange.has(k, now)
+        vector, has = self.results.vector(k, now), self.exchange.trains(k, now)
         correction = self.exchange.correction(k, now)
         outcome = self.local.run(k, now, vector, correction, has)
         return outcome if outcome.values is None else self.exchange.add(k, now, outcome, sums)
@@ -235,8 +244,7 @@ class Federation:
         record = self.account.record(now, tally, reasons, traffic, seconds)
         if config.curriculum.pace != "all":
             record["share"] = self.local.portion(now.number)
-        if self.layout.residual and not now.warm:
-            record["residual_lost"] = self.exchange.lost
+        record |= self.exchange.noted
         if config.curriculum.cut != "none":
             record["length"] = self.setup.cuts.length(now.number)
         if config.sparsity.keep < 1:

@@ -13,7 +13,8 @@ from hpcfed import registry
 from hpcfed.cluster.collectives import sum_over_ranks
 from hpcfed.data.batches import Floats, Ids, form_batches
 from hpcfed.engine import dpsgd
-from hpcfed.engine.engine import STEPS, ClientError
+from hpcfed.engine.failures import ClientError
+from hpcfed.engine.masters import STEPS
 from hpcfed.engine.probe import fisher_traces, row_losses
 from hpcfed.engine.trained import Trained
 from hpcfed.policies import curriculum, rates, sampling, sparsity
@@ -43,6 +44,7 @@ class LocalRounds:
         self._config = setup.config
         self._engine = setup.engine
         self._extra = setup.prepared.adapted.extra
+        self._senses = registry.AGGREGATIONS[setup.config.aggregation.rule].senses
         self._rows = setup.rows
         self._cuts = setup.cuts
         self._tokens = setup.train_tokens
@@ -127,7 +129,8 @@ class LocalRounds:
         tracks = not now.warm and config.sparsity.keep < 1 and bool(now.personal)
         try:
             moments = self._moments.load(client)
-            engine.load(vector, first, moments, control, self.rate(round_number))
+            senses = self._senses and not now.warm
+            engine.load(vector, first, moments, control, self.rate(round_number), senses)
             clock = time.monotonic()
             schedule = self._schedule(client, now)
             done.scored = schedule.scored * (1 + self._extra)
@@ -140,6 +143,8 @@ class LocalRounds:
             values = engine.read()
             if not bool(torch.isfinite(values).all()):
                 raise ClientError("its values are not finite after training")
+            if senses:
+                done.importance = engine.importance(trained.steps)
             if control is not None:
                 done.gradient = engine.mean_gradient(trained.steps)
             if config.local.moments == "keep":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcfed import faults
+from hpcfed import faults, quantized
 from hpcfed.data import partition, sources
 from hpcfed.data.partition import ClientRows
 from hpcfed.data.sources import TaskData
@@ -19,6 +19,7 @@ from hpcfed.data.wordings import wording
 from hpcfed.errors import UserError
 from hpcfed.privacy import options as privacy
 from hpcfed.rounds.combinations import check_combinations
+from hpcfed.rounds.tracker import check_installed
 from hpcfed.settings import deepspeed_config, plugins
 from hpcfed.settings.config import Config
 from hpcfed.settings.resolve import Resolved, changed, refuse_without_effect
@@ -28,7 +29,7 @@ from hpcfed.storage.paths import CONFIG, LIVES, PARTITION, SUMMARY
 # What another life of a run may have otherwise: none of it changes a bit of the result but threads,
 # which a smaller node may not have.
 MAY_CHANGE = (
-    "output", "cluster.threads", "cluster.meet_seconds", "cluster.timeout_minutes",
+    "output", "tracker", "cluster.threads", "cluster.meet_seconds", "cluster.timeout_minutes",
     "cluster.grace_seconds",
 )  # fmt: skip
 ROUNDS = "federation.rounds"  # may grow
@@ -62,6 +63,7 @@ def check(resolved: Resolved, ranks: int, resume: bool = False) -> Checked:
     check_options(resolved, ranks)
     check_threads(config)
     settings = deepspeed_config.load(config)
+    quantized.check(config, settings)
     output = output_folder(config)
     begun = resume and _exists(output)
     if begun:
@@ -114,6 +116,7 @@ def check_options(resolved: Resolved, ranks: int) -> None:
             "curvature is taken from; give a share."
         )
     output_folder(config)
+    check_installed(config)
     privacy.check(config)
     check_combinations(config)
     refuse_without_effect(resolved)
@@ -197,6 +200,7 @@ def check_rounds(config: Config, planned: int, output: Path) -> None:
     grows = {
         f"curriculum.pace={spec.pace}": spec.pace != "all",
         f"curriculum.cut={spec.cut}": spec.cut != "none",
+        "aggregation.rule=budget": config.aggregation.rule == "budget",
         f"local.lr_schedule={config.local.lr_schedule}": config.local.lr_schedule != "constant",
     }
     if asked > planned and any(grows.values()):

@@ -185,10 +185,16 @@ class Progress:
         )
         if what == "accuracy" and summary["metric"] != "accuracy":
             self._say(f"test {summary['metric']}  personal {summary['score']['personal']:.4f}")
-        for name in ("exact_match", "f1", "rouge_l"):
-            both = [f"{n} {own[name]:.4f}" for n, own in summary["test"].items() if name in own]
-            if what == "score" and both:
-                self._say(f"test {name}  {'  '.join(both)}")
+        first = {"before the first round": summary["before"]} if "before" in summary else {}
+        if first and what == "accuracy":
+            self._say(f"test accuracy  before the first round {summary['before']['accuracy']:.4f}")
+        for name in ("perplexity", "exact_match", "f1", "rouge_l"):
+            told = {**summary["test"], **first}
+            each = [f"{n} {own[name]:.4f}" for n, own in told.items() if name in own]
+            if what == "score" and each:
+                self._say(f"test {name}  {'  '.join(each)}")
+        if "rounded" in summary:
+            self._say(f"({summary['rounded']})")
         if best is not None:
             self._say(
                 f"best round by validation: {best['round']}"

@@ -10,6 +10,7 @@ import torch
 from hpcfed.adapters.layout import HEAD
 from hpcfed.data import metrics
 from hpcfed.data.batches import Ids, Tokens
+from hpcfed.data.instructions import Example
 from hpcfed.policies.sharing import Sharing
 from hpcfed.rng import generator
 from hpcfed.round import Round
@@ -140,6 +141,13 @@ class Results:
         rows = self._of_asked([r.test for r in self._setup.rows])
         return self._evaluate(rows, self._setup.test_tokens, values, files, writes=True)
 
+    def _before(self) -> Evaluation:
+        """The test split by the model as it was before the first round, of all clients the same."""
+        setup = self._setup
+        rows = self._of_asked([r.test for r in setup.rows])
+        initial = setup.prepared.initial
+        return self._evaluator.evaluate(rows, setup.test_tokens, {}, lambda _: initial, writes=True)
+
     def finish(self, seconds_so_far: Callable[[], float]) -> dict[str, Any]:
         """The test split, used here for the first time, if at all; the adapter; the summary."""
         setup, state = self._setup, self._state
@@ -147,6 +155,7 @@ class Results:
         clock = time.monotonic()
         looks = config.evaluation.test
         results = self._test(state.values, files.current) if looks else {}
+        before = self._before() if looks and config.evaluation.before else None
         at_best = results
         if state.best is not None and state.best.round + 1 != state.rounds and looks:
             at_best = self._test(state.best.values, files.pinned)
@@ -157,7 +166,9 @@ class Results:
             "seed": config.seed,
             "rounds": state.rounds,
             "metric": setup.task.metric,
+            **({"rounded": setup.prepared.rounded} if setup.prepared.rounded else {}),
             **(self._scores(results) if looks else {"test": None}),
+            **({"before": before.scores} if before else {}),
             "best": None
             if state.best is None
             else {
@@ -177,7 +188,7 @@ class Results:
             "shared_layers": [block for block in state.chosen if block != HEAD],
         }
         if setup.topology.is_root:
-            self._save(results, at_best, summary)
+            self._save(results, at_best, before, summary)
         setup.topology.world.comm.Barrier()
         return summary
 
@@ -213,6 +224,7 @@ class Results:
         self,
         results: dict[str, Evaluation],
         at_best: dict[str, Evaluation],
+        before: Evaluation | None,
         summary: dict[str, Any],
     ) -> None:
         setup, directory = self._setup, self._setup.directory
@@ -225,12 +237,24 @@ class Results:
             predictions = {"labels": list(setup.task.labels), **self._told(results)}
             if at_best is not results:
                 predictions["best"] = self._told(at_best)
+            if before is not None:
+                predictions["before"] = self._told({"global": before})
+            if results["personal"].written is not None:
+                predictions |= self._asked_for(results["personal"].rows)
             directory.save_predictions(predictions)
         directory.save_summary(summary)
 
+    def _asked_for(self, rows: Ids) -> dict[str, list[str]]:
+        """For predictions.json: the prompts that were answered, and the right answers."""
+        examples = [Example.of(self._setup.task.test.texts[row]) for row in rows]
+        return {
+            "prompts": [own.messages[-2]["content"] for own in examples],
+            "right_answers": [own.answer for own in examples],
+        }
+
     def _told(self, results: dict[str, Evaluation]) -> dict[str, Any]:
         """For predictions.json: the test rows, their labels, and what was predicted."""
-        setup, rows = self._setup, results["personal"].rows
+        setup, rows = self._setup, next(iter(results.values())).rows
         owner = self._owners([own.test for own in setup.rows], len(setup.test_tokens))
         return {
             "row": rows.tolist(),

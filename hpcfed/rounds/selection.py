@@ -11,7 +11,8 @@ from hpcfed import registry
 from hpcfed.cluster.collectives import sum_over_ranks
 from hpcfed.data.batches import Floats, Ids, Tokens, form_batches
 from hpcfed.data.partition import ClientRows
-from hpcfed.engine.engine import ClientError, Engine
+from hpcfed.engine.engine import Engine
+from hpcfed.engine.failures import ClientError
 from hpcfed.engine.probe import gradient, hessian_product
 from hpcfed.errors import RunError
 from hpcfed.importance.spectrum import STEPS, eigengap, lanczos, plateau, quadrature

@@ -105,7 +105,7 @@ class Setup:
             folder=self.directory.path,
             done=self.state.rounds,
             up=self.state.totals.up,
-            notes=(*self.prepared.notes, *([early] if early else [])),
+            notes=tuple(filter(None, (self.prepared.rounded, *self.prepared.notes, early))),
         )
 
 

@@ -15,7 +15,8 @@ import torch
 
 from hpcfed.adapters.layout import HEAD
 from hpcfed.data.batches import Ids, Tokens
-from hpcfed.engine.engine import ClientError, Engine
+from hpcfed.engine.engine import Engine
+from hpcfed.engine.failures import ClientError
 from hpcfed.errors import UserError, reason
 from hpcfed.settings.config import Config
 from hpcfed.settings.counts import VIRTUAL

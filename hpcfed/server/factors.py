@@ -6,7 +6,7 @@ without LoRA's factor alpha / r. Nothing here is as large as a weight: products 
 are cut to a rank by QR of both and an SVD of the core between.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,9 +45,16 @@ Share = tuple[float, torch.Tensor, torch.Tensor]
 
 
 class Rule:
-    """One that makes nothing of them: FedAvg. All others gather what clients send."""
+    """One that makes nothing of them: FedAvg.
 
-    gathers = True
+    gathers: each client's own factors come together on the first rank. settles: `next` is asked.
+    senses: clients measure how much each value matters, and report `extra` numbers made of it,
+    which are averaged as values are.
+    """
+
+    gathers = settles = True
+    senses = False
+    extra = 0
     # Whether a client draws its factors from the seed, instead of getting them.
     draws = False
 
@@ -56,11 +63,29 @@ class Rule:
         self.part: Part = layout.roles("A", "B")  # what each client's own is wanted of
         self.matrices = list(matrices(layout))
 
+    def report(self, importance: torch.Tensor) -> torch.Tensor:
+        """(extra,) what a client tells of how much its values (layout.size,) matter."""
+        return importance[:0]
+
+    def rests(self, values: torch.Tensor, number: int) -> torch.Tensor | None:
+        """(layout.size,) bool: what nobody trains or sends in round `number`, though it is of the
+        shared part; None: nothing. values: the run's."""
+        return None
+
+    def plan(self) -> Iterator[str]:
+        """Lines of the plan: what changes with the rounds."""
+        yield from ()
+
+    def note(self, values: torch.Tensor, lost: float) -> dict[str, float]:
+        """For the round's record. values: the run's next ones; lost: as `next` says."""
+        return {"residual_lost": lost} if self.layout.residual else {}
+
     def next(
-        self, values: torch.Tensor, sent: Sequence[Sent], now: Round
+        self, values: torch.Tensor, sent: Sequence[Sent], now: Round, told: torch.Tensor
     ) -> tuple[torch.Tensor, float]:
         """The run's next values (layout.size,), and the share of the residual that its rank could
-        not hold, of its Frobenius norm. values: with the clients' means in what they share."""
+        not hold, of its Frobenius norm. values: with the clients' means in what they share. told
+        (extra,): the mean of what they report."""
         values = values.clone()
         total = sum(own.weight for own in sent)
         whole = []
@@ -91,7 +116,7 @@ class Rule:
 class Mean(Rule):
     """FedAvg: A and B are averaged, each by itself."""
 
-    gathers = False
+    gathers = settles = False
 
 
 class FedEx(Rule):

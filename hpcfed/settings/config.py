@@ -11,6 +11,7 @@ from typing import Any, Literal
 from hpcfed import registry
 from hpcfed.settings import counts
 from hpcfed.settings.inputs import Adapter, Columns, Data, Model, Partition, Splits, Task, option
+from hpcfed.settings.machine import Cluster, Collective
 
 __all__ = [
     "Adapter",
@@ -176,6 +177,18 @@ class Aggregation:
         above=0,
         counts=counts.FAIR,
     )
+    budget: float = option(
+        8.0, "budget: singular values that are left of each matrix at last, on average",
+        above=0, at_most=65536, counts=counts.BUDGET,
+    )  # fmt: skip
+    prune_from: float = option(
+        0.1, "budget: share of the rounds before singular values begin to go", at_least=0, below=1,
+        counts=counts.BUDGET,
+    )  # fmt: skip
+    prune_to: float = option(
+        0.5, "budget: share of the rounds after which no more go", above=0, at_most=1,
+        counts=counts.BUDGET,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -236,6 +249,10 @@ class Evaluation:
         "look at the test split, once, at the end; false: never, as in a run that only serves to "
         "choose something, on validation data",
     )
+    before: bool = option(
+        False, "look at it with the model as it was before the first round, too, at the end",
+        counts=counts.TESTED,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -305,50 +322,6 @@ class Privacy:
 
 
 @dataclass(frozen=True)
-class Collective:
-    wire: Literal["float64", "float32"] = option(
-        "float64",
-        "type on the wire; float32 halves the traffic and gives up bit-identity across slots",
-    )
-
-
-@dataclass(frozen=True)
-class Cluster:
-    ranks_per_client: int = option(
-        1, "MPI ranks (GPUs) of one client's DeepSpeed world", at_least=1
-    )
-    device: Literal["auto", "cuda", "cpu"] = option(
-        "auto",
-        "what ranks compute on; auto: a GPU where one is seen, else the CPU; cuda: a run that sees "
-        "no GPU is refused; the Slurm scripts ask for it",
-    )
-    threads: int | None = option(
-        None,
-        "CPU threads per rank; null = OMP_NUM_THREADS, else the node's cores / its ranks",
-        at_least=1,
-    )
-    meet_seconds: float = option(
-        120.0,
-        "until the processes that DeepSpeed's launcher started on all hosts have met, or the job "
-        "ends; more where python starts slowly on hundreds of hosts",
-        above=0,
-        at_most=86_400,
-    )
-    timeout_minutes: float = option(
-        30.0,
-        "the job ends, and can be resumed, if a rank waits for so long and no other gets on",
-        above=0,
-        at_most=525_600,
-    )
-    grace_seconds: float = option(
-        30.0,
-        "from USR1, USR2 or TERM to the kill: a round that fits in it is finished, else dropped",
-        at_least=0,
-        at_most=86_400,
-    )
-
-
-@dataclass(frozen=True)
 class Config:
     method: str = option(
         "lora-fedavg",
@@ -382,6 +355,9 @@ class Config:
         (),
         "Python files of your own that register parts of a method, see docs/add-a-method.md",
         path=True,
+    )
+    tracker: Literal["none", "tensorboard", "wandb"] = option(
+        "none", "who else gets the metrics of each round, besides metrics.jsonl"
     )
     output: str = option(
         "runs/{task}-{method}-{seed}", "run directory; must not exist yet, unless with --resume",

@@ -24,6 +24,8 @@ IN_FRONT = ("prompt", "idpg", "lpt", "attempt")
 VIRTUAL = ("prefix", *IN_FRONT)
 
 LORA = When("adapter.kind is lora", lambda c: c.adapter.kind == "lora")
+ADALORA = When("adapter.kind is adalora", lambda c: c.adapter.kind == "adalora")
+LOW_RANK = When("adapter.kind is lora or adalora", lambda c: LORA.holds(c) or ADALORA.holds(c))
 BOTTLENECK = When("adapter.kind is bottleneck", lambda c: c.adapter.kind == "bottleneck")
 PROMPTS = When(f"adapter.kind is one of {', '.join(VIRTUAL)}", lambda c: c.adapter.kind in VIRTUAL)
 NO_BOTTLENECK = When("adapter.kind is not bottleneck", lambda c: c.adapter.kind != "bottleneck")
@@ -40,7 +42,7 @@ WORDED = When(
 
 COMPLETED = When("model.head is completion", lambda c: c.model.head == "completion")
 # Left padding would change what the other prompts make of a text.
-_WRITERS = ("lora", "bottleneck", "prefix", "prompt")
+_WRITERS = ("lora", "adalora", "bottleneck", "prefix", "prompt")
 WRITES = When(
     f"{COMPLETED.words} and adapter.kind one of {', '.join(_WRITERS)}",
     lambda c: COMPLETED.holds(c) and c.adapter.kind in _WRITERS,
@@ -49,14 +51,17 @@ WRITTEN = When(
     f"{WRITES.words}, and evaluation.max_new_tokens is given",
     lambda c: WRITES.holds(c) and bool(c.evaluation.max_new_tokens),
 )
+TESTED = When("evaluation.test is true", lambda c: c.evaluation.test)
 PREFERRED = When("model.head is dpo", lambda c: c.model.head == "dpo")
 # Rows of prompts and answers, without labels.
 ANSWERED = When(
     "model.head is completion or dpo", lambda c: COMPLETED.holds(c) or PREFERRED.holds(c)
 )
 
+BUILT_IN = ("questions", "skills")
 OUTER_DATA = When(
-    "task.name is not questions, which are built in", lambda c: c.task.name != "questions"
+    f"task.name is not {' or '.join(BUILT_IN)}, which are built in",
+    lambda c: c.task.name not in BUILT_IN,
 )
 HUB = When(
     "task.name is a hub id, owner/name, and data.root null",
@@ -124,6 +129,7 @@ ASKED = When(
 MOVING = ("fedex", "flora", "delta")
 RESIDUAL = When("aggregation.rule is fedex, flora or delta", lambda c: c.aggregation.rule in MOVING)
 DELTA = When("aggregation.rule is delta", lambda c: c.aggregation.rule == "delta")
+BUDGET = When("aggregation.rule is budget", lambda c: c.aggregation.rule == "budget")
 FAIR = When("aggregation.rule is fair", lambda c: c.aggregation.rule == "fair")
 RANKS = When(
     "updates.transforms has hetlora or ranks",

@@ -41,6 +41,16 @@ class Model:
     )
     head: str = option("classifier", "what answers, and is scored", names=registry.OBJECTIVES)
     dtype: Literal["fp32", "bf16"] = option("fp32", "bf16 needs ZeRO stage 1, 2 or 3")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = option(
+        "auto",
+        "how attention is computed; auto: as transformers chooses for the model; flash_attention_2 "
+        "takes a GPU, bf16 and the package flash-attn",
+    )
+    quantize: Literal["none", "nf4"] = option(
+        "none",
+        "nf4: the frozen linear layers hold 4 bits a value (QLoRA), by bitsandbytes; not with "
+        "ZeRO-3",
+    )
     dropout: float | None = option(
         None,
         "overrides every dropout of the backbone; null keeps the model's own",
@@ -55,17 +65,26 @@ class Model:
 @dataclass(frozen=True)
 class Adapter:
     kind: str = option("lora", "what is trained besides the head", names=registry.ADAPTERS)
-    rank: int = option(8, "lora: rank r", at_least=1, at_most=65536, counts=counts.LORA)
-    alpha: float = option(16.0, "lora: the update is alpha/rank * B A", above=0, counts=counts.LORA)
+    rank: int = option(
+        8, "lora, adalora: rank r", at_least=1, at_most=65536, counts=counts.LOW_RANK
+    )
+    alpha: float = option(
+        16.0, "lora, adalora: the update is alpha/rank * B A", above=0, counts=counts.LOW_RANK
+    )
     rslora: bool = option(
         False, "lora: alpha/sqrt(rank) instead of alpha/rank, for high ranks", counts=counts.LORA
     )
     targets: tuple[str, ...] | None = option(
         None,
-        "lora: names of the linear layers inside a transformer block to adapt, or all-linear; "
-        "null: what PEFT takes for the architecture, mostly attention's query and value",
-        counts=counts.LORA,
+        "lora, adalora: names of the linear layers inside a transformer block to adapt, or "
+        "all-linear; null: what PEFT takes for the architecture, mostly attention's query and "
+        "value",
+        counts=counts.LOW_RANK,
     )
+    orthogonality: float = option(
+        0.5, "adalora: weight of the penalty that holds singular vectors apart", at_least=0,
+        counts=counts.ADALORA,
+    )  # fmt: skip
     residual: int = option(
         0,
         "lora: rank q of what the server adds to the backbone, kept as two factors; what a higher "
@@ -111,8 +130,8 @@ class Adapter:
 class Task:
     name: str = option(
         "questions",
-        "one of the ten tasks, `questions` (built in), the name of your own data in data.root, or "
-        "a hub id, owner/name",
+        "one of the ten tasks, `questions` or `skills` (built in), the name of your own data in "
+        "data.root, or a hub id, owner/name",
         path=True,
     )
     max_length: int = option(96, "texts are cut at this many tokens", at_least=4, at_most=1_000_000)

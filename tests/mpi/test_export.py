@@ -3,14 +3,17 @@ the run has predicted of every test row; and so does `hpcfed predict`."""
 
 import csv
 import json
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from hpcfed.app.cli import main
-from hpcfed.data import corpus
+from hpcfed.data import corpus, skills
 from tests.mpi.variants import COMMON
 from tests.support import MODEL, ROOT
 
@@ -19,7 +22,19 @@ FRESH = """
 import json, sys
 sys.modules["hpcfed"] = None
 {program}
-print(json.dumps(predict(json.load(sys.stdin))))
+rows = json.load(sys.stdin)
+print(json.dumps({call}))
+"""
+LM_EVAL = os.environ.get("LM_EVAL") or shutil.which("lm_eval")
+LM_TASK = """task: asked
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/asked/test.jsonl}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{completion}}}}"
+generation_kwargs: {{until: ["[END]"], max_gen_toks: 6, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}}]
 """
 SPLIT = [
     "layers.score=random", "layers.keep=0.5", "federation.rounds=3", "federation.per_round=4",
@@ -70,11 +85,12 @@ def texts(folder):
     return [json.loads(line)["text"] for line in lines]
 
 
-def alone(folder, rows):
-    """The labels that the card's own program predicts, in a process without hpcfed."""
+def alone(folder, rows, call="predict({})"):
+    """What the card's own program predicts, in a process without hpcfed."""
     (program,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    program = FRESH.format(program=program, call=call.format("rows"))
     done = subprocess.run(
-        [sys.executable, "-c", FRESH.format(program=program)], cwd=folder, input=json.dumps(rows),
+        [sys.executable, "-c", program], cwd=folder, input=json.dumps(rows),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -177,6 +193,70 @@ def test_the_best_round_is_the_run_that_ends_there(federated, tmp_path, shape):
         options = ["--best", "--client", str(k)]
         mine = predicted(run, [rows[i] for i in own], tmp_path / f"{k}.csv", *options)
         assert mine == [personal[i] for i in own]
+
+
+@pytest.fixture
+def tuned(worlds, data, tmp_path):
+    """(run directory, answers, test rows of prompts) of a run that answers them."""
+    (tmp_path / "asked").mkdir()
+    for split, rows in zip(("train", "test"), skills.generate(), strict=True):
+        lines = [json.dumps(row) for row in rows[::8]]
+        (tmp_path / "asked" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    words = [
+        *(word for word in COMMON if not word.startswith(("task.name", "task.max", "model.name"))),
+        f"model.name={data}/llama-completion", "model.head=completion", "task.name=asked",
+        f"data.root={tmp_path}", "task.max_length=110", "data.partition.kind=iid",
+        "local.lr=0.02", "evaluation.max_new_tokens=6",
+    ]  # fmt: skip
+    worlds.call((2, 1), "tests.mpi.cases.runs:federate", folder=tmp_path, runs={"chat": words})
+    told = json.loads((tmp_path / "chat" / "predictions.json").read_text())
+    assert len(set(told["global_answers"])) > 2
+    return tmp_path / "chat", told["global_answers"], skills.generate()[1][::8]
+
+
+@pytest.mark.parametrize("shape", [(2, 1)])
+def test_a_process_without_hpcfed_answers_the_same(tuned, tmp_path, shape, capsys):
+    run, wanted, rows = tuned
+    for extra in ([], ["--merge"]):
+        out = tmp_path / f"out{len(extra)}"
+        assert main(["export", str(run), *extra, "--to", str(out)]) == 0
+        asked = [row["prompt"] for row in rows]
+        assert alone(out, asked, "[answer(prompt, 6) for prompt in {}]") == wanted
+    (tmp_path / "texts.txt").write_text("who\n")
+    assert main(["predict", str(run), str(tmp_path / "texts.txt")]) == 2
+    assert "writes answers and knows no labels" in capsys.readouterr().err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shape", [(2, 1)])
+def test_lm_eval_writes_the_same_answers(tuned, tmp_path, shape):
+    """A task in a local file, the exported adapter over its base, and lm_eval's own generation."""
+    if LM_EVAL is None:
+        pytest.skip("no lm_eval here: pip install lm-eval, or name the command in LM_EVAL")
+    run, wanted, rows = tuned
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--to", str(out)]) == 0
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "asked.yaml").write_text(LM_TASK.format(folder=tmp_path))
+    base = json.loads((out / "task.json").read_text())["base"]
+    done = subprocess.run(
+        [*shlex.split(LM_EVAL), "--model", "hf", "--model_args",
+         f"pretrained={base},peft={out},tokenizer={out},dtype=float32", "--tasks", "asked",
+         "--include_path", str(tmp_path / "task"), "--apply_chat_template", "--device", "cpu",
+         "--batch_size", "4", "--log_samples", "--output_path", str(tmp_path / "told")],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (samples,) = (tmp_path / "told").rglob("samples_asked*.jsonl")
+    told = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda own: own["doc_id"])
+    assert [own["resps"][0][0].strip() for own in told] == wanted
+    (results,) = (tmp_path / "told").rglob("results*.json")
+    score = json.loads(results.read_text())["results"]["asked"]["exact_match,none"]
+    right = [
+        row["completion"].lower() == text.lower() for row, text in zip(rows, wanted, strict=True)
+    ]
+    assert score == pytest.approx(sum(right) / len(right))
 
 
 @pytest.mark.long

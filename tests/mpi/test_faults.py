@@ -5,6 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
+from tests.mpi.test_instruct import overrides as talks
 from tests.mpi.variants import STAGES, overrides
 from tests.same import metrics
 
@@ -108,6 +109,19 @@ def test_too_few_are_drawn_again(hpcfed, tmp_path, shape):
     assert code == 0
     assert_same_tensors(adapter(tmp_path / "whole"), adapter(tmp_path / "ended"))
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "ended")
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+@pytest.mark.parametrize("shape", [(1, 2)])
+def test_a_failure_inside_a_forward(worlds, data, tmp_path, shape, stage):
+    """It is told, unless the client's other ranks wait for this one: then it ends the job."""
+    words = [*talks(data, "llama"), "evaluation.max_new_tokens=5"]
+    for found in worlds.call(
+        shape, "tests.mpi.cases.faults:inside", out=tmp_path / "run",
+        words=[*words, f"deepspeed=ds_configs/{stage}.json"],
+    ):  # fmt: skip
+        said = "ends" if stage == "zero3" else "ValueError: a block fails"
+        assert found == dict.fromkeys(("train", "predict", "write"), said)
 
 
 @pytest.mark.parametrize("shape", [(2, 1)])

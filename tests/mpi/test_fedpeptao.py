@@ -247,7 +247,7 @@ def test_a_client_that_fails_keeps_its_control_variate(
 
 # Presets that run elsewhere: the demo; attempt, which needs prompts of others (test_generated);
 # those with privacy, which solve for their noise first (test_privacy).
-APART = {"demo", "attempt", "dp-fibecfed", "dp-fedpeptao", "dp-ffa-lora"}
+APART = {"demo", "instruct-demo", "attempt", "dp-fibecfed", "dp-fedpeptao", "dp-ffa-lora"}
 
 
 @pytest.mark.parametrize("shape", [(1, 1)])

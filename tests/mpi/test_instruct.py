@@ -5,9 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from hpcfed import model
-from hpcfed.data import answers
+from hpcfed.data import answers, rendering, sources
+from hpcfed.objectives import heads
+from hpcfed.objectives.completion import Completion
 from hpcfed.settings.resolve import resolve
 from tests import models
 from tests.mpi import variants
@@ -91,23 +95,60 @@ def test_bit_identical_for_any_number_of_slots(worlds, once, data, tmp_path, sha
     assert test["perplexity"] == pytest.approx(np.exp(test["loss"]))
 
 
+def before(words):
+    """Loss and answers of the model without an adapter, a row at a time."""
+    config = resolve("lora-fedavg", words).config
+    task, tokenizer = sources.load(config), model.load_tokenizer(config)
+    head = heads.build(config, task, tokenizer)
+    assert isinstance(head, Completion)
+    tokens = head.encode(task.test, tokenizer, config.task.max_length)
+    assert tokens.positions is not None
+    lm = transformers.AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32)
+    losses, written = [], []
+    for row in range(len(tokens)):
+        ids = torch.from_numpy(tokens.row(row).astype(np.int64))[None]
+        asked = ids[:, : tokens.positions[row]]
+        with torch.no_grad():
+            odds = lm(input_ids=ids).logits[0].log_softmax(-1)
+            answer = lm.generate(
+                input_ids=asked, attention_mask=torch.ones_like(asked), do_sample=False,
+                max_new_tokens=5, eos_token_id=list(head.ends), pad_token_id=tokens.pad_id,
+            )[0, asked.shape[1] :]  # fmt: skip
+        places = rendering.targets(tokens, row)
+        losses += [-float(odds[place - 1, ids[0, place]]) for place in places]
+        written.append(head.template.text([i for i in answer.tolist() if i not in head.ends]))
+    return np.mean(losses), written
+
+
 @pytest.mark.parametrize(
-    ("shape", "stage"), [((1, 1), "zero0"), ((2, 1), "zero2"), ((1, 2), "zero3")]
+    ("shape", "stage"),
+    [((1, 1), "zero0"), ((2, 1), "zero2"), ((1, 2), "zero3"), ((1, 2), "zero1")],
 )
 def test_answers_are_written(worlds, once, data, tmp_path, shape, stage):
-    """The same answers however rows fall to ranks, and their scores are those of the answers."""
-    words = [*overrides(data, "llama"), "evaluation.max_new_tokens=5", "evaluation.batch_size=3"]
+    """The same answers however rows fall to ranks, and their scores are those of the answers. With
+    the model as it was before the first round they are those of transformers' own loop."""
+    words = [
+        *overrides(data, "llama"), "evaluation.max_new_tokens=5", "evaluation.batch_size=3",
+        "evaluation.before=true",
+    ]  # fmt: skip
     _, run = federate(worlds, shape, tmp_path, [*words, f"deepspeed=ds_configs/{stage}.json"])
-    written = json.loads((run / "predictions.json").read_text())["personal_answers"]
+    told = json.loads((run / "predictions.json").read_text())
+    written, summary = told["personal_answers"], json.loads((run / "summary.json").read_text())
     first = once("talks-answers", lambda: written)
     assert written == first and len(written) == 8 and len(set(written)) > 1
-    test = json.loads((run / "summary.json").read_text())["test"]["personal"]
+    loss, untrained = once("talks-before", lambda: before(words))
+    assert summary["before"]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert told["before"]["global_answers"] == untrained != written
+    test = summary["test"]["personal"]
     lines = (data / "talks" / "test.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     right = [row["completion"] if "prompt" in row else row["messages"][-1]["content"]
              for row in rows]  # fmt: skip
     wanted = answers.score(written, right)
     assert {name: test[name] for name in wanted} == wanted
+    assert told["right_answers"] == right
+    asked = [row["prompt"] if "prompt" in row else row["messages"][-2]["content"] for row in rows]
+    assert told["prompts"] == asked
 
 
 def preferences(folder):

@@ -8,6 +8,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
+from tests import support
 from tests.mpi.variants import COMMON, FIBECFED
 from tests.same import assert_same, metrics
 from tests.support import ROOT, mpiexec
@@ -224,10 +225,9 @@ def test_two_ranks_of_a_client_drop_the_round_together(worlds, data, tmp_path, s
 def test_killed_at_forty_instants(worlds, data, tmp_path):
     """SIGKILL at seeded instants of one run, 40 of them: the same bits as undisturbed."""
     longer = {"federation.rounds": 400, "evaluation.every": 20, "curriculum.full_at": 0.1}
-    own = [word for word in words(data) if word.partition("=")[0] not in longer]
-    own += [f"{key}={value}" for key, value in longer.items()]
+    own = words(data, *(f"{key}={value}" for key, value in longer.items()))
     out = tmp_path / "killed"
-    line = ["run", "lora-fedavg", *own, f"output={out}"]
+    line = support.line(["run", "lora-fedavg", *own, f"output={out}"])
     program = [sys.executable, str(ROOT / "tests" / "mpi" / "killed_often.py"), "40", "11", *line]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(program, env=environment, cwd=ROOT, capture_output=True, text=True)

@@ -11,9 +11,10 @@ import pytest
 
 from hpcfed.cluster.stop import INTERRUPTED
 from tests.mpi.test_dead_rank import processes_of
+from tests.mpi.test_instruct import overrides as talks
 from tests.mpi.variants import overrides
 from tests.same import metrics
-from tests.support import ROOT, line
+from tests.support import ROOT, line, on_ranks
 
 SECONDS = 240  # until a job that should end is given up
 DEADLINE = 0.1  # minutes
@@ -136,6 +137,40 @@ def test_out_of_memory_where_others_wait(data, tmp_path):
     (said,) = [own for own in printed.splitlines() if own.startswith("hpcfed: rank 1 failed")]
     assert "training client" in said and "OutOfMemoryError" in said and "--resume" in said
     assert all_gone(out) and len(metrics(out)) == 1
+
+
+# On rank 1 a layer fails while an answer is written.
+BROKEN = """
+import os
+import torch
+from hpcfed.engine.generation import Answers
+step = Answers.step
+def fail(module, args):
+    if type(module).__name__ == "LlamaDecoderLayer":
+        raise RuntimeError("a layer fails")
+def failing(answers, network):
+    if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
+        torch.nn.modules.module.register_module_forward_pre_hook(fail)
+    return step(answers, network)
+Answers.step = failing
+"""
+
+
+@pytest.mark.long
+def test_a_failure_while_answers_are_written(data, tmp_path):
+    """Under ZeRO-3, on one of a client's two ranks: the other does not wait, the job ends."""
+    (tmp_path / "broken.py").write_text(BROKEN)
+    words = [
+        *talks(data, "llama"), "evaluation.max_new_tokens=5", "deepspeed=ds_configs/zero3.json",
+        "cluster.ranks_per_client=2", f"plugins=[{tmp_path}/broken.py]", f"output={tmp_path}/run",
+    ]  # fmt: skip
+    command, environment = on_ranks(2, "hpcfed", "run", "lora-fedavg", *words)
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode not in (0, 2, INTERRUPTED), done.stderr
+    said = [own for own in done.stderr.splitlines() if own.startswith("hpcfed: rank 1 failed")]
+    assert len(said) == 1 and "evaluating" in said[0] and "a layer fails" in said[0], done.stderr
 
 
 @pytest.mark.long

@@ -19,6 +19,7 @@ def test_lora_on_each_kind_and_prefixes_where_they_go(tmp_path):
     rows = architectures.measure(architectures.QUICK, tmp_path)
     check(rows)
     assert {name for name, row in rows.items() if row["prefix"] != "yes"} >= NO_PREFIX
+    assert rows["roberta"]["prefix"] == "yes"  # PEFT takes its classifier, two layers, as a whole
     depths = {"albert": "1", "bart": "5", "t5": "5", "funnel": "2"}
     assert {name: rows[name]["blocks"] for name in depths} == depths
 

@@ -40,7 +40,8 @@ def test_a_gguf_file_becomes_a_folder_with_its_values(cache, tmp_path):
     prepared = model.prepare(config, ("a", "b"), 0, {})
     values = sum(weight.size for weight in kept.values())
     assert prepared.backbone_values == values
-    (note,) = prepared.notes
+    note = prepared.rounded
+    assert not prepared.notes
     assert "rounded" in note and "in Q4_1" in note and "in Q8_0" in note and "tiny.gguf" in note
 
 

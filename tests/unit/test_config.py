@@ -160,6 +160,7 @@ def configs():
         ["task.name=owner/name", "model.head=completion", "local.lr_schedule=cosine"],
         ["task.name=owner/name", "model.head=completion", "evaluation.max_new_tokens=8"],
         ["task.name=owner/name", "model.head=dpo"],
+        ["evaluation.test=false"],
     )
     return [resolve(preset, words).config for preset in presets() for words in settings]
 

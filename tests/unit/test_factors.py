@@ -74,7 +74,7 @@ def aggregate(rule, residual=RESIDUAL, clients=4, delta=0.0, alike=False, seed=0
     assert isinstance(mean, torch.Tensor)
     before = torch.where(trained, mean.float(), before)
     sent = [Sent(w, acting.part.pack(v)) for w, v in zip(weights, every, strict=True)]
-    after, lost = acting.next(before, sent, rounds(own))
+    after, lost = acting.next(before, sent, rounds(own), torch.zeros(0))
     shares = [(w / sum(weights), v.double()) for w, v in zip(weights, every, strict=True)]
     return own, before.double(), shares, after.double(), lost
 
@@ -121,7 +121,7 @@ def test_flexlora_keeps_a_where_there_is_nothing():
     for matrix in matrices(own):
         one[matrix.a.values].view(matrix.a.shape)[1:] = 0
         one[matrix.b.values].view(matrix.b.shape)[:, 1:] = 0
-    after, _ = rule.next(values, [Sent(2, rule.part.pack(one))], rounds(own))
+    after, _ = rule.next(values, [Sent(2, rule.part.pack(one))], rounds(own), torch.zeros(0))
     for (new, _), (wanted, _) in zip(products(own, after), products(own, one), strict=True):
         assert torch.allclose(new, wanted, atol=1e-5)
     for matrix in matrices(own):
@@ -150,7 +150,9 @@ def test_nothing_sent_but_the_head():
         config = Config(adapter=Adapter(rank=RANK), aggregation=Aggregation(rule=rule))
         acting = registry.AGGREGATIONS[rule](config, own)
         zeros = torch.zeros(own.size)
-        after, lost = acting.next(zeros, [Sent(1, acting.part.pack(zeros))], rounds(own))
+        after, lost = acting.next(
+            zeros, [Sent(1, acting.part.pack(zeros))], rounds(own), torch.zeros(0)
+        )
         assert torch.isfinite(after).all() and lost == 0
         assert not any(new.any() or moved.any() for new, moved in products(own, after))
 

@@ -2,13 +2,16 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import DynamicCache
 
-from hpcfed import model
+from hpcfed import model, quantized
 from hpcfed.app.cli import main
-from hpcfed.app.plan import activation_bytes, memory, plan
+from hpcfed.app.plan import activation_bytes, cache_bytes, memory, plan
+from hpcfed.data.batches import padding
 from hpcfed.errors import UserError
 from hpcfed.settings import deepspeed_config
 from hpcfed.settings.resolve import resolve
@@ -64,6 +67,40 @@ def test_the_outline_is_the_model():
     assert all(p.is_meta for p in outline.network.parameters()), "nothing is loaded"
 
 
+@pytest.mark.parametrize(
+    ("architecture", "extra"),
+    [
+        ("llama", []),
+        ("gpt2", ["model.dtype=bf16"]),
+        ("qwen3", ["adapter.kind=prefix", "adapter.virtual_tokens=5"]),
+    ],
+)
+def test_keys_and_values_of_written_answers_are_what_is_kept(tmp_path, architecture, extra):
+    models.save(architecture, tmp_path / "model", "completion")
+    own = config(
+        f"model.name={tmp_path}/model", "model.head=completion", "task.max_length=20",
+        "evaluation.batch_size=3", *extra,
+    )  # fmt: skip
+    assert cache_bytes(own, model.outline(own, (), 0)) == 0
+    own = dataclasses.replace(
+        own, evaluation=dataclasses.replace(own.evaluation, max_new_tokens=12)
+    )
+    network = model.prepare(own, (), 0, {}).adapted.network.eval()
+    ids, past = torch.ones((3, 32), dtype=torch.int64), DynamicCache()
+    with torch.no_grad():
+        network(input_ids=ids, attention_mask=torch.ones_like(ids), past=past)
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in past.layers)
+    assert cache_bytes(own, model.outline(own, (), 0)) == kept > 0
+
+
+def test_padding_is_counted_by_micro_batch():
+    """Two clients; rows of 1 to 8 tokens, four a batch, of which each of two ranks has two."""
+    lengths = np.array([1, 8, 2, 7, 3, 6, 4, 5, 5, 5, 5, 5])
+    grouped, drawn = padding([np.arange(8), np.arange(8, 12)], lengths, 4, 2, None, 0)
+    assert grouped == pytest.approx(4 / 60)  # of 2 + 2, 4 + 4, ... and 20, as 2 x (2 + 4 + 6 + 8)
+    assert drawn > 1.5 * grouped
+
+
 def test_memory_by_stage():
     own = config("cluster.ranks_per_client=4", "deepspeed=ds_configs/zero3.json")
     outline = model.outline(own, LABELS, 0)
@@ -76,6 +113,10 @@ def test_memory_by_stage():
     half = dataclasses.replace(own, model=dataclasses.replace(own.model, dtype="bf16"))
     halved = memory(half, outline, 1, settings, 100.0)
     assert halved.backbone == whole / 2
+    packed = dataclasses.replace(own, model=dataclasses.replace(own.model, quantize="nf4"))
+    matrices = 6 * (4 * 384 * 384 + 2 * 384 * 1536)  # of MiniLM's blocks
+    saved = matrices * (4 - quantized.BITS / 8)
+    assert memory(packed, outline, 0, settings, 100.0).backbone == pytest.approx(whole - saved)
 
 
 def test_the_plan_says_what_to_use_instead():

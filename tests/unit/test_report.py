@@ -29,13 +29,18 @@ def save(folder, preset, scores, *words, every=2):
     for number in range(1, every * len(scores) + 1):
         early = number <= every or preset == "lora-fedavg"
         line = {
-            "round": number, "samples": 10, "bytes": {"up": 1e6}, "train_loss": 1 / number,
-            "seconds": {"train": 1.5, "evaluate": 0.5}, "clients": [0, 1],
+            "round": number, "samples": 10, "train_loss": 1 / number,
+            "bytes": {"up": 1e6, "down": 2e6}, "seconds": {"train": 1.5, "evaluate": 0.5},
+            "clients": [0, 1],
             "failed": {"1": "odd <loss>"} if number == 2 else {},
             "shared_layers": ["0", "1", "2"] if early else ["0", "2"],
         }  # fmt: skip
         if preset == "fibecfed":
             line["share"] = min(1.0, 0.4 + 0.2 * number)
+        if number == 3:
+            line["redrawn"] = [
+                {"samples": 5, "bytes": {"up": 5e5, "down": 1e6}, "seconds": {"train": 1.0}}
+            ]
         if number % every == 0:
             score = scores[number // every - 1]
             line["validation"] = {"personal": {"score": score, "accuracy": score}}
@@ -72,7 +77,7 @@ def runs(tmp_path):
 def test_what_a_run_directory_tells(tmp_path):
     run = read(save(tmp_path / "a", "fibecfed", [0.3, 0.5]))
     assert [(p.round, p.seconds, p.samples, p.up, p.score) for p in run.points] == [
-        (2, 4.0, 20, 2.0, 0.3), (4, 8.0, 40, 4.0, 0.5),
+        (2, 4.0, 20, 2.0, 0.3), (4, 9.0, 45, 4.5, 0.5),
     ]  # fmt: skip
     assert run.chance == 5 / 8 and run.of_clients() == {0: 1.0, 1: 0.5}
     with (tmp_path / "a" / "metrics.jsonl").open("a") as stream:
@@ -143,6 +148,39 @@ def test_the_page_in_a_browser(runs, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "CONSOLE" not in done.stderr and "ERR_" not in done.stderr, done.stderr[-2000:]
     assert done.stdout.count("<svg") == 5 and done.stdout.rstrip().endswith("</html>")
+
+
+def test_written_answers_are_shown_beside_the_right_ones(tmp_path):
+    """Of each client in turn; an exact match, as it is counted, is marked; texts are no markup."""
+    pytest.importorskip("matplotlib")
+    run = save(tmp_path / "a", "lora-fedavg", [-0.3])
+    told = {
+        "row": [0, 1, 2], "client": [0, 0, 1], "prompts": ["<b>?", "two", "three"],
+        "right_answers": ["an end", "2", "3"], "personal_answers": ["End.", "x" * 400, "3"],
+        "global_answers": ["end", "1", "3"],
+        "before": {"row": [2, 0], "global_answers": ["tres", ""]},
+    }  # fmt: skip
+    (run / "predictions.json").write_text(json.dumps(told))
+    scores = {"perplexity": 2.5, "exact_match": 0.75}
+    summary = {
+        "score": {"personal": -0.3}, "seed": 1, "rounded": "of a rounded model",
+        "test": {"personal": scores, "global": {**scores, "exact_match": 0.5}},
+        "before": {"perplexity": 31.5, "exact_match": 0.0},
+    }  # fmt: skip
+    (run / "summary.json").write_text(json.dumps(summary))
+    page = tmp_path / "page.html"
+    assert main(["report", str(run), "--to", str(page)]) == 0
+    text = page.read_text()
+    assert "Of a rounded model." in text and "&lt;b&gt;?" in text and "<b>" not in text
+    assert "<td>before</td><td>31.5</td><td>0.0000</td>" in text
+    rows = re.findall(r"<tr>(<td>[01]</td><td>.*?)</tr>", text)
+    assert rows == [
+        "<td>0</td><td>&lt;b&gt;?</td><td>an end</td><td><i>nothing</i></td>"
+        '<td class="hit">End.</td><td class="hit">end</td>',
+        '<td>1</td><td>three</td><td>3</td><td>tres</td><td class="hit">3</td>'
+        '<td class="hit">3</td>',
+        f"<td>0</td><td>two</td><td>2</td><td></td><td>{'x' * 300}…</td><td>1</td>",
+    ]
 
 
 def test_what_cannot_be_shown_is_said(tmp_path, capsys):

@@ -212,6 +212,12 @@ WITHOUT_EFFECT: list[Case] = [
     ("a start without a pace", words("curriculum.start=0.1"), r"counts if curriculum\.pace is not"),
     ("virtual tokens with LoRA", words("adapter.virtual_tokens=5"), r"kind is one of prefix"),
     ("a rank with prompts", words("adapter.rank=4", preset="p-tuning-v2"), r"adapter\.kind is lo"),
+    ("more singular values than ranks", words("aggregation.budget=13", preset="adalora"),
+     r"aggregation\.budget is 13 but adapter\.rank is 12"),
+    ("a budget that falls before it begins", words("aggregation.prune_from=0.6", preset="adalora"),
+     r"prune_from is 0\.6 but aggregation\.prune_to is 0\.5"),
+    ("a budget without singular values", words("adapter.kind=lora", preset="adalora"),
+     r"rule=budget .*needs adapter\.kind=adalora"),
     ("label skew with iid", words("data.partition.kind=iid", "data.partition.alpha=0.1"),
      r"counts if data\.partition\.kind is dirichlet"),
     ("in a file", file("layers: {rule: plateau}\n"), r"layers\.rule=plateau \(.*my\.yaml\) has no"),
@@ -308,6 +314,23 @@ PRIVACY: list[Case] = [
         ("sums that are not exact", ["collective.wire=float32"], r"collective\.wire=float32"),
     )
 ]
+QUANTIZED = [
+    (
+        "4 bits beside virtual tokens",
+        words("model.quantize=nf4", "adapter.kind=prefix"),
+        r"model\.quantize=nf4 goes with adapter\.kind=lora, not prefix",
+    ),
+    (
+        "4 bits with ZeRO-3",
+        words("model.quantize=nf4", "deepspeed=ds_configs/zero3.json"),
+        r"ZeRO-3 cannot share out weights that are packed",
+    ),
+    (
+        "flash attention in 32 bits",
+        words("model.attention=flash_attention_2"),
+        r"flash_attention_2 computes in 16 bits only; use model\.dtype=bf16",
+    ),
+]
 PRIVACY += [
     (name, words("privacy.noise=1.0", "privacy.unit=sample", *given),
      "privacy.unit=sample with " + said + ".* cannot go with privacy: ")
@@ -353,7 +376,7 @@ CASES: list[Case] = [
     for area, cases in (
         ("YAML file", YAML), ("override", OVERRIDES), ("value", OPTIONS),
         ("option without effect", WITHOUT_EFFECT), ("DeepSpeed JSON", DEEPSPEED),
-        ("privacy", PRIVACY),
+        ("backbone", QUANTIZED), ("privacy", PRIVACY),
     )
     for what, build, said in cases
 ]  # fmt: skip

@@ -597,6 +597,11 @@ _ANSWERS: list[tuple[str, Build, str]] = [
         without_files("model.head=completion", _IID),
         r"model\.head=completion needs rows of prompts and answers, which task 'questions' has not",
     ),
+    (
+        "labels in the built-in instructions",
+        without_files("task.name=skills", _IID),
+        r"task 'skills' has prompts with their answers, which model\.head=classifier does not take",
+    ),
 ]  # fmt: skip
 
 CASES = [*_FILES, *_ROWS, *_SPLITS, *_CLIENTS, *_ANSWERS]

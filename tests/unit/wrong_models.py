@@ -147,6 +147,15 @@ _GAP = [
     "task.verbalizer={person: who, place: where, number: many, time: when, reason: why}",
 ]  # fmt: skip
 
+
+def _writing(folder: Path, *extra: str) -> list[str]:
+    place = models.save("llama", folder / "model", "completion")
+    return [
+        *_with("llama", place), "model.head=completion", "task.name=skills", "data.root=null",
+        "data.partition.kind=iid", "task.max_length=96", "evaluation.max_new_tokens=64", *extra,
+    ]  # fmt: skip
+
+
 CASES: list[Case] = [
     ("a BERT folder without its tokenizer", _without_tokenizer("bert"), "holds no tokenizer"),
     ("a RoBERTa folder without its tokenizer", _without_tokenizer("roberta"), "holds no tokenizer"),
@@ -183,6 +192,10 @@ CASES: list[Case] = [
     ("texts longer than RoBERTa's positions", _long("roberta", 130), "exceed the 129 positions"),
     ("texts longer than MPNet's positions", _architecture("mpnet", "task.max_length=130"),
      r"exceed the 12\d positions"),
+    ("prompts and answers longer than LLaMA's positions", _writing,
+     r"max_length=96 and evaluation\.max_new_tokens=64 exceed the 128 positions"),
+    ("attention that an architecture does not have", _architecture("mpnet", "model.attention=sdpa"),
+     r"model\.attention=sdpa: transformers has it not .*use model\.attention=auto"),
     ("targets of another architecture",
      lambda folder: [f"model.name={_bert(folder)}", "adapter.targets=[q_proj]"], "legal targets"),
     ("a folder that is not there", lambda folder: [f"model.name={folder}/nowhere"],

@@ -9,6 +9,8 @@ import torch
 from hpcfed.adapters.layout import HEAD
 from hpcfed.cluster.collectives import MaskedSum
 from hpcfed.cluster.topology import Topology
+from hpcfed.engine import generation
+from hpcfed.engine.failures import ClientError
 from hpcfed.rounds.federation import Federation
 from hpcfed.rounds.progress import Progress
 from tests.mpi.cases.runs import build, clear
@@ -104,3 +106,36 @@ def compare(federation: Federation, healthy: Updates, faulty: Updates, out: Path
         assert "Target 99 is out of bounds" in line["failed"]["0"], line["failed"]
         assert "not finite" in line["failed"]["2"]
         assert np.isfinite(line["train_loss"])
+
+
+def inside(topology: Topology, out: Path, words: list[str]) -> dict[str, str]:
+    """What a failure in a block becomes where an engine trains, predicts and writes answers: raised
+    ("ends"), or told."""
+    clear(topology, out)
+    federation = build(topology, "lora-fedavg", [*words, f"output={out}"])
+    setup = federation.setup
+    engine, tokens = setup.engine, setup.test_tokens
+    rows = [np.arange(2), np.arange(2, 4)]
+
+    def fail(*_: object) -> None:
+        raise ValueError("a block fails")
+
+    acts = {
+        "train": lambda: engine.train(rows, tokens, 0),
+        "predict": lambda: engine.predict(rows, tokens)[1],
+        "write": lambda: generation.write(engine, rows, tokens, [3], 2)[1],
+    }
+    found = {}
+    for name, act in acts.items():
+        engine.load(setup.prepared.initial)
+        handle = setup.prepared.adapted.blocks[0].register_forward_pre_hook(fail)
+        try:
+            found[name] = str(act())
+        except ClientError as error:
+            found[name] = str(error)
+        except ValueError:
+            found[name] = "ends"
+        handle.remove()
+    setup.directory.close()
+    engine.close()
+    return found
