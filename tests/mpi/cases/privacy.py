@@ -60,8 +60,8 @@ def budget(topology: Topology, folder: Path, words: list[str]) -> None:
     allowed = 0.5 * (epsilon(0.25, 0.7, 3, 1e-5) + epsilon(0.25, 0.7, 4, 1e-5))
     limited = [*words, f"privacy.epsilon={allowed}", "evaluation.every=9"]
     out, other = folder / "budget", folder / "three"
-    for own in (out, other):
-        clear(topology, own)
+    for folder in (out, other):
+        clear(topology, folder)
     said = f"privacy.epsilon={allowed:g} allows 3 of the 4 rounds"
     own = [*limited, "federation.rounds=4"]
     code, text, _ = command_line(topology, ["run", "lora-fedavg", *own, f"output={out}"])
@@ -71,12 +71,12 @@ def budget(topology: Topology, folder: Path, words: list[str]) -> None:
     if topology.is_root:
         assert text.count(said) == 2 and "round   3/3" in text
         _, source, *kept = line(["run", "lora-fedavg", *own])
-        assert any(line.startswith(said) for line in plan(resolve(source, kept), 1, 2, 80.0))
+        assert any(told.startswith(said) for told in plan(resolve(source, kept), 1, 2, 80.0))
         summary = json.loads((out / "summary.json").read_text())
         assert summary["rounds"] == 3 and summary["privacy"]["epsilon"] <= allowed
         assert summary["privacy"]["budget"] == allowed
         assert summary["privacy"]["ended_early"].startswith(said)
-        lines = [json.loads(own) for own in (out / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
         assert len(lines) == 3 and "validation" not in lines[-1]  # there are no rows for it
         assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == (
             other / "adapter" / "adapter_model.safetensors"
