@@ -44,12 +44,15 @@ def pytest_make_parametrize_id(val):
 
 
 def group(nodeid):
-    """Tests of one world come one after the other, in one worker; so do those of one file that
-    need none, and those of the cluster but for the longest file, which has a worker of its own."""
+    """Tests of one world come one after the other, in one worker; so do those that start processes
+    of their own, those of a file that needs neither, and those of the cluster but for the longest
+    file, which has a worker of its own. Larger groups begin earlier, so what ends last is small."""
     shape = re.search(r"[\[-](\d+x\d+)[\]-]", nodeid)
     file = nodeid.partition("::")[0]
     if file.startswith("tests/cluster/") and not file.endswith("test_slurm.py"):
         file = "launchers"
+    elif file.startswith("tests/mpi/"):
+        file = "processes"
     return f"world-{shape[1]}" if shape else file
 
 
@@ -106,4 +109,4 @@ def worlds(common):
     """Persistent MPI worlds."""
     running = Worlds(common / "worlds.lock")
     yield running
-    running.close()
+    running.end()

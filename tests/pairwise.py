@@ -1,32 +1,57 @@
-"""Few cases in which each pair of values of any two factors meets at least once."""
+"""Few cases in which each value, or each pair of values, of several factors meets at least once."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Case = tuple[Any, ...]
+Factors = Mapping[str, Sequence[Any]]
 
 
-def product(
-    factors: Mapping[str, Sequence[Any]], legal: Callable[..., bool] = lambda *_: True
-) -> list[Case]:
+def product(factors: Factors, legal: Callable[..., bool] = lambda *_: True) -> list[Case]:
     """All combinations that are legal, in the factors' order."""
     return [case for case in itertools.product(*factors.values()) if legal(*case)]
 
 
-def pairwise(
-    factors: Mapping[str, Sequence[Any]], legal: Callable[..., bool] = lambda *_: True
-) -> list[Case]:
-    """Greedily, the case that holds most pairs not met before; always the same cases."""
-    cases = product(factors, legal)
-    missing = {pair for case in cases for pair in _pairs(case)}
+def pairwise(factors: Factors, legal: Callable[..., bool] = lambda *_: True) -> list[Case]:
+    """Cases in which each pair of values of any two factors meets: greedily, the one that holds
+    most pairs not met before; always the same cases."""
+    return _cover(product(factors, legal), 2)
+
+
+def each(factors: Factors, legal: Callable[..., bool] = lambda *_: True) -> list[Case]:
+    """Cases in which each value of each factor is met, in combinations as unlike as can be."""
+    return _cover(product(factors, legal), 1)
+
+
+def each_twice(factors: Factors) -> list[Case]:
+    """Each value of each factor with one slot of one rank, and each in a world of several."""
+    first, *others = factors["shape"]
+    return [*each({**factors, "shape": [first]}), *each({**factors, "shape": others})]
+
+
+def _cover(cases: Sequence[Case], strength: int) -> list[Case]:
+    """Greedily, cases that meet all combinations of so many values: the one that meets most new
+    ones, of those the one that meets most new pairs, of those the one whose values were used least.
+    """
+    missing = {part for case in cases for part in _parts(case, strength)}
+    pairs = {pair for case in cases for pair in _parts(case, 2)}
+    uses: Counter[tuple[int, Any]] = Counter()
+
+    def gain(case: Case) -> tuple[int, int, int]:
+        new = len(missing & _parts(case, strength)), len(pairs & _parts(case, 2))
+        return (*new, -sum(uses[value] for value in enumerate(case)))
+
     chosen = []
     while missing:
-        best = max(cases, key=lambda case: len(missing & _pairs(case)))
+        best = max(cases, key=gain)
         chosen.append(best)
-        missing -= _pairs(best)
+        missing -= _parts(best, strength)
+        pairs -= _parts(best, 2)
+        uses.update(enumerate(best))
     return sorted(chosen, key=cases.index)
 
 
-def _pairs(case: Case) -> set[tuple[tuple[int, Any], tuple[int, Any]]]:
-    return set(itertools.combinations(enumerate(case), 2))
+def _parts(case: Case, strength: int) -> set[tuple[tuple[int, Any], ...]]:
+    return set(itertools.combinations(enumerate(case), strength))

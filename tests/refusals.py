@@ -8,14 +8,21 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tests.support import ROOT
-from tests.unit import wrong_config, wrong_data, wrong_folders, wrong_launches, wrong_models
+from tests.unit import (
+    wrong_answers,
+    wrong_config,
+    wrong_data,
+    wrong_folders,
+    wrong_launches,
+    wrong_models,
+)
 
 PAGE = ROOT / "docs" / "refusals.md"
 
 # Title -> the cases, each (what is wrong, what makes it, regular expression of what is said).
 AREAS: dict[str, Sequence[tuple[str, Any, str]]] = {
     "Configuration, command line, DeepSpeed's JSON": wrong_config.CASES,
-    "Data": wrong_data.CASES,
+    "Data": [*wrong_data.CASES, *wrong_answers.CASES],
     "Models and tokenizers": wrong_models.CASES,
     "Launches, sweeps and scripts": wrong_launches.CASES,
     "Run directories, at --resume": wrong_folders.CASES,

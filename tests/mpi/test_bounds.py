@@ -14,7 +14,7 @@ from hpcfed.data.batches import form_batches, tokenize
 from hpcfed.rng import generator
 from hpcfed.settings.resolve import resolve
 from tests.mpi.slow import Plain
-from tests.mpi.variants import COMMON, ROWS
+from tests.mpi.variants import COMMON, ROWS, federate
 from tests.support import MODEL, mpiexec
 
 PRESET, ROUNDS = "centralized", 3
@@ -57,17 +57,13 @@ def reference(data):
 
 def check(worlds, data, once, folder, shape, stage):
     layout, start, wanted = once(PRESET, lambda: reference(data))
-    found = worlds.call(
-        shape, "tests.mpi.cases.runs:federate", folder=folder,
-        runs={"run": overrides(data, stage)}, preset=PRESET,
-    )  # fmt: skip
-    values = found[0]["run"]["values"]
+    found, out = federate(worlds, shape, folder, overrides(data, stage), PRESET)
+    values = found["values"]
     for block in layout.blocks:
         span = layout.span(block)
         moved, way = values[span] - start[span], wanted[span] - start[span]
         difference = np.linalg.norm(moved - way) / np.linalg.norm(way)
         assert difference <= 2e-5, f"{block}: {difference:.2e}"
-    out = folder / "run"
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [(line["clients"], line["samples"]) for line in lines] == [([0], A_ROUND)] * ROUNDS
     table = json.loads((out / "partition.json").read_text())

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from hpcfed.settings.resolve import resolve
 from tests.mpi.reference_curricula import Curricula
-from tests.mpi.variants import COMMON, learn
+from tests.mpi.variants import COMMON, federate, learn
 from tests.pairwise import pairwise
 from tests.support import latest
 
@@ -45,17 +45,13 @@ def check(worlds, data, once, folder, shape, preset, stage):
         return loop.run(), loop.trained, loop.scored, loop.counted, loop.lengths
 
     loop, trained, scored, counted, lengths = once(f"curricula-{preset}", make)
-    found = worlds.call(
-        shape, "tests.mpi.cases.runs:federate", folder=folder,
-        runs={"run": overrides(data, stage)}, preset=preset,
-    )  # fmt: skip
+    found, out = federate(worlds, shape, folder, overrides(data, stage), preset)
     start, wanted = loop.initial.numpy(), loop.values.numpy()
     for block in loop.layout.blocks:
         span = loop.layout.span(block)
-        moved, reference = found[0]["run"]["values"][span] - start[span], wanted[span] - start[span]
+        moved, reference = found["values"][span] - start[span], wanted[span] - start[span]
         difference = np.linalg.norm(moved - reference) / np.linalg.norm(reference)
         assert difference <= 1e-5, f"{block}: {difference:.2e}"
-    out = folder / "run"
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["tokens"] for line in lines] == counted
     assert [line["scored"] for line in lines] == scored

@@ -26,8 +26,15 @@ FACTORS: dict[str, list[Any]] = {
     "shape": [(1, 1), (1, 2)], "adapter": ["lora", "prefix", "prompt", "bottleneck"],
     "dtype": ["fp32", "bf16"], "file": list(FILES),
 }  # fmt: skip
+# A type of numbers meets each kind of file, a shape meets both; adapters take turns.
+_FORMS = pairwise(
+    {"shape": FACTORS["shape"], "dtype": FACTORS["dtype"], "file": FACTORS["file"]},
+    lambda shape, dtype, file: legal(shape, "", dtype, file),
+)
 FEW = [
-    *pairwise(FACTORS, legal), ((1, 2), "idpg", "bf16", "partitioned"),
+    *((shape, FACTORS["adapter"][index % 4], dtype, file)
+      for index, (shape, dtype, file) in enumerate(_FORMS)),
+    ((1, 2), "idpg", "bf16", "partitioned"),
     ((1, 1), "lpt", "bf16", "zero2"),
 ]  # fmt: skip
 ALL = {**FACTORS, "adapter": [*FACTORS["adapter"], "idpg", "lpt"]}

@@ -15,13 +15,18 @@ from hpcfed.data import sources
 from hpcfed.settings.resolve import resolve
 from tests.mpi.reference import federated_average
 from tests.mpi.variants import STAGES, VARIANTS, overrides
-from tests.pairwise import pairwise, product
+from tests.pairwise import each, product
 
 SHAPES = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
 FACTORS: dict[str, Sequence[Any]] = {
     "shape": SHAPES, "variant": [v for v in VARIANTS if v != "dropout"], "stage": STAGES,
 }  # fmt: skip
-FEW = pairwise(FACTORS)
+# With one rank per client, and with several.
+FEW = [
+    case
+    for ranks in (1, 2)
+    for case in each({**FACTORS, "shape": [shape for shape in SHAPES if shape[1] == ranks]})
+]
 MANY = [case for case in product(FACTORS) if case not in FEW]
 
 
@@ -92,7 +97,9 @@ def test_the_batches_are_ragged(once, data):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (4, 1)])
-@pytest.mark.parametrize("variant", ["sgd", "adamw", "dropout"])
+@pytest.mark.parametrize(
+    "variant", [pytest.param("sgd", marks=pytest.mark.long), "adamw", "dropout"]
+)
 def test_bit_identical_for_any_number_of_slots(worlds, once, data, tmp_path, shape, variant):
     """Each compares with the first of the three that ran."""
     values = federate(worlds, shape, data, tmp_path, variant)

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 from hpcfed.policies.sampling import sample
 from hpcfed.settings.resolve import presets, resolve
+from tests.mpi import test_factors, test_sharing, variants
 from tests.mpi.reference_fedpeptao import Loop, Outcome
 from tests.mpi.variants import COMMON
-from tests.pairwise import pairwise, product
+from tests.pairwise import each_twice, product
 from tests.same import kept, metrics
 from tests.support import MODEL, latest
 
@@ -62,7 +63,7 @@ FACTORS: dict[str, list[Any]] = {
 }
 # What a method exchanges meets one slot, several, and several ranks of one; four ranks meet in
 # test_equivalence, and below.
-FEW = pairwise({**FACTORS, "shape": [(1, 1), (2, 1), (1, 2)]})
+FEW = each_twice({**FACTORS, "shape": [(1, 1), (2, 1), (1, 2)]})
 MANY = [case for case in product(FACTORS) if case not in FEW]
 
 
@@ -77,11 +78,8 @@ def overrides(out, name, stage="zero0"):
 
 def federate(worlds, shape, tmp_path, words, lost=(), preset="p-tuning-v2"):
     """Final values, initial ones, and the run's directory."""
-    found = worlds.call(
-        shape, "tests.mpi.cases.runs:federate", folder=tmp_path, runs={"run": words},
-        preset=preset, lost=lost,
-    )  # fmt: skip
-    return found[0]["run"]["values"], found[0]["run"]["initial"], tmp_path / "run"
+    found, run = variants.federate(worlds, shape, tmp_path, words, preset, lost)
+    return found["values"], found["initial"], run
 
 
 @pytest.fixture
@@ -179,7 +177,9 @@ def near(loop, found, wanted, blocks):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (4, 1)])
-@pytest.mark.parametrize("name", ["published", "control", "scaffold", "momd"])
+@pytest.mark.parametrize(
+    "name", ["published", pytest.param("control", marks=pytest.mark.long), "scaffold", "momd"]
+)
 def test_bit_identical_for_any_number_of_slots(worlds, data, once, tmp_path, shape, name):
     """Each compares with the first of the three that ran."""
     values, _, run = federate(worlds, shape, tmp_path, overrides(data, name))
@@ -248,10 +248,18 @@ def test_a_client_that_fails_keeps_its_control_variate(
 # Presets that run elsewhere: the demo; attempt, which needs prompts of others (test_generated);
 # those with privacy, which solve for their noise first (test_privacy).
 APART = {"demo", "instruct-demo", "attempt", "dp-fibecfed", "dp-fedpeptao", "dp-ffa-lora"}
+# Those that are compared with a plain loop from their presets; as shipped they run when there is
+# time.
+COMPARED = {name for name, _ in {**test_sharing.METHODS, **test_factors.METHODS}.values()}
+COMPARED |= {"lora-fedavg", "p-tuning-v2", "fibecfed"}
+METHODS = [
+    pytest.param(name, marks=pytest.mark.long) if name in COMPARED else name
+    for name in sorted(presets().keys() - APART)
+]
 
 
 @pytest.mark.parametrize("shape", [(1, 1)])
-@pytest.mark.parametrize("method", sorted(presets().keys() - APART))
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_from_its_preset(worlds, data, tmp_path, shape, method):
     """Each composition as shipped, two rounds behind its warm-up: it ends, and it has moved."""
     config = resolve(method).config

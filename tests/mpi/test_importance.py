@@ -6,7 +6,7 @@ import pytest
 
 from tests import models
 from tests.mpi.test_engine import located
-from tests.pairwise import pairwise, product
+from tests.pairwise import each, product
 
 HEADS = {"classifier": list(models.ARCHITECTURES), "cloze": ["bert", "roberta"],
          "label_words": ["gpt2", "llama"]}  # fmt: skip
@@ -25,7 +25,7 @@ def legal(shape, architecture, file, adapter, head, spares):
 
 
 FEW = [
-    *pairwise(FACTORS, legal), ((1, 1), "bert", "partitioned", "idpg", "classifier", True),
+    *each(FACTORS, legal), ((1, 1), "bert", "partitioned", "idpg", "classifier", True),
     ((1, 2), "llama", "zero2", "lpt", "classifier", False),
 ]  # fmt: skip
 # One architecture for each head, with and without spares in turns.

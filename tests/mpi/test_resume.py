@@ -136,17 +136,18 @@ def undisturbed(worlds, data, common, once):
 
 
 @pytest.mark.parametrize("shape", [(2, 1)])
-def test_killed(undisturbed, data, tmp_path, shape):
-    """TERM, then SIGKILL of one rank in a round, and in a commit, in processes of their own; the
-    last life has another number of slots. The job ends with the rank, and none of its processes is
-    left."""
+@pytest.mark.parametrize("asked", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_killed(worlds, undisturbed, data, tmp_path, shape, asked):
+    """TERM, if asked, then SIGKILL of one rank in a round, and in a commit, in processes of their
+    own; the last life has another number of slots. The job ends with the rank, and none of its
+    processes is left."""
     out = tmp_path / "killed"
-    struck(data, out, "forward", 3, 0, "SIGTERM", code=INTERRUPTED)
+    if asked:
+        struck(data, out, "forward", 3, 0, "SIGTERM", code=INTERRUPTED)
     struck(data, out, "forward", 11, 1, "SIGKILL")
     struck(data, out, "manifest", 1, 0, "SIGKILL")
     assert not (out / "summary.json").exists()
-    line = ["run", "lora-fedavg", *words(data), f"output={out}", "--resume"]
-    assert "goes on after round" in mpiexec(1, "hpcfed", *line)
+    assert "goes on after round" in life(worlds, (1, 1), data, out, "--resume")
     assert_same(undisturbed, out)
     lives = json.loads((out / "run.json").read_text())["lives"]
     assert lives[-1]["slots"] == 1 and lives[0]["slots"] == 2

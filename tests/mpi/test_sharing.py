@@ -15,7 +15,7 @@ from hpcfed.settings.resolve import resolve
 from tests.mpi import variants
 from tests.mpi.reference_sharing import Loop
 from tests.mpi.variants import COMMON
-from tests.pairwise import pairwise, product
+from tests.pairwise import each_twice, product
 from tests.same import kept, metrics
 from tests.support import latest
 
@@ -36,7 +36,7 @@ FACTORS: dict[str, list[Any]] = {
     "stage": ["zero0", "zero1", "zero2", "zero3", "offload"],
 }
 # As in test_fedpeptao: one slot, several, and several ranks of one.
-FEW = pairwise({**FACTORS, "shape": [(1, 1), (2, 1), (1, 2)]})
+FEW = each_twice({**FACTORS, "shape": [(1, 1), (2, 1), (1, 2)]})
 MANY = [case for case in product(FACTORS) if case not in FEW]
 
 

@@ -21,7 +21,8 @@ DEADLINE = 0.1  # minutes
 
 HANGS = [
     pytest.param((2, 1), "train client=0", "training client 0 in round 2", id="train-2x1"),
-    pytest.param((1, 2), "train rank=1", "training client", id="train-1x2"),
+    pytest.param((1, 2), "train rank=1", "training client", id="train-1x2",
+                 marks=pytest.mark.long),
     *(
         pytest.param(shape, f"{phase} rank=1", says, id=f"{phase}-{shape[0]}x{shape[1]}",
                      marks=pytest.mark.long)

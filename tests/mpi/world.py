@@ -1,6 +1,6 @@
 """Program: a rank of an MPI world that runs what it is told, one case after the other.
 
-usage: world.py SOCKET RANKS_PER_CLIENT|bare     started by tests.worlds
+usage: world.py SOCKET RANKS_PER_CLIENT|bare     started by tests.worlds, itself or by tests.forks
 
 Each rank waits on a connection of its own, so an idle world takes no time from others.
 """
@@ -19,9 +19,20 @@ from hpcfed.app.run import quiet
 
 # What a first case would import.
 LATER = (
-    "peft", "hpcfed.rounds.federation", "transformers.models.bert.modeling_bert",
-    "tests.mpi.cases.engine", "tests.mpi.cases.runs",
+    "torch", "deepspeed", "peft", "hpcfed.rounds.federation",
+    "transformers.models.bert.modeling_bert", "tests.mpi.cases.engine", "tests.mpi.cases.runs",
 )  # fmt: skip
+
+
+def load() -> None:
+    """Import it; what is forked from this process has it."""
+    gc.disable()
+    for name in LATER:
+        importlib.import_module(name)
+    # DeepSpeed collects garbage whenever it makes a ZeRO-3 engine; among all that has been imported
+    # that would take longer than the engine.
+    gc.freeze()
+    gc.enable()
 
 
 def prepare(world: Any, ranks_per_client: int) -> Any:
@@ -29,21 +40,15 @@ def prepare(world: Any, ranks_per_client: int) -> Any:
     from hpcfed.cluster.topology import connect_slots
     from hpcfed.settings.config import Cluster
 
-    gc.disable()
     topology = connect_slots(world, Cluster(ranks_per_client=ranks_per_client, threads=1))
-    for name in LATER:
-        importlib.import_module(name)
-    # DeepSpeed collects garbage whenever it makes a ZeRO-3 engine; among all that has been imported
-    # that would take longer than the engine.
-    gc.freeze()
-    gc.enable()
+    if "peft" not in sys.modules:
+        load()
     return topology
 
 
-def main() -> None:
-    """Serve until told to end."""
+def serve(address: str, ranks_per_client: str) -> None:
+    """Run cases until told to end."""
     quiet()
-    address, ranks_per_client = sys.argv[1:]
     # What hangs is asked where, before it is killed.
     faulthandler.register(signal.SIGQUIT, all_threads=True)
     from hpcfed.cluster.topology import connect_world
@@ -66,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(*sys.argv[1:])

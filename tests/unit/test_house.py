@@ -1,6 +1,7 @@
 """The house: no circle of imports, and floors that know only floors below them."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,17 @@ def test_mathematics_and_policies_know_no_machine(floor):
     for name in own:
         wrong = [other for other in imports(MODULES[name]) if other.startswith(NOT_PURE)]
         assert not wrong, f"{name} imports {wrong}"
+
+
+def test_each_file_of_tests_says_what_it_guards():
+    kinds = (ROOT / "tests" / "README.md").read_text().split("| tests/")[1:]
+    told = [
+        f"{kind.partition('/')[0]}/{file}"
+        for kind in kinds
+        for file in re.findall(r"^\| `(\w+\.py)` \| .+\. \|$", kind, re.MULTILINE)
+    ]
+    files = (file.relative_to(ROOT / "tests") for file in (ROOT / "tests").glob("*/test_*.py"))
+    assert sorted(told) == sorted(map(str, files)), "tests/README.md has a line for each file"
 
 
 def test_no_file_is_long():

@@ -8,7 +8,10 @@ import pytest
 from hpcfed.errors import UserError
 from hpcfed.rounds import preflight
 from hpcfed.settings.resolve import resolve
-from tests.unit.wrong_data import CASES, Build
+from tests.unit import wrong_answers, wrong_data
+from tests.unit.wrong_data import Build
+
+CASES = [*wrong_data.CASES, *wrong_answers.CASES]
 
 
 def contents(folder: Path) -> dict[Path, bytes | None]:
