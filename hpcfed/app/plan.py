@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hpcfed import fitting, model, quantized, registry
 from hpcfed.adapters.base import Adapted, text_config
 from hpcfed.adapters.layout import HEAD
+from hpcfed.app import plan_privacy
 from hpcfed.cluster.topology import check_hosts
 from hpcfed.data import partition, sources
 from hpcfed.data.batches import padding
@@ -25,14 +26,13 @@ from hpcfed.errors import UserError
 from hpcfed.objectives import heads
 from hpcfed.policies import layers, sampling
 from hpcfed.policies.sharing import Sharing
-from hpcfed.privacy import accountant, mechanism
 from hpcfed.privacy import options as privacy
 from hpcfed.rounds import preflight
 from hpcfed.rounds.account import FP32_BYTES
 from hpcfed.server.variates import configured
 from hpcfed.settings import deepspeed_config
 from hpcfed.settings.config import Config
-from hpcfed.settings.counts import PRIVATE, SYNCED, VIRTUAL
+from hpcfed.settings.counts import BY_CLIENT, PRIVATE, SYNCED, VIRTUAL
 from hpcfed.settings.resolve import Resolved
 
 GB = 1e9
@@ -75,7 +75,7 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
     quantized.check(config, settings)
     task = sources.load(config)
     rows = partition.partition(task, config)
-    privacy.check_clients(config, len(rows))
+    privacy.check_clients(config, [len(own.train) for own in rows])
     tokenizer = model.load_tokenizer(config)
     head = heads.build(config, task, tokenizer)
     tokens, test = fitting.encode(head, (task.train, task.test), tokenizer, config)
@@ -120,8 +120,8 @@ def plan(resolved: Resolved, nodes: int, gpus: int, gigabytes: float) -> Iterato
         f" ({drawn:.1%} if they were drawn at random)"
     )
     if PRIVATE.holds(config):
-        yield from _privacy_lines(config, len(rows))
-    else:
+        yield from plan_privacy.lines(config, rows)
+    if not BY_CLIENT.holds(config):
         yield from _lane_lines(config, rows, cuts, slots)
 
 
@@ -354,31 +354,3 @@ def _lane_lines(
         for slot, (lane, load) in enumerate(zip(lanes, loads, strict=True)):
             names = ", ".join(f"{k} ({len(rows[k].train)} rows)" for k in lane) or "nobody"
             yield f"  slot {slot}: {names}: {load:,} tokens an epoch"
-
-
-def _privacy_lines(config: Config, clients: int) -> Iterator[str]:
-    """What privacy costs, and what the noise is beside what it hides; who is sampled is secret."""
-    terms, rounds = accountant.terms(config, clients), config.federation.rounds
-    expected = config.federation.per_round
-    yield (
-        f"privacy of each client: epsilon {terms.epsilon(rounds):.3f} at delta {terms.delta:g} "
-        f"after {rounds} rounds, with noise z = {terms.noise:g}"
-    )
-    yield (
-        f"  clients are drawn by Poisson sampling at rate {terms.rate:g}: {expected} a round on "
-        f"average, hardly ever more than {_most(expected, clients)}"
-    )
-    norm, adaptive = config.privacy.clip, config.privacy.clip == "adaptive"
-    deviation = terms.noise
-    if adaptive:
-        deviation = mechanism.Adaptive.of(terms.noise, expected).raised(terms.noise)
-    yield (
-        f"  a value of the mean update gets noise of {deviation / expected:.3g} times "
-        + ("the norm, which follows the median" if adaptive else f"the norm of {norm:g}")
-    )
-
-
-def _most(expected: int, clients: int) -> int:
-    """Four standard deviations above the average."""
-    rate = expected / clients
-    return min(clients, round(expected + 4 * (expected * (1 - rate)) ** 0.5))

@@ -72,7 +72,8 @@ def _of_runs(curves: figures.Curves) -> Table:
     """A line a run."""
     table: Table = [
         ["run", "curve", "seed", "rounds", "best validation", "at round", "test", "majority",
-         "clients: std", "worst tenth", "worst", "MB up", "samples", "seconds", "failures"]
+         "clients: std", "worst tenth", "worst", "MB up", "samples", "seconds", "failures",
+         "epsilon", "ended early"]
     ]  # fmt: skip
     for legend, runs in curves.items():
         for run in runs:
@@ -88,6 +89,8 @@ def _of_runs(curves: figures.Curves) -> Table:
                     sum(r["samples"] for r in run.records),
                     sum(sum(r["seconds"].values()) for r in run.records),
                     sum(len(r["failed"]) for r in run.records),
+                    run.records[-1].get("privacy", {}).get("epsilon"),
+                    run.summary.get("privacy", {}).get("ended_early"),
                 ]
             )  # fmt: skip
     return table
@@ -108,7 +111,7 @@ def _of_rounds(curves: figures.Curves) -> Table:
     """A line a round of each run."""
     table: Table = [
         ["run", "curve", "round", "loss", "validation", "seconds", "samples", "MB up", "share",
-         "failed", "shared layers"]
+         "failed", "shared layers", "epsilon"]
     ]  # fmt: skip
     for legend, runs in curves.items():
         for run in runs:
@@ -119,7 +122,8 @@ def _of_rounds(curves: figures.Curves) -> Table:
                 score = r["validation"]["personal"]["score"] if "validation" in r else None
                 table.append(
                     [run.path.name, legend, r["round"], r["train_loss"], score, seconds, samples,
-                     up, r.get("share"), len(r["failed"]), " ".join(r["shared_layers"])]
+                     up, r.get("share"), len(r["failed"]), " ".join(r["shared_layers"]),
+                     r.get("privacy", {}).get("epsilon")]
                 )  # fmt: skip
     return table
 

@@ -23,6 +23,7 @@ from hpcfed.engine.lean import leave_out_what_is_idle
 from hpcfed.engine.masters import STEPS, Masters
 from hpcfed.engine.observer import Observer
 from hpcfed.engine.optimizer import make_optimizer
+from hpcfed.engine.recovery import discard, recover
 from hpcfed.engine.trained import Trained
 from hpcfed.engine.values import Values
 from hpcfed.errors import UserError
@@ -191,11 +192,9 @@ class Engine:
         result = Trained()
         # On the device: to read it, the host would wait for each step.
         total = torch.zeros((), dtype=torch.float64, device=topology.device)
-        seen = (
-            Observer(self.layout, self.owners, self.taps, topology, len(tokens))
-            if observe and len(batches)
-            else None
-        )
+        seen: Observer | None = None
+        if observe and len(batches):
+            seen = Observer(self.layout, self.owners, self.taps, topology, len(tokens))
         for batch in batches:
             micro_steps = self.micro_batches(batch)
             # DeepSpeed averages over the ranks: ranks / len(batch) makes it the batch's mean.
@@ -212,13 +211,13 @@ class Engine:
                     losses = self.forward(rows, batch, tokens)
                 except ClientError:
                     self.taps.listen(None)
-                    self._discard(number > 0)
+                    self.discard(number > 0)
                     raise
-                self._backward(losses.sum() * scale)
+                self.backward(losses.sum() * scale)
                 if seen and len(rows):
                     seen.end(rows, losses)
                 total += losses.detach().sum()
-            self._step(total)
+            self.step(total)
             result.samples += len(batch)
             result.tokens += int(tokens.lengths[batch].sum())
             result.steps += 1
@@ -232,7 +231,7 @@ class Engine:
             result.losses, result.fisher, result.neurons = observed
         return result
 
-    def _backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor) -> None:
         """Raises ClientError if it fails where no rank waits for this one."""
         problem = self._tried(lambda: self._deepspeed.backward(loss, scale_wrt_gas=False))
         if self._agrees:
@@ -243,7 +242,7 @@ class Engine:
             self._recover()
             raise ClientError(problem)
 
-    def _step(self, total: torch.Tensor) -> None:
+    def step(self, total: torch.Tensor) -> None:
         """The optimizer's step; total: the losses so far. Raises ClientError if it fails where no
         rank waits for this one, or was left out."""
         skipped = self._deepspeed.skipped_steps
@@ -273,20 +272,7 @@ class Engine:
         counted or gathered. Values and optimizer state are spoiled, and overwritten by the next
         load."""
         self.taps.listen(None)
-        if self.stage == 0:
-            self._deepspeed.zero_grad()
-            return
-        optimizer = self._deepspeed.optimizer
-        if self.stage > 1:
-            optimizer.overlapping_partition_gradients_reduce_epilogue()
-        else:
-            optimizer.reduce_gradients()
-        optimizer.exit_backward()
-        if self.stage == 3:
-            coordinator = optimizer.parameter_offload.get_param_coordinator()
-            coordinator.release_and_reset_all(self.model)
-            coordinator.reset_step()
-        self._discard(accumulated=True)
+        recover(self._deepspeed, self.stage, self.model, self.topology.device)
 
     def micro_batches(self, batch: Ids) -> list[Ids]:
         """This rank's rows of the batch, micro-step by micro-step."""
@@ -336,6 +322,23 @@ class Engine:
         """Dropout off."""
         self._deepspeed.eval()
 
+    def training(self) -> None:
+        """Dropout on."""
+        self._deepspeed.train()
+
+    def boundary(self, last: bool) -> None:
+        """Whether the next backward is the last one before a step."""
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+
+    def disturb(self, noise: torch.Tensor | None) -> None:
+        """Add (layout.size,) to this rank's next gradient, once; None: nothing."""
+        self._masters.disturb(None if noise is None else self._values.shaped(noise.float()))
+
+    def agree(self, problem: str) -> None:
+        """Raises ClientError on all ranks of the slot if one of them has a problem."""
+        if problem := self._first_problem(problem):
+            raise ClientError(problem)
+
     def mask(self, rows: Ids, tokens: Tokens) -> torch.Tensor:
         """(len(rows), positions): 1 where the hidden states of these rows are no padding."""
         mask = self.head.inputs(tokens, rows, self.topology.device)["attention_mask"]
@@ -350,16 +353,11 @@ class Engine:
             return ""
         return next(text for text in topology.slot.allgather(problem) if text)
 
-    def _discard(self, accumulated: bool) -> None:
+    def discard(self, accumulated: bool) -> None:
         """Clear gradients that micro-steps left in the engine: finish the step with a zero loss,
         which spoils values and optimizer state until the next load."""
-        if not accumulated:
-            return
-        self._deepspeed.set_gradient_accumulation_boundary(True)
-        ids = torch.ones((1, 4), dtype=torch.int64, device=self.topology.device)
-        zero = self._deepspeed(input_ids=ids, attention_mask=ids).float().sum() * 0.0
-        self._deepspeed.backward(zero, scale_wrt_gas=False)
-        self._deepspeed.step()
+        if accumulated:
+            discard(self._deepspeed, self.topology.device)
 
     @torch.no_grad()
     def predict(

@@ -34,6 +34,7 @@ class Masters:
         self._deepspeed = deepspeed
         self._stage = stage
         self._absent: list[torch.Tensor] = []  # a parameter's frozen values, in its full shape
+        self._noise: dict[int, torch.Tensor] = {}  # by the parameter's number, likewise
         # All below by id of the master.
         self._frozen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._added: dict[int, torch.Tensor] = {}
@@ -69,7 +70,8 @@ class Masters:
 
     def release(self) -> None:
         """Nothing is frozen, corrected, or remembered of earlier steps."""
-        self._absent, self._pull, self._importance = [], 0.0, None
+        self._absent, self._pull, self._noise = [], 0.0, {}
+        self._importance = None
         self._frozen, self._added, self._start, self._gradients = {}, {}, {}, {}
         self._base.state.clear()
 
@@ -84,6 +86,10 @@ class Masters:
             id(master): (mask, master.detach().clone())
             for master, mask in zip(self.tensors(), where, strict=True)
         }
+
+    def disturb(self, noise: Sequence[torch.Tensor] | None) -> None:
+        """Add these, per parameter in its full shape, to the next gradient; once."""
+        self._noise = {} if noise is None else dict(enumerate(noise))
 
     def pull(self, strength: float) -> None:
         """Add strength * (value - its value now) to each gradient: the proximal term."""
@@ -130,6 +136,10 @@ class Masters:
 
     def _gradient_hook(self, index: int) -> Any:
         def hook(gradient: torch.Tensor) -> torch.Tensor | None:
+            noise = self._noise.pop(index, None)
+            if noise is not None:
+                gradient = gradient + noise
+                return gradient.masked_fill(self._absent[index], 0) if self._absent else gradient
             return gradient.masked_fill(self._absent[index], 0) if self._absent else None
 
         return hook

@@ -32,8 +32,9 @@ def fisher_traces(engine: Engine, batches: Sequence[Ids], tokens: Tokens) -> Flo
     for batch in batches:
         for rows in engine.micro_batches(batch):
             sums.batch(max(len(rows), 1), 1.0)
+            engine.probing()
             with engine.watch.watch(outputs=False):
-                _backward(engine, rows, batch, tokens, sums)
+                input_gradient(engine, rows, batch, tokens, sums)
             if len(rows):
                 traces[rows] = sums.trace.cpu().numpy()
     return sum_in_slot(traces, engine.topology)
@@ -63,8 +64,9 @@ def sensitivity(engine: Engine, batch: Ids, tokens: Tokens) -> Floats:
     """
     total = np.zeros(len(engine.watch.blocks))
     for rows in engine.micro_batches(batch):
+        engine.probing()
         with engine.watch.watch():
-            slope = _backward(engine, rows, batch, tokens, None)
+            slope = input_gradient(engine, rows, batch, tokens, None)
             clean, entered = engine.watch.left, engine.watch.entered
         assert entered is not None
         filled = rows if len(rows) else batch[:1]
@@ -108,8 +110,9 @@ def gradient(engine: Engine, batch: Ids, tokens: Tokens) -> torch.Tensor:
             total[entries[number].values] += values.sum(0).double().flatten().cpu()
 
     for rows in engine.micro_batches(batch):
+        engine.probing()
         with engine.watch.watch(outputs=False):
-            _backward(engine, rows, batch, tokens, consume)
+            input_gradient(engine, rows, batch, tokens, consume)
     sum_in_slot(total.numpy(), engine.topology)
     return total / len(batch)
 
@@ -160,12 +163,11 @@ def _exact_product(
     return total / len(batch)
 
 
-def _backward(
+def input_gradient(
     engine: Engine, rows: Ids, batch: Ids, tokens: Tokens, consumer: Consumer | None
 ) -> torch.Tensor:
     """Gradient of the summed loss of `rows` at the first block's input, which is being watched;
-    feeds the consumer."""
-    engine.probing()
+    feeds the consumer. In the mode that the engine is in."""
     engine.taps.listen(consumer)
     try:
         losses = engine.forward(rows, batch, tokens, probing=True)

@@ -119,6 +119,28 @@ def _least(cost: Callable[[int], float], wanted: float, low: int, high: int) -> 
     return high
 
 
+def most(cost: Callable[[int], float], rounds: int, budget: float) -> int:
+    """How many of so many rounds cost at most the budget; cost: of that many, growing."""
+    if cost(rounds) <= budget:
+        return rounds
+    low, high = 0, rounds
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) <= budget else (low, middle)
+    return low
+
+
+def ends_early(config: Config, rounds: int) -> str:
+    """Why a run ends after so many of federation.rounds; "" if it has all."""
+    planned = config.federation.rounds
+    if rounds == planned:
+        return ""
+    return (
+        f"privacy.epsilon={config.privacy.epsilon:g} allows {rounds} of the {planned} rounds: the "
+        "run ends before the round that would cost more"
+    )
+
+
 @dataclass(frozen=True)
 class Terms:
     """What a run's privacy rests on. rate: q of Poisson sampling; noise: z."""
@@ -131,26 +153,25 @@ class Terms:
         """After so many rounds."""
         return epsilon(self.rate, self.noise, rounds, self.delta)
 
+    def fitting(self, rounds: int, budget: float | None) -> int:
+        """How many of so many rounds cost at most the budget; None: all."""
+        return rounds if budget is None else most(self.epsilon, rounds, budget)
+
 
 def terms(config: Config, clients: int) -> Terms:
     """Of a configuration with privacy, and so many clients. Solves for the noise if only a budget
-    is given. Raises UserError if the rounds cost more than the budget."""
+    is given. Raises UserError if the budget is spent before the method has had a round."""
     spec, rounds = config.privacy, config.federation.rounds
     rate = config.federation.per_round / clients
     if spec.noise is None:
         assert spec.epsilon is not None
         return Terms(rate, solve(rate, rounds, spec.epsilon, spec.delta), spec.delta)
-    found = Terms(rate, spec.noise, spec.delta)
-    if spec.epsilon is not None and found.epsilon(rounds) > spec.epsilon:
-        low, high = 0, rounds
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if found.epsilon(middle) <= spec.epsilon else (low, middle)
+    found, warmup = Terms(rate, spec.noise, spec.delta), config.curriculum.warmup
+    if found.fitting(warmup + 1, spec.epsilon) <= warmup:
+        first = "one round" if not warmup else f"the warm-up and one round ({warmup + 1})"
         raise UserError(
-            f"{rounds} rounds at privacy.noise={spec.noise:g} cost epsilon "
-            f"{found.epsilon(rounds):.3g}, more than privacy.epsilon={spec.epsilon:g}; "
-            + (f"{low} fit in it: set federation.rounds={low}, or give" if low else "not one fits "
-               "in it: give")
-            + " more noise, or leave privacy.noise out to have it solved for."
-        )  # fmt: skip
+            f"{first} at privacy.noise={spec.noise:g} cost epsilon {found.epsilon(warmup + 1):.3g},"
+            f" more than privacy.epsilon={spec.epsilon:g}: give more noise, or leave privacy.noise "
+            "out to have it solved for."
+        )
     return found

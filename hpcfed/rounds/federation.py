@@ -47,7 +47,7 @@ class Federation:
         self._config, self._topology = setup.config, setup.topology
         self._guard = setup.guard
         # With privacy a round counts whoever comes through: to draw again would tell who does.
-        self._needed = setup.config.federation.min_clients if self._guard is None else 0
+        self._needed = setup.config.federation.min_clients if setup.privacy is None else 0
         self.client_states = {
             kind: ClientStates(
                 kind, self.state.clients[kind], setup.directory, setup.topology.is_root
@@ -78,7 +78,7 @@ class Federation:
                 tracker = tracking.begin(config, directory.path, directory.clients.run)
         progress.start(self.setup.opening())
         stopping = False
-        while not stopping and state.rounds < config.federation.rounds:
+        while not stopping and state.rounds < self.setup.rounds:
             if state.rounds == config.curriculum.warmup:
                 try:
                     self.begin_method(progress)
@@ -94,7 +94,7 @@ class Federation:
             tracker.round(record)
             progress.round(record)
             self.setup.stop.committed()
-        done = not stopping and state.rounds == config.federation.rounds
+        done = not stopping and state.rounds >= self.setup.rounds
         summary = self.results.finish(lambda: self.seconds_so_far) if done else None
         tracker.finish(summary)
         if summary is not None:
@@ -256,8 +256,8 @@ class Federation:
         if config.sparsity.keep < 1:
             densities = tally.column("density").tolist()
             record["mask_density"] = dict(zip(map(str, now.clients), densities, strict=True))
-        if self._guard is not None:
-            record["privacy"] = self._guard.record(now.number + 1)
+        if self.setup.privacy is not None:
+            record["privacy"] = self.setup.privacy.record(now.number + 1)
         return record
 
     def commit(self, record: dict[str, Any]) -> None:

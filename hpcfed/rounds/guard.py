@@ -14,21 +14,25 @@ import torch
 
 from hpcfed.cluster.collectives import MaskedSum
 from hpcfed.cluster.topology import Topology
+from hpcfed.data.partition import ClientRows
 from hpcfed.errors import UserError
 from hpcfed.privacy import mechanism, streams
-from hpcfed.privacy.accountant import Terms, terms
+from hpcfed.privacy.accountant import Terms, ends_early, terms
+from hpcfed.rounds import ledger
 from hpcfed.settings.config import Config
-from hpcfed.settings.counts import PRIVATE
+from hpcfed.settings.counts import BY_CLIENT, BY_SAMPLE
 from hpcfed.state import PrivacyState
 
 
-def begin(config: Config, clients: int) -> tuple[PrivacyState, bytes]:
+def begin(config: Config, rows: list[ClientRows]) -> tuple[PrivacyState, bytes]:
     """Of a new run, on one rank: its state, which holds the noise that was solved for, and its key.
-    Raises UserError if the rounds do not fit in the budget."""
+    Raises UserError if the budget is too small for any."""
     spec = config.privacy
     key = os.urandom(streams.KEY_BYTES) if spec.secret else streams.public_key(config.seed)
     clip = mechanism.START if spec.clip == "adaptive" else spec.clip
-    return PrivacyState(terms(config, clients).noise, clip, streams.digest(key)), key
+    by_sample = BY_SAMPLE.holds(config)
+    noise = ledger.plan(config, rows).noise() if by_sample else terms(config, len(rows)).noise
+    return PrivacyState(noise, clip, streams.digest(key)), key
 
 
 def check_key(state: PrivacyState, key: bytes) -> None:
@@ -43,13 +47,14 @@ def check_key(state: PrivacyState, key: bytes) -> None:
 @dataclass
 class Guard:
     """What privacy asks of each round, on all ranks. key: None on ranks of other slots than the
-    first."""
+    first. rounds: that the budget allows, of those that are planned."""
 
     config: Config
     clients: int
     topology: Topology
     state: PrivacyState
     key: bytes | None
+    rounds: int
 
     def __post_init__(self) -> None:
         spec, expected = self.config.privacy, self.config.federation.per_round
@@ -100,6 +105,11 @@ class Guard:
         self.state.clip = self._adaptive.next(clip, total, self._expected)
         return mean[:-1]
 
+    @property
+    def ends_early(self) -> str:
+        """Why the run ends before federation.rounds; "" if it does not."""
+        return ends_early(self.config, self.rounds)
+
     def record(self, rounds: int) -> dict[str, Any]:
         """For a round's metrics, on the rank that writes them."""
         if not self.topology.is_root:
@@ -111,7 +121,10 @@ class Guard:
         if not self.topology.is_root:
             return {}
         return {
+            "unit": self.config.privacy.unit,
             "epsilon": self.terms.epsilon(rounds),
+            "budget": self.config.privacy.epsilon,
+            "ended_early": self.ends_early or None,
             "delta": self.terms.delta,
             "noise": self.terms.noise,
             "rate": self.terms.rate,
@@ -127,10 +140,19 @@ def build(
     state: PrivacyState | None,
     key: bytes | None,
 ) -> Guard | None:
-    """None without privacy. key: on the first rank. Collective over the world."""
-    if not PRIVATE.holds(config):
+    """None without client-level privacy. key: on the first rank. Collective over the world."""
+    if not BY_CLIENT.holds(config):
         return None
     assert state is not None
+    planned, spec = config.federation.rounds, config.privacy
+    rounds = None
+    if topology.is_root:
+        # Noise that was solved for is enough for all rounds, by a bound as tight as that.
+        budget = None if spec.noise is None else spec.epsilon
+        found = Terms(config.federation.per_round / clients, state.noise, spec.delta)
+        rounds = found.fitting(planned, budget)
+    rounds = topology.world.comm.bcast(rounds)
     if topology.slot_index == 0:
         key = topology.slot.bcast(key)
-    return Guard(config, clients, topology, state, key if topology.slot_index == 0 else None)
+    own = key if topology.slot_index == 0 else None
+    return Guard(config, clients, topology, state, own, rounds)

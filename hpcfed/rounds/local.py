@@ -12,6 +12,7 @@ import torch
 from hpcfed import registry
 from hpcfed.cluster.collectives import sum_over_ranks
 from hpcfed.data.batches import Floats, Ids, form_batches
+from hpcfed.engine import dpsgd
 from hpcfed.engine.failures import ClientError
 from hpcfed.engine.masters import STEPS
 from hpcfed.engine.probe import fisher_traces, row_losses
@@ -48,6 +49,7 @@ class LocalRounds:
         self._cuts = setup.cuts
         self._tokens = setup.train_tokens
         self._directory = setup.directory
+        self._ledger = setup.ledger
         self._personal = states[PERSONAL]
         self._difficulties = states[CURRICULUM]
         self._moments = states[MOMENTS]
@@ -134,7 +136,7 @@ class LocalRounds:
             done.scored = schedule.scored * (1 + self._extra)
             if schedule.scored:
                 done.score_seconds = time.monotonic() - clock
-            trained = self._train(client, round_number, schedule, tracks, later)
+            trained = self._train(client, round_number, schedule, tracks, first, later)
             done.samples, done.steps = trained.samples, trained.steps
             done.tokens = trained.tokens
             done.scored += trained.samples * self._extra
@@ -186,10 +188,11 @@ class LocalRounds:
         round_number: int,
         schedule: Schedule,
         tracks: bool,
+        mask: torch.Tensor | None,
         later: Sequence[torch.Tensor | None] = (),
     ) -> Trained:
-        """The local epochs; brings the schedule's difficulties up to date. later: what trains in
-        the phases after the one that is loaded."""
+        """The local epochs; brings the schedule's difficulties up to date. mask: what trains
+        in the phase that is loaded; later: in those after it."""
         config, engine = self._config, self._engine
         spec, rank = config.curriculum, engine.topology.rank_in_slot
         tokens = self._cuts.at(round_number)
@@ -199,9 +202,12 @@ class LocalRounds:
         seed = derive(config.seed, "dropout", round_number, client, rank)
         cuts = [len(batches) * phase // (1 + len(later)) for phase in range(2 + len(later))]
         first, *others = (batches[start:stop] for start, stop in itertools.pairwise(cuts))
+        if self._ledger is not None:
+            release = self._ledger.release(client, round_number, self._rows[client].train)
+            return dpsgd.train(engine, first, tokens, seed, release, mask)
         trained = engine.train(first, tokens, seed, observe=tracks or learns)
-        for phase, (mask, part) in enumerate(zip(later, others, strict=True), 1):
-            engine.load(engine.read(), mask, rate=self.rate(round_number))
+        for phase, (own, part) in enumerate(zip(later, others, strict=True), 1):
+            engine.load(engine.read(), own, rate=self.rate(round_number))
             more = engine.train(part, tokens, seed + phase, observe=tracks or learns)
             trained = trained.followed_by(more)
         if known is not None and learns:
@@ -318,6 +324,8 @@ class LocalRounds:
     def _epochs(self, client: int, round_number: int, schedule: Schedule) -> list[Ids]:
         """Batches of the local epochs; with a curriculum those in use, shuffled in each."""
         config = self._config
+        if self._ledger is not None:
+            return self._ledger.batches(client, round_number, self._rows[client].train)
         if config.federation.pooled:
             return self._pooled(round_number)
         batches: list[Ids] = []

@@ -76,7 +76,7 @@ def check(resolved: Resolved, ranks: int, resume: bool = False, writes: bool = T
     if config.model.head in ("cloze", "label_words"):  # a plug-in's own says itself what it needs
         wording(config, task)
     rows = partition.partition(task, config)
-    privacy.check_clients(config, len(rows))
+    privacy.check_clients(config, [len(own.train) for own in rows])
     if begun:
         _check_rows(output, partition.summary(task, rows))
     return Checked(resolved, settings, output, task, rows, begun)
@@ -142,14 +142,16 @@ def check_threads(config: Config) -> None:
 
 
 def is_complete(config: Config) -> bool:
-    """Whether the run directory holds a finished run of so many rounds. Raises UserError if it is
-    another one."""
+    """Whether the run directory holds a finished run of so many rounds, or one that has come to the
+    end of its budget of privacy. Raises UserError if it is another one."""
     output = output_folder(config)
     try:
         summary = read_object(output / SUMMARY)
     except DamageError:
         return False
-    if summary.get("rounds") != config.federation.rounds or "test" not in summary:
+    private = summary.get("privacy")
+    spent = bool(private.get("ended_early")) if isinstance(private, dict) else False
+    if "test" not in summary or (summary.get("rounds") != config.federation.rounds and not spent):
         return False
     _check_unchanged(config, output)
     return True

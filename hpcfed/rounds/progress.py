@@ -162,9 +162,11 @@ class Progress:
             own = summary["privacy"]
             self._say(
                 f"privacy        epsilon {own['epsilon']:.3f} at delta {own['delta']:g} for each "
-                f"client (noise {own['noise']:g})"
+                f"{'client' if own['unit'] == 'client' else 'row'} (noise {own['noise']:g})"
                 + ("" if own["secret"] else ", if the seed were a secret")
             )
+            if own["ended_early"]:
+                self._say(" " * 15 + own["ended_early"])
         self._say(
             f"bytes          up {sent['up'] / 1e6:.2f} MB{shared}  down {sent['down'] / 1e6:.2f} MB"
             f"  on the wire {sent['wire'] / 1e6:.2f} MB\n"

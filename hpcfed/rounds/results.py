@@ -72,7 +72,7 @@ class Results:
         """Where it is time for it, validation metrics of the current values, into the round's
         record; remembers the best round."""
         state, config = self._state, self._setup.config
-        last = state.rounds == config.federation.rounds
+        last = state.rounds == self._setup.rounds
         if not last and state.rounds % config.evaluation.every:
             return
         clock = time.monotonic()
@@ -157,14 +157,14 @@ class Results:
         results = self._test(state.values, files.current) if looks else {}
         before = self._before() if looks and config.evaluation.before else None
         at_best = results
-        if state.best is not None and state.best.round + 1 != config.federation.rounds and looks:
+        if state.best is not None and state.best.round + 1 != state.rounds and looks:
             at_best = self._test(state.best.values, files.pinned)
         self._account.evaluated(time.monotonic() - clock)
         summary = {
             "method": config.method,
             "task": config.task.name,
             "seed": config.seed,
-            "rounds": config.federation.rounds,
+            "rounds": state.rounds,
             "metric": setup.task.metric,
             **({"rounded": setup.prepared.rounded} if setup.prepared.rounded else {}),
             **(self._scores(results) if looks else {"test": None}),
@@ -179,7 +179,7 @@ class Results:
             **_left_out(results),
             **({"evaluated_clients": len(self._asked)} if self._asked is not None else {}),
             **self._account.summary(),
-            **({"privacy": setup.guard.summary(state.rounds)} if setup.guard else {}),
+            **({"privacy": setup.privacy.summary(state.rounds)} if setup.privacy else {}),
             "seconds": {
                 "init": state.seconds.init,
                 **state.seconds.phases,

@@ -28,6 +28,7 @@ from hpcfed.model import Prepared
 from hpcfed.objectives import heads
 from hpcfed.privacy.streams import public_key
 from hpcfed.rounds import guard as privacy
+from hpcfed.rounds import ledger as by_row
 from hpcfed.rounds import origin
 from hpcfed.rounds.preflight import Checked, check_rounds
 from hpcfed.rounds.progress import Opening
@@ -64,7 +65,19 @@ class Setup:
     started: float
     init_seconds: float
     earlier_seconds: float
-    guard: privacy.Guard | None = None  # with privacy
+    guard: privacy.Guard | None = None  # with privacy of clients
+    ledger: by_row.Ledger | None = None  # with privacy of rows
+
+    @property
+    def rounds(self) -> int:
+        """After which the run ends: federation.rounds, or fewer, if a budget of privacy does not
+        allow so many."""
+        return self.config.federation.rounds if self.privacy is None else self.privacy.rounds
+
+    @property
+    def privacy(self) -> privacy.Guard | by_row.Ledger | None:
+        """What accounts for privacy, if there is any."""
+        return self.guard or self.ledger
 
     @property
     def train_tokens(self) -> Tokens:
@@ -74,12 +87,13 @@ class Setup:
     def opening(self) -> Opening:
         """What a person is told at the start."""
         config, topology = self.config, self.topology
+        early = self.privacy.ends_early if self.privacy else ""
         return Opening(
             what=f"{config.method} on {config.task.name}",
             training_rows=len(self.task.train),
             clients=len(self.rows),
             per_round=min(config.federation.per_round, len(self.rows)),
-            rounds=config.federation.rounds,
+            rounds=self.rounds,
             model=config.model.name,
             frozen=self.prepared.backbone_values,
             trainable=self.prepared.adapted.layout.trained.size,
@@ -91,7 +105,7 @@ class Setup:
             folder=self.directory.path,
             done=self.state.rounds,
             up=self.state.totals.up,
-            notes=tuple(filter(None, (self.prepared.rounded, *self.prepared.notes))),
+            notes=tuple(filter(None, (self.prepared.rounded, *self.prepared.notes, early))),
         )
 
 
@@ -163,7 +177,7 @@ def _set_up(
     assert state is not None
     with world.agreement("accounting for privacy"):
         if PRIVATE.holds(config) and not checked.begun and world.rank == 0:
-            state.privacy, key = privacy.begin(config, len(checked.rows))
+            state.privacy, key = privacy.begin(config, checked.rows)
     state.privacy = world.comm.bcast(state.privacy)
     earlier_seconds = state.seconds.total
     state.seconds.init += init_seconds
@@ -192,6 +206,7 @@ def _set_up(
         config, task, checked.rows, cuts, test_tokens, prepared, engine, topology, stop,
         directory, state, started, init_seconds, earlier_seconds,
         privacy.build(config, len(checked.rows), topology, state.privacy, key),
+        by_row.build(config, checked.rows, topology, state.privacy, key),
     )  # fmt: skip
 
 

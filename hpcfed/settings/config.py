@@ -296,15 +296,21 @@ class Server:
 
 @dataclass(frozen=True)
 class Privacy:
+    unit: Literal["client", "sample"] = option(
+        "client",
+        "what is hidden: that a client took part (DP-FedAvg), or that one of its rows did (DP-SGD "
+        "in each client: rows are drawn for each step, each row's gradient is cut down)",
+        counts=counts.PRIVATE,
+    )
     epsilon: float | None = option(
         None,
-        "differential privacy of clients, at delta: the budget of the whole run; without noise the "
+        "differential privacy, at delta: the budget of the whole run; without noise the "
         "noise is solved for, for so many rounds",
         above=0,
         at_most=1000,
     )
     noise: float | None = option(
-        None, "z: the noise on the sum of the updates has z times clip as its standard deviation",
+        None, "z: the noise on a sum of updates, or gradients, has z times clip as its deviation",
         at_least=0.1, at_most=1000,
     )  # fmt: skip
     delta: float = option(
@@ -313,8 +319,8 @@ class Privacy:
     )  # fmt: skip
     clip: float | Literal["adaptive"] = option(
         1.0,
-        "norm to which a client's update is cut down, over all that it sends; adaptive: the noised "
-        "median of the norms, from 0.1 on",
+        "norm to which a client's update is cut down, over all that it sends, or a row's gradient, "
+        "over all that trains; adaptive, of updates: the noised median of the norms, from 0.1 on",
         at_least=1e-6,
         at_most=1e6,
         counts=counts.PRIVATE,

@@ -180,6 +180,14 @@ PRIVATE = When(
     "privacy.epsilon or privacy.noise is given",
     lambda c: c.privacy.epsilon is not None or c.privacy.noise is not None,
 )
+BY_SAMPLE = When(
+    "privacy.unit is sample, and privacy.epsilon or privacy.noise given",
+    lambda c: PRIVATE.holds(c) and c.privacy.unit == "sample",
+)
+BY_CLIENT = When(
+    "privacy.unit is client, and privacy.epsilon or privacy.noise given",
+    lambda c: PRIVATE.holds(c) and c.privacy.unit == "client",
+)
 
 STEPS = When("server.optimizer is not mean", lambda c: c.server.optimizer != "mean")
 ADAPTIVE = When(

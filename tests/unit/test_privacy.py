@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from hpcfed.errors import UserError
-from hpcfed.privacy import accountant, mechanism, streams
+from hpcfed.policies import sampling
+from hpcfed.privacy import accountant, mechanism, samples, streams
 from hpcfed.rounds import preflight
 from hpcfed.settings.resolve import resolve
 from hpcfed.storage import secret
+from tests.mpi.reference_dpsgd import clipped_sum, gradient_of
 
 KEY = bytes(range(32))
 NUMBERS = 200_000
@@ -152,13 +154,22 @@ def test_the_least_number_is_found_with_few_questions():
 
 
 def test_a_budget_that_is_too_small():
-    with pytest.raises(
-        UserError, match=r"3 rounds at privacy\.noise=1 cost.*set federation\.round"
-    ):
-        terms("privacy.noise=1", "privacy.epsilon=3")
-    with pytest.raises(UserError, match=r"not one fits in it: give more noise"):
+    with pytest.raises(UserError, match=r"one round at privacy\.noise=1 cost.*give more noise"):
         terms("privacy.noise=1", "privacy.epsilon=0.5")
+    warm = ("privacy.noise=1", "privacy.epsilon=3", "curriculum.warmup=2", "layers.score=last")
+    with pytest.raises(UserError, match=r"the warm-up and one round \(3\) at"):
+        terms(*warm)
     assert terms("privacy.noise=1", "privacy.epsilon=9").noise == 1
+
+
+def test_the_rounds_that_a_budget_allows():
+    """As many as cost no more, by asking each."""
+    found = terms("privacy.noise=1", "privacy.epsilon=3")
+    costs = [found.epsilon(rounds) for rounds in range(1, 13)]
+    assert costs == sorted(costs)
+    for budget in (2.0, 3.0, 4.0, costs[4], 100.0):
+        assert found.fitting(12, budget) == sum(cost <= budget for cost in costs)
+    assert found.fitting(12, None) == 12 and found.fitting(12, 0.1) == 0
 
 
 def test_a_run_whose_noise_was_solved_for_gets_no_more_rounds(tmp_path):
@@ -167,6 +178,78 @@ def test_a_run_whose_noise_was_solved_for_gets_no_more_rounds(tmp_path):
         preflight.check_rounds(own, 8, tmp_path)
     more = resolve("lora-fedavg", ["federation.rounds=9", "privacy.noise=1"]).config
     preflight.check_rounds(more, 8, tmp_path)
+
+
+def planned(rows, *overrides):
+    words = [
+        f"federation.clients={len(rows)}", "federation.per_round=3", "federation.rounds=5",
+        "local.batch_size=4", "privacy.unit=sample", "privacy.noise=0.8", *overrides,
+    ]  # fmt: skip
+    return samples.Plan(resolve("lora-fedavg", words).config, rows)
+
+
+def test_rows_are_accounted_by_the_client_that_loses_most():
+    """Against each client by itself: its own rate, and the steps that it made."""
+    rows = (4, 9, 9, 17, 30, 2)
+    own = planned(rows)
+    for rounds in (0, 1, 3, 5):
+        times = [0] * len(rows)
+        for t in range(rounds):
+            for k in sampling.sample(own.config.seed, t, len(rows), 3):
+                times[k] += 1
+        each = [
+            accountant.epsilon(min(1.0, 4 / n), 0.8, m * 2 * math.ceil(n / 4), 1e-5)
+            for n, m in zip(rows, times, strict=True)
+        ]
+        assert own.epsilon(rounds, 0.8) == max(each)
+    assert [own.steps(k) for k in range(6)] == [2, 6, 6, 10, 16, 2]
+    assert planned(rows, "local.max_steps=3").steps(4) == 3
+    assert own.expected(0) == 4 and own.expected(4) == 4 and own.expected(5) == 2
+
+
+def test_the_budget_of_rows():
+    """Solved noise is enough and hardly more; given noise stops at the budget, or is refused."""
+    rows = (5, 9, 12, 17, 30, 2)
+    own = planned(rows, "privacy.epsilon=6")
+    fits = own.fitting(0.8)
+    costs = [own.epsilon(t, 0.8) for t in range(6)]
+    assert fits == sum(cost <= 6 for cost in costs[1:]) or fits == 5
+    solved = samples.Plan(
+        resolve("lora-fedavg", ["federation.clients=6", "federation.per_round=3",
+                "federation.rounds=5", "local.batch_size=4", "privacy.unit=sample",
+                "privacy.epsilon=6"]).config, rows)  # fmt: skip
+    noise = solved.noise()
+    assert solved.epsilon(5, noise) <= 6 < solved.epsilon(5, noise - 2e-3)
+    assert solved.fitting(noise) == 5
+    with pytest.raises(UserError, match=r"the first 1 rounds at privacy\.noise=0\.8 cost"):
+        planned(rows, "privacy.epsilon=0.1").noise()
+
+
+def test_a_clipped_noised_step_is_that_of_opacus():
+    """By hand: two layers, one row far beyond the norm. `pip install --no-deps opacus` for it."""
+    optimizers = pytest.importorskip("opacus.optimizers", reason="opacus is not installed")
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    parameters = list(net.parameters())
+    gradients = []
+    for row in torch.randn(5, 4) * torch.tensor([[0.01], [1.0], [3.0], [0.1], [100.0]]):
+        net.zero_grad()
+        net(row).square().sum().backward()
+        gradients.append(gradient_of(parameters))
+    wanted = clipped_sum(gradients, 0.7) / 4
+    split = [torch.stack(own) for own in zip(
+        *(g.split([p.numel() for p in parameters]) for g in gradients), strict=True
+    )]  # fmt: skip
+    for p, own in zip(parameters, split, strict=True):
+        setattr(p, "grad_sample", own.view(5, *p.shape))  # noqa: B010
+    optimizer = optimizers.DPOptimizer(
+        torch.optim.SGD(parameters, lr=1.0), noise_multiplier=0.0, max_grad_norm=0.7,
+        expected_batch_size=4,
+    )  # fmt: skip
+    before = torch.nn.utils.parameters_to_vector(parameters).detach().clone()
+    optimizer.step()
+    moved = before - torch.nn.utils.parameters_to_vector(parameters)
+    assert torch.allclose(moved, wanted, rtol=1e-5, atol=1e-7)
 
 
 def test_adaptive_clipping_costs_what_the_noise_says():

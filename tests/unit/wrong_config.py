@@ -372,6 +372,31 @@ QUANTIZED = [
     ),
 ]
 PRIVACY += [
+    (name, words("privacy.noise=1.0", "privacy.unit=sample", *given),
+     "privacy.unit=sample with " + said + ".* cannot go with privacy: ")
+    for name, given, said in (
+        ("rows chosen by difficulty", ["curriculum.pace=linear"], r"curriculum\.pace=linear"),
+        (
+            "neurons chosen by gradients of rows",
+            ["layers.score=last", "sparsity.keep=0.5"],
+            r"sparsity\.keep=0\.5",
+        ),
+        ("a median of rows", ["privacy.clip=adaptive"], r"privacy\.clip=adaptive"),
+        (
+            "norms of rows in bf16",
+            ["model.dtype=bf16", "deepspeed=ds_configs/zero1.json"],
+            r"model\.dtype=bf16",
+        ),
+        (
+            "rows of prompts", ["adapter.kind=prefix"], r"adapter\.kind=prefix",
+        ),
+        (
+            "phases of rows", ["sharing.rule=fedalt", "layers.score=last"], r"sharing\.rule=fedalt",
+        ),
+    )
+]  # fmt: skip
+
+PRIVACY += [
     (
         "a delta of one in so many clients",
         words("privacy.noise=1", "privacy.delta=0.01"),
