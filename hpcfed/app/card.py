@@ -66,8 +66,8 @@ _ANSWER = """def answer(prompt, longest=64):  # of at most {max_length} tokens
     )
     with torch.no_grad():
         ids = model.generate(
-            **inputs, do_sample=False, max_new_tokens=longest, eos_token_id={ends},
-            pad_token_id={pad_token_id},
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False,
+            max_new_tokens=longest, eos_token_id={ends}, pad_token_id={pad_token_id},
         )[0, inputs["input_ids"].shape[1] :]
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 """

@@ -241,7 +241,8 @@ def test_lm_eval_writes_the_same_answers(tuned, tmp_path, shape):
     base = json.loads((out / "task.json").read_text())["base"]
     done = subprocess.run(
         [*shlex.split(LM_EVAL), "--model", "hf", "--model_args",
-         f"pretrained={base},peft={out},tokenizer={out},dtype=float32", "--tasks", "asked",
+         f"pretrained={base},peft={out},tokenizer={out},dtype=float32,add_bos_token=False",
+         "--tasks", "asked",
          "--include_path", str(tmp_path / "task"), "--apply_chat_template", "--device", "cpu",
          "--batch_size", "4", "--log_samples", "--output_path", str(tmp_path / "told")],
         capture_output=True, text=True, check=False, cwd=tmp_path,
