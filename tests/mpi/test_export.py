@@ -290,7 +290,7 @@ def test_what_cannot_be_is_said(federated, tmp_path, capsys, shape):
         old.unlink()
     for words, wanted in {
         ("export", run, "--best"): "has no best round",
-        ("export", run, "--merge"): "only lora can",
+        ("export", run, "--merge"): "only lora and adalora can",
         ("export", run, "--client", "4"): "give one of 0 to 3",
         ("export", run, "--client", "-1"): "give one of 0 to 3",
         ("export", run, "--to", run): "exists already",
