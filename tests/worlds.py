@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from tests.support import ROOT, on_ranks
+from tests.support import PYTHONPATH, ROOT, on_ranks
 
 Shape = tuple[int, int]  # slots, ranks per client
 
@@ -153,7 +153,7 @@ class ForkServer:
         """Where it is asked; it is started when it is first needed."""
         path = self._folder / "socket"
         if self._process is None:
-            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.forks", str(path)], cwd=ROOT, env=environment,
                 stdin=subprocess.PIPE, start_new_session=True,

@@ -80,10 +80,13 @@ class Network(nn.Module):
         """Logits: (samples, classes) of a classifier; of a language model (samples, n, vocabulary)
         at `positions` (samples, n) of the text, or at all of them; with `past` at the last one.
 
-        inputs: input_ids, attention_mask (samples, longest) and perhaps token_type_ids.
+        inputs: input_ids (samples, longest), and perhaps attention_mask, where there is padding,
+        and token_type_ids.
         past: what a decoder has read so far, to which this forward adds; the inputs are the ids
         that follow, and the mask, which may begin with padding, of all.
         """
+        if "attention_mask" not in inputs and (self.prompts is not None or past is not None):
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         prepared: dict[str, Any] = dict(inputs)
         if self.prompts is not None and (past is None or not past.get_seq_length()):
             ids = inputs["input_ids"]

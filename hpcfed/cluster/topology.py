@@ -341,6 +341,11 @@ def _device(node: Any, cluster: Cluster) -> tuple[torch.device, int]:
         )
     index = chosen[node.rank]
     torch.cuda.set_device(index)
+    if cluster.deterministic:
+        # Sums in one order: else attention's backward has other bits each time.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(True)
     return torch.device("cuda", index), index
 
 

@@ -7,7 +7,6 @@ up is the sum of clipped gradients, and no rank ever holds more than one gradien
 falls in both.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -83,8 +82,7 @@ def train(
         result.samples += len(batch)
         result.tokens += int(tokens.lengths[batch].sum())
         result.steps += 1
-    result.loss_sum = total.item()
-    engine.agree("" if math.isfinite(result.loss_sum) else "the loss is not finite")
+    result.loss_sum = engine.loss_sum(total)
     return result
 
 

@@ -18,11 +18,12 @@ from hpcfed.adapters.layout import AdapterLayout
 from hpcfed.cluster.stop import Stop
 from hpcfed.cluster.topology import Topology
 from hpcfed.data.batches import Ids, Tokens, split_batch
+from hpcfed.engine import lean
 from hpcfed.engine.failures import ClientError, Failures, StopError
-from hpcfed.engine.lean import leave_out_what_is_idle
 from hpcfed.engine.masters import STEPS, Masters
 from hpcfed.engine.observer import Observer
 from hpcfed.engine.optimizer import make_optimizer
+from hpcfed.engine.prediction import predict
 from hpcfed.engine.recovery import discard, recover
 from hpcfed.engine.trained import Trained
 from hpcfed.engine.values import Values
@@ -41,6 +42,7 @@ _LINEAR = nn.functional.linear
 # What a rank reports to its slot in place of a problem, if the round has to be dropped.
 _STOPPING = "the job has to stop"
 _LOSS = "the loss is not finite"
+_GRADIENT = "its gradient is not finite"
 
 
 class Engine:
@@ -88,7 +90,9 @@ class Engine:
         # At stage 0 the ranks of a slot agree that backward came through before they add up
         # gradients; later stages add them up while backward runs.
         self._agrees = self.stage == 0 and topology.ranks_per_client > 1
-        leave_out_what_is_idle(self._deepspeed, self.stage)
+        lean.leave_out_what_is_idle(self._deepspeed, self.stage, topology.ranks_per_client)
+        # On the device, like the losses: to read them, the host would wait for each step.
+        self._invalid = torch.zeros((), dtype=torch.bool, device=topology.device)
         self._masters = Masters(self.parameters, self._deepspeed, self.stage)
         self._values = Values(self.parameters, residual, self.layout, self.stage, topology)
         lowered = self._deepspeed.torch_autocast_enabled() or self._deepspeed.fp16_enabled()
@@ -190,7 +194,6 @@ class Engine:
         torch.manual_seed(dropout_seed)
         self._deepspeed.train()
         result = Trained()
-        # On the device: to read it, the host would wait for each step.
         total = torch.zeros((), dtype=torch.float64, device=topology.device)
         seen: Observer | None = None
         if observe and len(batches):
@@ -222,9 +225,7 @@ class Engine:
             result.tokens += int(tokens.lengths[batch].sum())
             result.steps += 1
         self.taps.listen(None)
-        result.loss_sum = total.item()
-        if problem := self._first_problem("" if math.isfinite(result.loss_sum) else _LOSS):
-            raise ClientError(problem)
+        result.loss_sum = self.loss_sum(total)
         if seen:
             result.rows = np.unique(np.concatenate(list(batches)))
             observed = seen.whole(result.rows, result.samples)
@@ -251,10 +252,24 @@ class Engine:
             self._recover()
         elif self._deepspeed.skipped_steps > skipped:  # the ranks of the slot agree on that
             problem = "" if math.isfinite(total.item()) else _LOSS
-            problem = self._first_problem(problem) or "its gradient is not finite"
+            problem = self._first_problem(problem) or _GRADIENT
+        else:
+            self._invalid |= lean.invalid(self._deepspeed, self.topology.device)
         if problem:
             self.taps.listen(None)
             raise ClientError(problem)
+
+    def loss_sum(self, total: torch.Tensor) -> float:
+        """What the losses of all steps since the last call add up to on this rank. Raises
+        ClientError on all ranks of the slot if it or a step's gradient is not finite."""
+        # One number to wait for; no loss is -inf.
+        invalid = self._invalid & torch.isfinite(total)
+        loss = float(total.masked_fill(invalid, -math.inf).item())
+        self._invalid.zero_()
+        problem = _GRADIENT if loss == -math.inf else "" if math.isfinite(loss) else _LOSS
+        if problem := self._first_problem(problem):
+            raise ClientError(problem)
+        return loss
 
     def _tried(self, act: Callable[[], Any]) -> str:
         """Why it failed, or ""; with other ranks that wait for this one in a collective of
@@ -341,7 +356,8 @@ class Engine:
 
     def mask(self, rows: Ids, tokens: Tokens) -> torch.Tensor:
         """(len(rows), positions): 1 where the hidden states of these rows are no padding."""
-        mask = self.head.inputs(tokens, rows, self.topology.device)["attention_mask"]
+        inputs = self.head.inputs(tokens, rows, self.topology.device)
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         return nn.functional.pad(mask, (self.model.lead, 0), value=1)
 
     def _first_problem(self, problem: str) -> str:
@@ -359,38 +375,12 @@ class Engine:
         if accumulated:
             discard(self._deepspeed, self.topology.device)
 
-    @torch.no_grad()
     def predict(
         self, batches: Sequence[Ids], tokens: Tokens
     ) -> tuple[npt.NDArray[np.float64], str]:
-        """(1 + columns, len(tokens)): 1 and what the head tells of each row of `batches`, zero
-        elsewhere, and where a forward failed or told what is not finite; and why, or "".
-
-        The ranks of the slot take the batches in turns; each returns its own rows only, so that
-        the sum over ranks is the whole.
-        """
+        """What the head tells of rows, see `hpcfed.engine.prediction.predict`."""
         self._deepspeed.eval()
-        ranks, rank = self.topology.ranks_per_client, self.topology.rank_in_slot
-        result = np.zeros((1 + len(self.head.columns), len(tokens)))
-        problem = ""
-        for start in range(0, len(batches), ranks):
-            mine = start + rank
-            # Forward is collective under ZeRO-3: a rank without a batch repeats another's.
-            rows = batches[mine if mine < len(batches) else start]
-            self.topology.world.watch.moves()
-            try:
-                told = self.head.predict(self._deepspeed, tokens, rows, self.topology.device).cpu()
-            except Exception as error:
-                problem = problem or self.failures.told(error)
-                continue
-            if mine < len(batches):
-                finite = torch.isfinite(told).all(0)
-                if not bool(finite.all()):
-                    problem = problem or "what it predicts is not finite"
-                    rows, told = rows[finite.numpy()], told[:, finite]
-                result[0, rows] = 1
-                result[1:, rows] = told.numpy()
-        return result, problem
+        return predict(self, self._deepspeed, batches, tokens)
 
     def close(self) -> None:
         """Free the engine, and undo what ZeRO-3 leaves behind in the process."""

@@ -112,11 +112,12 @@ class Completion:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows,) each: the summed cross-entropy of a row's answers, and their tokens."""
         inputs, wanted = self._asked(tokens, rows, device)
-        logits = network(**inputs).float()
+        # Flat, as losses over the last dimension are several times faster.
+        logits = network(**inputs).flatten(0, 1).float()
         losses = nn.functional.cross_entropy(
-            logits.transpose(1, 2), wanted, reduction="none", ignore_index=-1
+            logits, wanted.flatten(), reduction="none", ignore_index=-1
         )
-        return losses.sum(1), (wanted >= 0).sum(1)
+        return losses.view_as(wanted).sum(1), (wanted >= 0).sum(1)
 
     def _asked(
         self, tokens: Tokens, rows: Ids, device: torch.device

@@ -214,11 +214,12 @@ class LabelWords(Classifies):
         self, network: Forward, tokens: Tokens, rows: Ids, labels: Ids, device: torch.device
     ) -> torch.Tensor:
         inputs, targets = self._continued(tokens, rows, labels, device)
-        logits = network(**inputs).float()
+        # Flat: over another dimension than the last it is slow, and on a GPU in no fixed order.
+        logits = network(**inputs).flatten(0, 1).float()
         losses = nn.functional.cross_entropy(
-            logits.transpose(1, 2), targets, reduction="none", ignore_index=-1
+            logits, targets.flatten(), reduction="none", ignore_index=-1
         )
-        return losses.sum(1) / (targets >= 0).sum(1)
+        return losses.view_as(targets).sum(1) / (targets >= 0).sum(1)
 
     def _continued(
         self, tokens: Tokens, rows: Ids, labels: Ids, device: torch.device

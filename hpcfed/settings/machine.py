@@ -24,6 +24,11 @@ class Cluster:
         "what ranks compute on; auto: a GPU where one is seen, else the CPU; cuda: a run that sees "
         "no GPU is refused; the Slurm scripts ask for it",
     )
+    deterministic: bool = option(
+        True,
+        "on GPUs: the same bits each time; false allows algorithms without that, for models that "
+        "have an operation with no other",
+    )
     threads: int | None = option(
         None,
         "CPU threads per rank; null = OMP_NUM_THREADS, else the node's cores / its ranks",

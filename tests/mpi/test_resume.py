@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests import support
 from tests.mpi.variants import COMMON, FIBECFED
 from tests.same import assert_same, metrics
-from tests.support import ROOT, mpiexec
+from tests.support import PYTHONPATH, ROOT, mpiexec
 
 ROUNDS = 5
 INTERRUPTED = 75
@@ -230,7 +230,7 @@ def test_killed_at_forty_instants(worlds, data, tmp_path):
     out = tmp_path / "killed"
     line = support.line(["run", "lora-fedavg", *own, f"output={out}"])
     program = [sys.executable, str(ROOT / "tests" / "mpi" / "killed_often.py"), "40", "11", *line]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(program, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     rounds = json.loads(done.stdout.splitlines()[-1])

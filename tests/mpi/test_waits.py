@@ -14,7 +14,7 @@ from tests.mpi.test_dead_rank import processes_of
 from tests.mpi.test_instruct import overrides as talks
 from tests.mpi.variants import overrides
 from tests.same import metrics
-from tests.support import ROOT, line, on_ranks
+from tests.support import PYTHONPATH, ROOT, line, on_ranks
 
 SECONDS = 240  # until a job that should end is given up
 DEADLINE = 0.1  # minutes
@@ -47,7 +47,7 @@ def start(data, out, shape, *extra, fail="", log=None):
     """`hpcfed run --ranks` in the background."""
     own = ["run", "lora-fedavg", *words(data, out, shape), *extra]
     own = line([*own, f"--ranks={shape[0] * shape[1]}"])
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HPCFED_FAIL_AT": fail}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "HPCFED_FAIL_AT": fail}
     return subprocess.Popen(
         [sys.executable, "-m", "hpcfed", *own], cwd=ROOT, env=environment, text=True,
         stdout=log or subprocess.PIPE, stderr=subprocess.STDOUT,
