@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from hpcfed.cluster import launcher
-from hpcfed.cluster.topology import World, no_gpu
+from hpcfed.cluster.devices import no_gpu
+from hpcfed.cluster.topology import World
 from hpcfed.errors import UserError
 
 ALLREDUCE_MB = 64

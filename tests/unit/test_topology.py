@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpcfed.cluster.topology import choose_gpus
+from hpcfed.cluster.devices import choose_gpus
 
 
 @pytest.mark.parametrize(
