@@ -380,9 +380,7 @@ class Engine:
     ) -> tuple[npt.NDArray[np.float64], str]:
         """What the head tells of rows, see `hpcfed.engine.prediction.predict`."""
         self._deepspeed.eval()
-        return predict(
-            self._deepspeed, self.head, batches, tokens, self.topology, self.failures
-        )
+        return predict(self._deepspeed, self.head, batches, tokens, self.topology, self.failures)
 
     def close(self) -> None:
         """Free the engine, and undo what ZeRO-3 leaves behind in the process."""

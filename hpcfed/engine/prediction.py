@@ -9,7 +9,7 @@ from torch import nn
 
 from hpcfed.cluster.topology import Topology
 from hpcfed.data.batches import Ids, Tokens
-from hpcfed.failures import Failures
+from hpcfed.engine.failures import Failures
 from hpcfed.objectives.heads import Head
 
 
