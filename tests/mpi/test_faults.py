@@ -103,7 +103,8 @@ def test_too_few_are_drawn_again(hpcfed, tmp_path, shape):
     everyone = "; ".join(f"round=2 client={k} kind=exception" for k in range(4))
     code, printed = hpcfed(shape, "ended", *words, fail=everyone)
     assert code == 1
-    assert "Round 2 has come to nothing" in printed and "--resume" in printed
+    assert "Round 2 has come to nothing: in 4 draws of 2 clients" in printed
+    assert printed.count("others are drawn") == 4 and "--resume" in printed
     assert not (tmp_path / "ended" / "summary.json").exists()
     code, _ = hpcfed(shape, "ended", *words, "--resume")
     assert code == 0

@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from hpcfed.policies.sampling import sample
 from hpcfed.rng import generator
 from hpcfed.settings.resolve import resolve
 from tests.mpi import variants
@@ -217,3 +218,19 @@ def test_a_client_that_fails_keeps_its_rank(worlds, reference, data, tmp_path, s
     compare(values, run, loop)
     last = (run / "metrics.jsonl").read_text().splitlines()[-1]
     assert list(json.loads(last)["failed"]) == [str(client)]
+
+
+@pytest.mark.parametrize("shape", [(1, 1)])
+def test_a_client_that_fails_keeps_its_own_values(worlds, reference, data, tmp_path, shape):
+    """Its update is lost in the last round, when it has values of its own from an earlier one."""
+    federation = resolve(METHODS["fedsa"][0], overrides(data, "fedsa")).config.federation
+    *earlier, last = (
+        sample(352, number, federation.clients, federation.per_round)
+        for number in range(federation.rounds)
+    )
+    client = next(k for k in last if any(k in sampled for sampled in earlier))
+    lost = ((federation.rounds - 1, client),)
+    values, run = federate(worlds, shape, tmp_path, data, "fedsa", lost=lost)
+    loop = reference("fedsa", lost)
+    assert not torch.equal(loop.personal[client], reference("fedsa").personal[client])
+    compare(values, run, loop)

@@ -21,6 +21,7 @@ from hpcfed.app.run import quiet
 LATER = (
     "torch", "deepspeed", "peft", "hpcfed.rounds.federation",
     "transformers.models.bert.modeling_bert", "tests.mpi.cases.engine", "tests.mpi.cases.runs",
+    "deepspeed.runtime.zero.utils", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer",
 )  # fmt: skip
 
 
@@ -29,10 +30,16 @@ def load() -> None:
     gc.disable()
     for name in LATER:
         importlib.import_module(name)
-    # DeepSpeed collects garbage whenever it makes a ZeRO-3 engine; among all that has been imported
-    # that would take longer than the engine.
-    gc.freeze()
     gc.enable()
+    freeze()
+
+
+def freeze() -> None:
+    """Leave what is imported out of later collections: DeepSpeed collects garbage whenever it makes
+    a ZeRO-3 engine, some cases after each life of a run, and among all that has been imported that
+    takes longer than the engine."""
+    gc.collect()
+    gc.freeze()
 
 
 def prepare(world: Any, ranks_per_client: int) -> Any:
@@ -55,6 +62,7 @@ def serve(address: str, ranks_per_client: str) -> None:
 
     world = connect_world()
     topology = world if ranks_per_client == "bare" else prepare(world, int(ranks_per_client))
+    known = 0  # modules
     with Client(address, family="AF_UNIX") as line:
         line.send((world.rank, os.getpid()))
         while (request := line.recv()) is not None:
@@ -67,6 +75,9 @@ def serve(address: str, ranks_per_client: str) -> None:
                 reply = (False, traceback.format_exc())
             sys.stdout.flush()
             line.send(reply)
+            if len(sys.modules) != known:
+                known = len(sys.modules)
+                freeze()
     world.comm.Barrier()
 
 
