@@ -17,6 +17,7 @@ import transformers
 from xdist.scheduler import LoadScopeScheduling
 
 from hpcfed.app.run import quiet
+from tests.fork_server import fork_server
 from tests.support import DATASETS
 from tests.worlds import Worlds
 
@@ -109,4 +110,11 @@ def worlds(common):
     """Persistent MPI worlds."""
     running = Worlds(common / "worlds.lock")
     yield running
-    running.end()
+    running.close()
+
+
+def pytest_unconfigure(config):
+    """A server that was started ends."""
+    server = fork_server()
+    if server is not None:
+        server.end()

@@ -1,7 +1,7 @@
-"""Program: a fork server for ranks of MPI worlds. What every rank would import is imported once.
+"""Program: a fork server for MPI ranks. What every rank would import is imported once.
 
-usage: forks.py SOCKET                  the server; it ends when its standard input does
-       forks.py SOCKET ADDRESS FORM     a rank, as mpiexec starts it; ADDRESS and FORM as world.py's
+usage: forks.py SOCKET                   the server; it ends when its standard input does
+       forks.py SOCKET PROGRAM WORDS...  a rank, as mpiexec starts it: hpcfed, or one of tests/mpi
 
 A rank that is started so hands its environment, its directory and its streams to the server, which
 forks the process that joins MPI in its place; each of the two ends with the other. Importing torch,
@@ -13,26 +13,37 @@ import array
 import contextlib
 import json
 import os
+import runpy
+import signal
 import socket
 import sys
+from pathlib import Path
 
 STREAMS = 3
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def ask(server: str, words: list[str]) -> int:
-    """Ask for the fork, and wait for its end; its exit code. What takes long is not imported."""
+    """Ask for the fork, and end as it does; its exit code. What takes long is not imported."""
     with socket.socket(socket.AF_UNIX) as line:
         line.connect(server)
         request = json.dumps([words, os.getcwd(), os.nice(0), dict(os.environ)]).encode()
         socket.send_fds(line, [len(request).to_bytes(8, "big")], range(STREAMS))
         line.sendall(request)
-        return int.from_bytes(line.recv(1) or b"\1", "big")
+        pid = int.from_bytes(line.recv(8), "big")
+        for number in PASSED_ON:
+            signal.signal(number, lambda number, _: os.kill(pid, number))
+        code = int.from_bytes(line.recv(2) or b"\0\1", "big", signed=True)
+    if code < 0:
+        if -code in PASSED_ON:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code
 
 
 def serve(address: str) -> list[str]:
     """Fork for whoever asks, until standard input ends. In a fork: the words it was asked with."""
     import select
-    import signal
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
@@ -68,6 +79,7 @@ def serve(address: str) -> list[str]:
                 return _become(request, streams)
             for stream in streams:
                 os.close(stream)
+            line.sendall(pid.to_bytes(8, "big"))
             lines[pid] = line
 
 
@@ -77,7 +89,7 @@ def _reap(lines: dict[int, socket.socket]) -> None:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             with lines.pop(pid) as line, contextlib.suppress(OSError):  # it may wait no more
-                line.sendall(bytes([abs(os.waitstatus_to_exitcode(status)) % 256]))
+                line.sendall(os.waitstatus_to_exitcode(status).to_bytes(2, "big", signed=True))
 
 
 def _read(line: socket.socket) -> tuple[bytes, list[int]]:
@@ -102,6 +114,8 @@ def _become(request: bytes, streams: list[int]) -> list[str]:
     os.nice(niceness - os.nice(0))
     os.environ.clear()
     os.environ.update(environment)
+    for output in (sys.stdout, sys.stderr):
+        output.reconfigure(line_buffering=True)
     return list(words)
 
 
@@ -112,7 +126,11 @@ def main() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"  # deepspeed looks for one when it is imported
     world.load()
     if words := serve(sys.argv[1]):
-        world.serve(*words)
+        sys.argv = words
+        if words[0] == "hpcfed":
+            runpy.run_module("hpcfed", run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(str(Path(world.__file__).parent / words[0]), run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ def each(factors: Factors, legal: Callable[..., bool] = lambda *_: True) -> list
     return _cover(product(factors, legal), 1)
 
 
-def each_twice(factors: Factors) -> list[Case]:
-    """Each value of each factor with one slot of one rank, and each in a world of several."""
-    first, *others = factors["shape"]
-    return [*each({**factors, "shape": [first]}), *each({**factors, "shape": others})]
+def others(factors: Factors, few: Sequence[Case]) -> list[Case]:
+    """The full product without those few: first what is missing for each pair of values to meet."""
+    pairs = [case for case in pairwise(factors) if case not in few]
+    return [*pairs, *(case for case in product(factors) if case not in few and case not in pairs)]
 
 
 def _cover(cases: Sequence[Case], strength: int) -> list[Case]:

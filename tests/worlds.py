@@ -15,7 +15,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -23,9 +22,8 @@ from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tests.support import PYTHONPATH, ROOT, on_ranks
+from tests.fork_server import fork_server
+from tests.support import ROOT, on_ranks
 
 Shape = tuple[int, int]  # slots, ranks per client
 
@@ -41,9 +39,8 @@ class WorldError(Exception):
 class World:
     """One running world."""
 
-    def __init__(self, shape: Shape, forks: Path | None, bare: bool) -> None:
-        """forks: the socket of a fork server that its ranks come from. bare: its ranks know nothing
-        but MPI."""
+    def __init__(self, shape: Shape, forked: bool, bare: bool) -> None:
+        """forked: its ranks come from the fork server. bare: they know nothing but MPI."""
         self.cases: list[str] = []
         slots, ranks_per_client = shape
         self._ranks = slots * ranks_per_client
@@ -53,8 +50,7 @@ class World:
         self._log = self._folder / "output"
         address = str(self._folder / "socket")
         words = [address, "bare" if bare else str(ranks_per_client)]
-        program = ["world.py"] if forks is None else ["../forks.py", str(forks)]
-        command, environment = on_ranks(self._ranks, *program, *words)
+        command, environment = on_ranks(self._ranks, "world.py", *words, forked=forked)
         if self._ranks == 1:
             # Ranks that wait for each other at every step want the cores more.
             command = ["nice", *command]
@@ -141,36 +137,6 @@ class World:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-class ForkServer:
-    """A process that has imported what ranks need, from which they are forked."""
-
-    def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="forks-"))
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def socket(self) -> Path:
-        """Where it is asked; it is started when it is first needed."""
-        path = self._folder / "socket"
-        if self._process is None:
-            environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.forks", str(path)], cwd=ROOT, env=environment,
-                stdin=subprocess.PIPE, start_new_session=True,
-            )  # fmt: skip
-            while not path.exists():
-                if self._process.poll() is not None:
-                    raise WorldError("the fork server has ended")
-                time.sleep(0.05)
-        return path
-
-    def end(self) -> None:
-        """End it; ranks that still run go on."""
-        if self._process is not None:
-            self._process.communicate()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
 class Worlds:
     """Worlds by shape, one at a time: that of another shape is closed when one is asked for."""
 
@@ -180,8 +146,6 @@ class Worlds:
         a World of MPI alone."""
         self._lock, self._bare = lock, bare
         self._open: dict[Shape, World] = {}
-        # A process that has looked for a GPU cannot give it to its forks.
-        self._forks = None if bare or torch.version.cuda or torch.version.hip else ForkServer()
         self._fresh = os.environ.get("HPCFED_FRESH_WORLDS", "") not in ("", "0")
 
     def call(
@@ -218,9 +182,8 @@ class Worlds:
     def _get(self, shape: Shape) -> World:
         if shape not in self._open or self._fresh:
             self.close()
-            self._open[shape] = World(
-                shape, self._forks.socket if self._forks else None, self._bare
-            )
+            forked = not self._bare and fork_server() is not None
+            self._open[shape] = World(shape, forked, self._bare)
         return self._open[shape]
 
     def _drop(self, shape: Shape) -> None:
@@ -231,9 +194,3 @@ class Worlds:
         for world in self._open.values():
             world.close()
         self._open.clear()
-
-    def end(self) -> None:
-        """End what is open, and the fork server."""
-        self.close()
-        if self._forks is not None:
-            self._forks.end()

@@ -21,7 +21,7 @@ FACTORS: dict[str, list[Any]] = {
 }
 FEW = [
     ((1, 1), "voc", "zero0"), ((2, 1), "se", "zero1"), ((1, 1), "shortformer", "zero2"),
-    ((1, 2), "slw", "zero3"), ((1, 2), "se", "zero2"),
+    ((1, 1), "slw", "zero3"), ((1, 2), "se", "zero2"),
 ]  # fmt: skip
 MANY = [case for case in pairwise(FACTORS) if case not in FEW]
 ROUNDS = 4

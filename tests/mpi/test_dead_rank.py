@@ -35,7 +35,7 @@ def test_a_killed_rank_ends_the_job(data, tmp_path):
     line = ["forward", "12", "1", "SIGKILL", "run", "lora-fedavg", *words]
     try:
         with pytest.raises(AssertionError, match="exit code"):
-            mpiexec(2, "interrupt.py", *line, timeout=SECONDS)
+            mpiexec(2, "interrupt.py", *line, timeout=SECONDS, real=True)
     except subprocess.TimeoutExpired:
         pytest.fail(f"the job was still there after {SECONDS} s: {processes_of(tmp_path / 'x')}")
     assert not processes_of(tmp_path / "x"), "the other rank is still there"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.pairwise import pairwise, product
+from tests.pairwise import each, product
 
 FILES = {
     **dict.fromkeys(("zero0", "zero1", "zero2", "zero3", "offload")),
@@ -26,14 +26,8 @@ FACTORS: dict[str, list[Any]] = {
     "shape": [(1, 1), (1, 2)], "adapter": ["lora", "prefix", "prompt", "bottleneck"],
     "dtype": ["fp32", "bf16"], "file": list(FILES),
 }  # fmt: skip
-# A type of numbers meets each kind of file, a shape meets both; adapters take turns.
-_FORMS = pairwise(
-    {"shape": FACTORS["shape"], "dtype": FACTORS["dtype"], "file": FACTORS["file"]},
-    lambda shape, dtype, file: legal(shape, "", dtype, file),
-)
 FEW = [
-    *((shape, FACTORS["adapter"][index % 4], dtype, file)
-      for index, (shape, dtype, file) in enumerate(_FORMS)),
+    *each(FACTORS, legal),
     ((1, 2), "idpg", "bf16", "partitioned"),
     ((1, 1), "lpt", "bf16", "zero2"),
 ]  # fmt: skip

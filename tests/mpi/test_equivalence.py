@@ -15,19 +15,14 @@ from hpcfed.data import sources
 from hpcfed.settings.resolve import resolve
 from tests.mpi.reference import federated_average
 from tests.mpi.variants import STAGES, VARIANTS, overrides
-from tests.pairwise import each, product
+from tests.pairwise import each, others
 
 SHAPES = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
 FACTORS: dict[str, Sequence[Any]] = {
     "shape": SHAPES, "variant": [v for v in VARIANTS if v != "dropout"], "stage": STAGES,
 }  # fmt: skip
-# With one rank per client, and with several.
-FEW = [
-    case
-    for ranks in (1, 2)
-    for case in each({**FACTORS, "shape": [shape for shape in SHAPES if shape[1] == ranks]})
-]
-MANY = [case for case in product(FACTORS) if case not in FEW]
+FEW = each(FACTORS)
+MANY = others(FACTORS, FEW)
 
 
 def small(out, variant, stage="zero0"):

@@ -17,13 +17,15 @@ from hpcfed.data import corpus, skills
 from tests.mpi.variants import COMMON
 from tests.support import MODEL, ROOT
 
-# What a model card shows, where hpcfed cannot be imported.
+# What model cards show, one after the other, where hpcfed cannot be imported.
 FRESH = """
-import json, sys
+import json, os, sys
 sys.modules["hpcfed"] = None
-{program}
-rows = json.load(sys.stdin)
-print(json.dumps({call}))
+for folder, program, call, rows in json.load(sys.stdin):
+    os.chdir(folder)
+    names = {"rows": rows}
+    exec(program, names)
+    print(json.dumps(eval(call, names)))
 """
 LM_EVAL = os.environ.get("LM_EVAL") or shutil.which("lm_eval")
 LM_TASK = """task: asked
@@ -85,16 +87,19 @@ def texts(folder):
     return [json.loads(line)["text"] for line in lines]
 
 
-def alone(folder, rows, call="predict({})"):
-    """What the card's own program predicts, in a process without hpcfed."""
-    (program,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    program = FRESH.format(program=program, call=call.format("rows"))
+def alone(*asked, call="predict(rows)"):
+    """What the cards' own programs predict, in a process without hpcfed. asked: (folder, rows)."""
+    told = []
+    for folder, rows in asked:
+        card = (folder / "README.md").read_text()
+        (program,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        told.append((str(folder), program, call, rows))
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, input=json.dumps(rows),
-        capture_output=True, text=True, check=False,
+        [sys.executable, "-c", FRESH], input=json.dumps(told), capture_output=True, text=True,
+        check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return list(map(json.loads, done.stdout.splitlines()[-len(asked) :]))
 
 
 def predicted(folder, rows, to, *options):
@@ -136,17 +141,19 @@ def test_a_process_without_hpcfed_predicts_the_same(federated, data, tmp_path, n
     wanted, clients = told(run)
     assert len(set(wanted)) > 1
     assert main(["export", str(run), "--to", str(tmp_path / "shared")]) == 0
-    assert alone(tmp_path / "shared", rows) == wanted
     assert predicted(tmp_path / "shared", rows, tmp_path / "a.csv") == wanted
     assert main(["export", str(run), "--merge", "--to", str(tmp_path / "merged")]) == 0
     assert "adapter_config.json" not in {p.name for p in (tmp_path / "merged").iterdir()}
-    assert alone(tmp_path / "merged", rows) == wanted
     personal, _ = told(run, "personal")
     k = max(set(clients), key=clients.count)
     own = [i for i, client in enumerate(clients) if client == k]
     client = ["--client", str(k)]
     assert main(["export", str(run), *client, "--to", str(tmp_path / "own")]) == 0
-    assert alone(tmp_path / "own", [rows[i] for i in own]) == [personal[i] for i in own]
+    told_alone = alone(
+        (tmp_path / "shared", rows), (tmp_path / "merged", rows),
+        (tmp_path / "own", [rows[i] for i in own]),
+    )  # fmt: skip
+    assert told_alone == [wanted, wanted, [personal[i] for i in own]]
     mine = predicted(run, [rows[i] for i in own], tmp_path / "b.csv", *client)
     assert mine == [personal[i] for i in own]
     assert tree(run) == before
@@ -172,7 +179,7 @@ def test_each_kind_predicts_the_same(federated, tmp_path, name, shape):
     assert predicted(run, rows, tmp_path / "a.csv") == wanted
     if name not in ("bottleneck", "hetlora"):
         assert main(["export", str(run), "--to", str(tmp_path / "shared")]) == 0
-        assert alone(tmp_path / "shared", rows) == wanted
+        assert alone((tmp_path / "shared", rows)) == [wanted]
     personal, _ = told(run, "personal")
     for k in set(clients) if name == "hetlora" else ():
         own = [i for i, client in enumerate(clients) if client == k]
@@ -217,11 +224,12 @@ def tuned(worlds, data, tmp_path):
 @pytest.mark.parametrize("shape", [(2, 1)])
 def test_a_process_without_hpcfed_answers_the_same(tuned, tmp_path, shape, capsys):
     run, wanted, rows = tuned
+    prompts, asked = [row["prompt"] for row in rows], []
     for extra in ([], ["--merge"]):
         out = tmp_path / f"out{len(extra)}"
         assert main(["export", str(run), *extra, "--to", str(out)]) == 0
-        asked = [row["prompt"] for row in rows]
-        assert alone(out, asked, "[answer(prompt, 6) for prompt in {}]") == wanted
+        asked.append((out, prompts))
+    assert alone(*asked, call="[answer(prompt, 6) for prompt in rows]") == [wanted] * 2
     (tmp_path / "texts.txt").write_text("who\n")
     assert main(["predict", str(run), str(tmp_path / "texts.txt")]) == 2
     assert "writes answers and knows no labels" in capsys.readouterr().err
@@ -266,7 +274,7 @@ def test_minilm(federated, tmp_path, shape):
     """The base of a package is a folder that transformers takes, and AutoPeftModel finds it."""
     run, rows = federated("lora", f"model.name={MODEL}"), texts(tmp_path)
     assert main(["export", str(run), "--to", str(tmp_path / "out")]) == 0
-    assert alone(tmp_path / "out", rows) == told(run)[0]
+    assert alone((tmp_path / "out", rows)) == [told(run)[0]]
     program = (
         "from peft import AutoPeftModelForSequenceClassification as auto; "
         f"auto.from_pretrained({str(tmp_path / 'out')!r}, num_labels=5)"

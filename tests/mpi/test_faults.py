@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.mpi.test_instruct import overrides as talks
-from tests.mpi.variants import STAGES, overrides
+from tests.mpi.variants import overrides
 from tests.same import metrics
 
 SECOND = "round=2 client=1 kind="
@@ -44,13 +44,19 @@ def adapter(folder):
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-SHAPES: list[tuple[tuple[int, int], str, tuple[str, ...]]] = [
-    ((1, 1), stage, ("oom", "nan")) for stage in STAGES
-]
-SHAPES += [
-    ((1, 2), "zero0", ("oom", "nan")),
-    ((1, 2), "zero2", ("nan",)),
-    ((1, 2), "zero3", ("nan",)),
+ONE, TWO = (1, 1), (1, 2)
+SHAPES = [
+    *((ONE, stage, ("oom", "nan")) for stage in ("zero0", "zero2")),
+    (ONE, "zero3", ("nan",)),
+    *((TWO, stage, ("nan",)) for stage in ("zero0", "zero3")),
+    *(
+        pytest.param(*case, marks=pytest.mark.long)
+        for case in (
+            *((ONE, stage, ("oom", "nan")) for stage in ("zero1", "zero3", "offload")),
+            (TWO, "zero0", ("oom", "nan")),
+            (TWO, "zero2", ("nan",)),
+        )
+    ),
 ]
 
 

@@ -13,7 +13,7 @@ from hpcfed.settings.resolve import presets, resolve
 from tests.mpi import test_factors, test_sharing, variants
 from tests.mpi.reference_fedpeptao import Loop, Outcome
 from tests.mpi.variants import COMMON
-from tests.pairwise import each_twice, product
+from tests.pairwise import each, others
 from tests.same import kept, metrics
 from tests.support import MODEL, latest
 
@@ -63,8 +63,8 @@ FACTORS: dict[str, list[Any]] = {
 }
 # What a method exchanges meets one slot, several, and several ranks of one; four ranks meet in
 # test_equivalence, and below.
-FEW = each_twice({**FACTORS, "shape": [(1, 1), (2, 1), (1, 2)]})
-MANY = [case for case in product(FACTORS) if case not in FEW]
+FEW = each({**FACTORS, "shape": [(1, 1), (2, 1), (1, 2)]})
+MANY = others(FACTORS, FEW)
 
 
 def overrides(out, name, stage="zero0"):

@@ -58,9 +58,9 @@ def test_struck_at_every_kind_of_instant(worlds, data, tmp_path, shape, times):
              "adapter_model.safetensors", "personal-N.safetensors", "curriculum-N.safetensors",
              "moments-N.safetensors", "control-N.safetensors")  # fmt: skip
     for file in files:
-        # While its content is written; before and after it gets its name.
+        # While its content is written, and after it got its name.
         kinds = [kind for kind in struck if kind.endswith((f" {file}", f" {file}.tmp"))]
-        assert len(kinds) >= (1 if file.endswith(".jsonl") else 3), (file, kinds)
+        assert len(kinds) >= (1 if file.endswith(".jsonl") else 2), (file, kinds)
     assert {"forward", "select", "exchange", "commit", "sweep"} <= struck.keys()
     assert any("unlink" in kind for kind in struck)
     assert sum(struck.values()) >= 35 * times, struck
@@ -71,7 +71,7 @@ def test_struck_at_every_kind_of_instant(worlds, data, tmp_path, shape, times):
 def test_other_servers_go_on(worlds, data, tmp_path, shape, name):
     worlds.call(
         shape, f"{CASES}:check", preset="lora-fedavg", words=words(data, *OTHERS[name]),
-        folder=tmp_path, times=2, only=["exchange", "commit", "sweep"],
+        folder=tmp_path, times=2, only=["sweep"],
     )  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def test_other_ways_to_share_go_on(worlds, data, tmp_path, shape, method):
     words = [*SHARING, f"data.root={data}", f"model.name={data}/bert-classifier"]
     worlds.call(
         shape, f"{CASES}:check", preset=method, words=words, folder=tmp_path,
-        times=TIMES[method], only=["exchange", "commit", "sweep"],
+        times=TIMES[method], only=["exchange", "sweep"],
     )  # fmt: skip
     memos = sorted((tmp_path / "whole").glob("clients/*/updates-*.safetensors"))
     latest = {file.parent.name: file for file in memos}

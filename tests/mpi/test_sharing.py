@@ -16,7 +16,7 @@ from hpcfed.settings.resolve import resolve
 from tests.mpi import variants
 from tests.mpi.reference_sharing import Loop
 from tests.mpi.variants import COMMON
-from tests.pairwise import each_twice, product
+from tests.pairwise import each, others
 from tests.same import kept, metrics
 from tests.support import latest
 
@@ -37,8 +37,8 @@ FACTORS: dict[str, list[Any]] = {
     "stage": ["zero0", "zero1", "zero2", "zero3", "offload"],
 }
 # As in test_fedpeptao: one slot, several, and several ranks of one.
-FEW = each_twice({**FACTORS, "shape": [(1, 1), (2, 1), (1, 2)]})
-MANY = [case for case in product(FACTORS) if case not in FEW]
+FEW = each({**FACTORS, "shape": [(1, 1), (2, 1), (1, 2)]})
+MANY = others(FACTORS, FEW)
 
 
 def overrides(data, method, stage="zero0"):

@@ -48,6 +48,7 @@ def installed(tmp_path_factory):
     return hpcfed
 
 
+@pytest.mark.long
 def test_runs_and_sweeps(installed, data, tmp_path):
     """`hpcfed run demo`, made small, and a sweep: with the JSON of the package, and scripts."""
     values = dict(own.split("=", 1) for own in COMMON if own != "model.dropout=0")

@@ -13,7 +13,7 @@ def worlds(common):
     """Worlds that start in a moment."""
     running = Worlds(common / "worlds.lock", bare=True)
     yield running
-    running.end()
+    running.close()
 
 
 @pytest.mark.parametrize("shape", SHAPE)
