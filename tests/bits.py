@@ -4,7 +4,9 @@
     python -m tests.bits compare ONE OTHER      exit code 1, and where, if they differ
 
 A change that leaves the numerics alone is made between two calls of `run`. Compared are adapter,
-metrics and predictions, and what clients keep; not seconds, nor how a commit is laid out.
+metrics and predictions, and what clients keep; not seconds, nor how a commit is laid out. Runs
+that only one of the two has are named. Noise of privacy is drawn from the seed, since a secret is
+another each time; `attempt` starts from prompts that a run of prompt-tuning has left.
 """
 
 import json
@@ -45,6 +47,7 @@ SHAPES = {
     ),
 }
 SETTINGS = ("demo", "instruct-demo")
+SOURCE = "prompt-tuning"  # whose prompts `attempt` starts from
 
 
 def main() -> int:
@@ -67,12 +70,16 @@ def run(folder: Path) -> int:
     )
     names = [line.split()[0] for line in listed.stdout.splitlines()]
     runs = {name: (name, list[str]()) for name in names if name not in SETTINGS}
+    if "attempt" in runs:  # last, when its source is there
+        runs["attempt"] = (runs.pop("attempt")[0], [f"adapter.sources=[{folder / SOURCE}]"])
     for name, (preset, extra) in {**runs, **SHAPES}.items():
         tree = subprocess.run(
             [sys.executable, "-m", "hpcfed", "config", preset],
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
         cloze = "head: cloze" in tree
+        if "\n  secret: true" in tree and preset.startswith("dp-"):
+            extra = [*extra, "privacy.secret=false"]
         warm = int(tree.partition("warmup: ")[2].split()[0])
         words = [
             preset, *COMMON, *(GAP if cloze else []), *extra, f"federation.rounds={3 + warm}",
@@ -90,12 +97,15 @@ def run(folder: Path) -> int:
 
 def compare(one: Path, other: Path) -> int:
     """Print whether each run is the same in both folders."""
-    names = sorted(p.name for p in one.iterdir() if (p / "summary.json").exists())
-    assert names and names == sorted(
-        p.name for p in other.iterdir() if (p / "summary.json").exists()
+    first, second = (
+        {p.name for p in folder.iterdir() if (p / "summary.json").exists()}
+        for folder in (one, other)
     )
+    assert first & second
+    for name in sorted(first ^ second):
+        print(f"{name}: only in {one if name in first else other}")
     bad = 0
-    for name in names:
+    for name in sorted(first & second):
         where = differences(one / name, other / name)
         bad += bool(where)
         print(f"{name}: {'; '.join(where) or 'the same bits'}")

@@ -23,8 +23,10 @@ from tests.worlds import Worlds
 
 quiet()
 torch.set_num_threads(1)
-# A shell that starts these tests in the background has SIGINT ignored, for all that they start.
+# A shell that starts these tests in the background has one ignored, nohup the other, for all that
+# they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 transformers.utils.logging.disable_progress_bar()
 
 BEGAN = time.monotonic()

@@ -25,6 +25,7 @@ def processes_of(output):
     return found
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
 def test_a_killed_rank_ends_the_job(data, tmp_path):
     """One of two ranks of a ZeRO-2 client kills itself in the second round."""

@@ -134,7 +134,7 @@ def tree(folder):
 
 
 @pytest.mark.parametrize("shape", [(2, 1)])
-@pytest.mark.parametrize("name", ["lora", "cloze"])
+@pytest.mark.parametrize("name", ["lora", pytest.param("cloze", marks=pytest.mark.long)])
 def test_a_process_without_hpcfed_predicts_the_same(federated, data, tmp_path, name, shape):
     run, rows = federated(name), texts(tmp_path)
     before = tree(run)
@@ -169,8 +169,8 @@ def test_a_process_without_hpcfed_predicts_the_same(federated, data, tmp_path, n
 @pytest.mark.parametrize(
     "name",
     [
-        "words", "prefix", "bottleneck", "hetlora",
-        pytest.param("roberta", marks=pytest.mark.long),
+        "words", "bottleneck", "hetlora",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("roberta", "prefix")),
     ],
 )  # fmt: skip
 def test_each_kind_predicts_the_same(federated, tmp_path, name, shape):

@@ -178,7 +178,7 @@ def test_a_client_that_fails_is_in_no_product(worlds, reference, data, tmp_path,
 
 
 @pytest.mark.parametrize("shape", [(1, 2)])
-@pytest.mark.parametrize("method", ["fedex", "delta"])
+@pytest.mark.parametrize("method", [pytest.param("fedex", marks=pytest.mark.long), "delta"])
 def test_the_folder_predicts_the_same(worlds, data, tmp_path, shape, method):
     """PEFT loads residual and LoRA as one of greater rank; ZeRO-3 has sharded it."""
     _, run = federate(worlds, shape, tmp_path, data, method, "adapter.residual=4", stage="zero3")

@@ -212,6 +212,7 @@ def test_what_travels(worlds, reference, data, tmp_path, shape, name, sums, fact
     assert lines[-1]["bytes"]["wire"] == (sums * shared + small) * 8 * 2 + sums * shared * 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(1, 1)])
 def test_a_rank_holds_no_more_with_more_clients(worlds, tmp_path, shape):
     worlds.call(shape, "tests.mpi.cases.clients:check", out=tmp_path)

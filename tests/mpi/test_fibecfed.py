@@ -164,8 +164,10 @@ def check_spending(run, layout, config, wanted):
 
 
 @pytest.mark.parametrize(
-    ("shape", "stage"), [((1, 1), "zero0"), ((2, 1), "zero0"), ((4, 1), "zero0"),
-                         ((1, 2), "zero1"), ((2, 2), "zero1")],
+    ("shape", "stage"), [((1, 1), "zero0"), ((2, 1), "zero0"),
+                         pytest.param((4, 1), "zero0", marks=pytest.mark.long),
+                         pytest.param((1, 2), "zero1", marks=pytest.mark.long),
+                         pytest.param((2, 2), "zero1", marks=pytest.mark.long)],
 )  # fmt: skip
 def test_bit_identical_for_any_number_of_slots(worlds, data, once, tmp_path, shape, stage):
     """Each compares with the first that ran, of as many ranks per client."""
@@ -181,7 +183,10 @@ def test_bit_identical_for_any_number_of_slots(worlds, data, once, tmp_path, sha
 LOSSLESS = [("eigengap", "zero0"), ("plateau", "zero0"), ("plateau", "zero2")]
 
 
-@pytest.mark.parametrize(("shape", "cases"), [((1, 1), LOSSLESS), ((2, 1), [("plateau", "zero0")])])
+@pytest.mark.parametrize(
+    ("shape", "cases"),
+    [((1, 1), LOSSLESS), pytest.param((2, 1), [("plateau", "zero0")], marks=pytest.mark.long)],
+)
 def test_lossless_number_of_layers(worlds, data, once, tmp_path, shape, cases):
     """Both rules, on record with their spectra, the same on 1 and 2 slots; ZeRO-0 takes exact
     Hessian products, ZeRO-2 differences, and they see the same spectrum."""
@@ -229,7 +234,13 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("loss", "reversed", "all") else pytest.param(name, marks=pytest.mark.long)
+        for name in OTHERS
+    ],
+)
 @pytest.mark.parametrize("shape", [(1, 1)])
 def test_every_other_choice_runs(worlds, data, tmp_path, shape, name):
     """Parts off and other orders; what a run tells about its order and its masks holds."""
@@ -259,7 +270,7 @@ def test_every_other_choice_runs(worlds, data, tmp_path, shape, name):
 
 
 @pytest.mark.parametrize("shape", [(4, 1)])
-@pytest.mark.parametrize("name", ["plain", "control"])
+@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.long), "control"])
 def test_what_stays_home_never_travels(worlds, data, tmp_path, shape, name):
     worlds.call(shape, "tests.mpi.cases.wire:check", out=tmp_path, data=data, method=name)
 

@@ -51,7 +51,11 @@ def test_equals_the_plain_loop(worlds, once, data, tmp_path, shape):
 
 
 @pytest.mark.parametrize("shape", [(2, 1)])
-@pytest.mark.parametrize("preset", ["dp-fibecfed", "dp-fedpeptao", "dp-ffa-lora"])
+@pytest.mark.parametrize(
+    "preset",
+    ["dp-fibecfed",
+     *(pytest.param(p, marks=pytest.mark.long) for p in ("dp-fedpeptao", "dp-ffa-lora"))],
+)  # fmt: skip
 def test_methods_run_with_it(worlds, data, tmp_path, shape, preset):
     """With adaptive clipping, whose norm moves."""
     words = overrides(
@@ -91,9 +95,14 @@ ROWS = ["privacy.unit=sample", "local.batch_size=2", "local.clip=0", "federation
 @pytest.mark.parametrize(
     ("shape", "stage", "more"),
     [
-        ((1, 1), "zero0", []), ((2, 1), "zero0", []), ((1, 2), "zero0", []),
-        ((1, 2), "zero2", ["local.micro_batch=1"]), ((1, 2), "zero3", []),
-        ((1, 1), "zero1", ["model.gradient_checkpointing=true"]),
+        ((1, 1), "zero0", []), ((2, 1), "zero0", []),
+        ((1, 2), "zero2", ["local.micro_batch=1"]),
+        ((1, 1), "zero3", ["model.gradient_checkpointing=true"]),
+        pytest.param((1, 2), "zero0", [], marks=pytest.mark.long),
+        pytest.param((1, 2), "zero3", [], marks=pytest.mark.long),
+        pytest.param(
+            (1, 1), "zero1", ["model.gradient_checkpointing=true"], marks=pytest.mark.long
+        ),
     ],
 )  # fmt: skip
 def test_steps_of_rows_equal_the_plain_loop(worlds, once, data, tmp_path, shape, stage, more):
