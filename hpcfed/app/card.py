@@ -71,6 +71,14 @@ _ANSWER = """def answer(prompt, longest=64):  # of at most {max_length} tokens
         )[0, inputs["input_ids"].shape[1] :]
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 """
+
+# What puts adapters into their models that PEFT does not know.
+_PROMPTS = "examples/load_prompts.py of hpcfed's sources"
+_LOADERS = {
+    "bottleneck": "hpcfed.adapters.bottleneck.load",
+    **dict.fromkeys(("prompt", "prefix", "idpg", "lpt", "attempt"), _PROMPTS),
+}
+
 _BY_HEAD = {
     "completion": _ANSWER,
     "classifier": _CLASSIFIER, "cloze": _FILLED + _CLOZE, "label_words": _FILLED + _LABEL_WORDS
@@ -114,9 +122,10 @@ def _use(facts: dict[str, Any]) -> list[str]:
     command = "`hpcfed predict FOLDER texts.csv` predicts a file of texts."
     program = _BY_HEAD.get(facts["head"])
     if facts["form"] not in ("peft", "merged"):
-        loaders = {"bottleneck": "hpcfed.adapters.bottleneck.load"}
-        loader = loaders.get(facts["form"], "examples/load_prompts.py of hpcfed's sources")
-        return [f"PEFT has no adapter of this kind: `{loader}` puts it into its model.", ""]
+        loader = _LOADERS.get(facts["form"])
+        owner = f"whoever has the plug-in that registers `{facts['form']}`"
+        who = f"`{loader}` puts" if loader else f"{owner} can put"
+        return [f"PEFT has no adapter of this kind: {who} it into its model.", ""]
     if program is None:
         return []
     values = {

@@ -27,6 +27,7 @@ from hpcfed.objectives import heads
 from hpcfed.objectives.completion import Completion
 from hpcfed.policies.sharing import Sharing
 from hpcfed.policies.updates import held
+from hpcfed.settings import plugins
 from hpcfed.settings.config import Config
 from hpcfed.settings.resolve import stored
 from hpcfed.state import PERSONAL, UPDATES, RunState
@@ -66,6 +67,9 @@ def export(
         raise UserError(f"{to} exists already; give another folder with --to, or remove it.")
     directory = RunDirectory(run)
     state, config = directory.look(), stored(run / CONFIG)
+    if config.plugins:  # they may say where personal values belong
+        began = read_object(run / LIVES).get("plugins")
+        plugins.check(config.plugins, began if isinstance(began, dict) else {}, run)
     labels, chosen = _labels(run), Chosen(_number(run, client), best)
     if best and state.best is None:
         raise UserError(

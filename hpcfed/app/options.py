@@ -37,7 +37,7 @@ def _found(told: dict[str, tuple[str, str]], words: list[str]) -> dict[str, str]
         hits = {name: "" for name in told if word in name}
         if not hits:
             hits = {name: "" for name, (_, text) in told.items() if word.lower() in text.lower()}
-            hits |= _set_by(word) if word in presets() else {}
+        hits |= _set_by(word) if word in presets() else {}
         if not hits:
             near = difflib.get_close_matches(word, [*told, *presets()], n=1, cutoff=0.5)
             raise UserError(

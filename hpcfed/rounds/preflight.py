@@ -183,12 +183,7 @@ def _check_unchanged(config: Config, output: Path) -> None:
             f"The run in {output} began with {key}={then}, not {now}{more}; resume it with the "
             f"configuration it began with ({output / CONFIG}), or give another output=..."
         )
-    for path, digest in plugins.digests(config.plugins).items():
-        if began is None or began.get(path) != digest:
-            raise UserError(
-                f"The plug-in {path} has changed since the run in {output} began; put it back, or "
-                "give another output=..."
-            )
+    plugins.check(config.plugins, began or {}, output)
 
 
 def check_rounds(config: Config, planned: int, output: Path) -> None:

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpcfed import registry
@@ -53,6 +53,16 @@ def _run(file: str, path: str) -> None:
         raise UserError(
             f"plugins: {path}{line} cannot be used ({type(error).__name__}: {text})."
         ) from None
+
+
+def check(paths: Sequence[str], began: Mapping[str, object], run: Path) -> None:
+    """Raises UserError unless these are the files that a run began with. began: path -> digest."""
+    for path, digest in digests(paths).items():
+        if began.get(path) != digest:
+            raise UserError(
+                f"The plug-in {path} has changed since the run in {run} began; put it back, or "
+                "give another output=..."
+            )
 
 
 def digests(paths: Sequence[str]) -> dict[str, str]:

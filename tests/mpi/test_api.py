@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import pandas
 import pytest
 import yaml
 from safetensors.torch import load_file
@@ -39,6 +40,8 @@ def test_twice_in_one_process(worlds, data, once, tmp_path, shape):
         assert result == hpcfed.Result.read(tmp_path / name)
         assert [line["round"] for line in result.metrics] == [1, 2]
         assert result.summary["rounds"] == 2
+    table = pandas.json_normalize(one.metrics)
+    assert list(table["round"]) == [1, 2] and (table["bytes.up"] > 0).all()
     assert metrics(one.path) == metrics(again.path) != metrics(two.path)
     adapters = [
         {k: v.tolist() for k, v in load_file(r.path / "adapter/adapter_model.safetensors").items()}

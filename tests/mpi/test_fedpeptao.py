@@ -48,6 +48,7 @@ VARIANTS: dict[str, list[str]] = {
     "scaffold-adamw": [*ADAMW, *PREFIX, "local.control=true"],
     "houlsby": [*SGD, "adapter.kind=bottleneck", "adapter.placement=houlsby",
                 "adapter.reduction=8", "layers.score=all"],
+    "pfeiffer": [*SGD, "adapter.kind=bottleneck", "adapter.reduction=8", "layers.score=all"],
     "cloze": [*SGD, *PREFIX, *GAP, "model.head=cloze", "model.name={out}/bert-cloze"],
     "cloze-lora": [*SGD, *GAP, "model.head=cloze", "model.name={out}/bert-cloze",
                    "adapter.kind=lora"],
@@ -195,7 +196,14 @@ def test_bit_identical_for_any_number_of_slots(worlds, data, once, tmp_path, sha
 @pytest.mark.parametrize("shape", [(2, 1)])
 @pytest.mark.parametrize(
     ("name", "sums", "factor"),
-    [("prefix", 1, 1), ("published", 3, 1), ("control", 2, 1), ("scaffold", 2, 2)],
+    [
+        ("prefix", 1, 1),
+        ("published", 3, 1),
+        ("control", 2, 1),
+        ("scaffold", 2, 2),
+        ("houlsby", 1, 1),
+        ("pfeiffer", 1, 1),
+    ],
 )
 def test_what_travels(worlds, reference, data, tmp_path, shape, name, sums, factor):
     """The server's control variates cost the clients nothing, SCAFFOLD's both ways. Between the

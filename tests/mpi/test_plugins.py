@@ -9,8 +9,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from hpcfed.app.cli import main
+from hpcfed.rng import generator
 from tests import documented
-from tests.mpi.variants import COMMON
+from tests.mpi.variants import COMMON, federate
 from tests.same import metrics
 
 RUNS = "tests.mpi.cases.runs"
@@ -140,6 +142,60 @@ def test_the_parts_of_the_reference(worlds, data, folder, shape):
     assert rounds == len(metrics(out))
     history = next((out / "clients").glob("*/history.jsonl")).read_text().splitlines()
     assert json.loads(history[0])["trained"]
+
+
+@pytest.mark.parametrize("shape", [(1, 1)])
+def test_what_a_transform_makes_of_the_mean(worlds, data, folder, shape):
+    """my_noise.py: a run's values are those of one without it and the noise, drawn by hand."""
+    (folder / "noise.yaml").write_text(
+        "base: lora-fedavg\nplugins: [my_noise.py]\nupdates: {transforms: [noise]}\n"
+    )
+    own = words(data, "federation.rounds=1")
+    found = {
+        preset: federate(worlds, shape, folder / "runs" / str(turn), own, preset)[0]["values"]
+        for turn, preset in enumerate(("lora-fedavg", str(folder / "noise.yaml")))
+    }
+    plain, noisy = found.values()
+    drawn = generator(352, "my noise", 0).normal(0.0, 1e-4, len(plain))
+    assert np.allclose(noisy - plain, drawn, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(1, 1)])
+def test_the_page_without_its_transform_is_fedsa_lora(worlds, data, folder, shape):
+    one, first = federate(
+        worlds, shape, folder / "one", words(data, "updates.transforms=[]"),
+        str(folder / "mine.yaml"),
+    )  # fmt: skip
+    two, second = federate(worlds, shape, folder / "two", words(data), "fedsa-lora")
+    assert np.array_equal(one["values"], two["values"]) and metrics(first) == metrics(second)
+
+
+@pytest.mark.parametrize("shape", [(1, 1)])
+def test_an_adapter_of_ones_own(worlds, data, folder, shape, monkeypatch, capsys):
+    """my_adapter.py: only biases train; it is exported, and the card does not promise PEFT. With
+    the plug-in changed, nothing is exported."""
+    (folder / "bitfit.yaml").write_text(
+        "base: lora-fedavg\nplugins: [my_adapter.py]\nadapter: {kind: bitfit}\n"
+    )
+    _, out = federate(worlds, shape, folder, words(data), str(folder / "bitfit.yaml"))
+    tensors = load_file(out / "adapter" / "adapter_model.safetensors")
+    biases = {name for name in tensors if not name.startswith("classifier.")}
+    base = load_file(data / "bert-classifier" / "model.safetensors")
+    base = {f"bert.{name.removeprefix('bert.')}": value for name, value in base.items()}
+    wanted = {n for n in base if re.fullmatch(r"bert\.encoder\.layer\.\d.*\.bias", n)}
+    assert biases == wanted and len(wanted) == 3 * 8
+    assert all(not torch.equal(tensors[name], base[name]) for name in wanted)
+    monkeypatch.chdir(folder)
+    assert main(["export", str(out), "--to", str(folder / "out")]) == 0
+    card = (folder / "out" / "README.md").read_text()
+    assert "whoever has the plug-in that registers `bitfit`" in card and "PeftModel" not in card
+    assert main(["predict", str(folder / "out"), "x.csv"]) == 2
+    assert "load it as its README.md says" in capsys.readouterr().err
+    plugin = folder / "my_adapter.py"
+    plugin.write_text(plugin.read_text() + "\n")
+    assert main(["export", str(out), "--to", str(folder / "again")]) == 2
+    assert "my_adapter.py has changed since the run" in capsys.readouterr().err
+    assert not (folder / "again").exists()
 
 
 @pytest.mark.parametrize("shape", [(1, 1)])

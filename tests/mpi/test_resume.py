@@ -35,9 +35,10 @@ OTHERS = {
 SHARING = [
     *COMMON, "local.optimizer=sgd", "local.lr=0.5", "federation.rounds=4", "data.validation=0.2",
     "evaluation.every=2", "curriculum.warmup=0", "layers.score=last", "layers.keep=0.5",
-    "updates.rank_decay=0.3",
+    "updates.rank_decay=0.3", "adapter.reduction=8",
 ]  # fmt: skip
-TIMES = {"ffa-lora": 1, "fedsa-lora": 1, "rolora": 1, "hetlora": 2, "fedalt": 1}
+TIMES = {"ffa-lora": 1, "fedsa-lora": 1, "rolora": 1, "hetlora": 2, "fedalt": 1, "adapter": 1,
+         "adapter-houlsby": 1}  # fmt: skip
 CASES = "tests.mpi.cases.resume"
 
 

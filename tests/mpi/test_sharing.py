@@ -224,9 +224,10 @@ def test_a_client_that_fails_keeps_its_rank(worlds, reference, data, tmp_path, s
 def test_a_client_that_fails_keeps_its_own_values(worlds, reference, data, tmp_path, shape):
     """Its update is lost in the last round, when it has values of its own from an earlier one."""
     federation = resolve(METHODS["fedsa"][0], overrides(data, "fedsa")).config.federation
+    clients = federation.clients
+    assert clients is not None
     *earlier, last = (
-        sample(352, number, federation.clients, federation.per_round)
-        for number in range(federation.rounds)
+        sample(352, number, clients, federation.per_round) for number in range(federation.rounds)
     )
     client = next(k for k in last if any(k in sampled for sampled in earlier))
     lost = ((federation.rounds - 1, client),)

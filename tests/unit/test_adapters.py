@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -239,9 +240,62 @@ def test_missing_frozen_weights_are_seeded(prepared):
 
 
 @pytest.mark.parametrize("placement", ["pfeiffer", "houlsby"])
+def test_bottlenecks_are_the_formula(placement, tmp_path):
+    """h + U gelu(D h + d) + u behind the feed-forward's output and, with houlsby, the attention's,
+    before the residual sum and its LayerNorm, in BERT by hand; a fresh one is the plain model."""
+    folder = models.save("bert", tmp_path / "model")
+    adapter = Adapter(kind="bottleneck", placement=placement, reduction=8)
+    config = Config(model=Model(name=str(folder), dropout=0.0), adapter=adapter)
+    prepared = model.prepare(config, LABELS, 0, {})
+    adapted, layout = prepared.adapted, prepared.adapted.layout
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
+    ids = torch.arange(5, 15).reshape(2, 5)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def by_hand(values):
+        own = {e.name: values[e.values].reshape(e.shape) for e in layout.entries}
+        hooks = []
+        for number, block in enumerate(plain.bert.encoder.layer):
+            outputs = {"attention": block.attention.output.dense, "output": block.output.dense}
+            for place, module in outputs.items():
+                names = [f"{number}.{place}.{part}.{kind}" for part in ("down", "up")
+                         for kind in ("weight", "bias")]  # fmt: skip
+                if names[0] in own:
+                    parts = [own[name] for name in names]
+                    hooks.append(module.register_forward_hook(partial(changed, parts)))
+        assert len(hooks) == (6 if placement == "houlsby" else 3)
+        with torch.no_grad():
+            plain.classifier.weight.copy_(own["classifier.weight"])
+            plain.classifier.bias.copy_(own["classifier.bias"])
+            found = plain(**inputs).logits
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    def changed(parts, module, args, hidden):
+        down, down_bias, up, up_bias = parts
+        x = hidden @ down.T + down_bias
+        return hidden + (x * 0.5 * (1 + torch.erf(x / 2**0.5))) @ up.T + up_bias
+
+    def adapted_logits(values):
+        with torch.no_grad():
+            for entry, parameter in zip(layout.entries, adapted.parameters, strict=True):
+                parameter.copy_(values[entry.values].reshape(entry.shape))
+            return adapted.network.eval()(**inputs)
+
+    fresh = adapted_logits(prepared.initial)
+    assert torch.allclose(fresh, by_hand(prepared.initial), atol=1e-6)
+    assert torch.allclose(fresh, plain(**inputs).logits, atol=1e-6), "a fresh one changes nothing"
+    values = prepared.initial + 0.1 * torch.randn(layout.size)
+    trained = adapted_logits(values)
+    assert torch.allclose(trained, by_hand(values), atol=1e-5)
+    assert not torch.allclose(trained, fresh, atol=1e-2)
+
+
+@pytest.mark.parametrize("placement", ["pfeiffer", "houlsby"])
 @pytest.mark.parametrize("architecture", models.ARCHITECTURES)
 def test_bottlenecks_are_saved_and_loaded(architecture, placement, tmp_path):
-    """A fresh one changes nothing; a trained one is the same function when it is loaded again."""
+    """A trained one is the same function when it is loaded again."""
     folder = models.save(architecture, tmp_path / "model")
     adapter = Adapter(kind="bottleneck", placement=placement, reduction=8)
     config = Config(model=Model(name=str(folder), dropout=0.0), adapter=adapter)

@@ -135,7 +135,12 @@ def test_words_are_found_in_explanations_and_presets():
     assert found("Learning Rate") == found("learning rate")
     assert "local.proximal" in found("fedprox") and "local.epochs" not in found("fedprox")
     assert "local.proximal=0.0   (fedprox: 0.01)" in list(listing(["fedprox"]))
-    assert all(name.startswith("adapter.") for name in found("adapter"))
+    for preset in presets():
+        told = {line.split("=")[0] for line in listing([preset]) if f"   ({preset}: " in line}
+        resolved = resolve(preset)
+        own = {n for n, _ in options() if resolved.origin.get(n, "").startswith("preset ")}
+        assert told == own - {"method"}, preset
+    assert "adapter.kind=lora   (adapter: bottleneck)" in list(listing(["adapter"]))
     with pytest.raises(UserError, match="did you mean 'scaffold'"):
         found("scafold")
 

@@ -211,6 +211,11 @@ A, B, WEIGHT = 3 * 2 * 256 * 32, 3 * 256 * (32 + 16), 5 * 32
         (["sharing.rule=rolora"], [B + WEIGHT, A + WEIGHT], " in turns (all layers are shared"),
         (["sharing.rule=rolora", "curriculum.warmup=1"], [A + WEIGHT, B + WEIGHT], " in turns "),
         (["sharing.rule=nothing"], [0], "of them what sharing.rule=nothing lets travel"),
+        (
+            ["sharing.rule=fedalt", "layers.score=last", "layers.keep=0.67"],
+            [(A + B) * 2 // 3 + WEIGHT],
+            "of them what sharing.rule=fedalt lets travel",
+        ),
     ],
 )
 def test_what_the_plan_says_of_sharing_rules(uneven, extra, values, how):
@@ -226,6 +231,18 @@ def test_what_the_plan_says_of_sharing_rules(uneven, extra, values, how):
     assert any(own.startswith(f"between the 2 slots: {wire} MB through MPI") for own in lines)
     warm = f"the first 1 rounds: {(A + B + WEIGHT) * 4 / 1e6:.2f} MB a client"
     assert (warm in lines) == ("curriculum.warmup=1" in extra)
+
+
+@pytest.mark.parametrize(("preset", "each"), [("adapter", 1), ("adapter-houlsby", 2)])
+def test_the_plan_of_bottlenecks(uneven, preset, each):
+    """Of three blocks of width 32, down to 4 and up again."""
+    words = [word for word in uneven if not word.startswith("adapter.")]
+    lines = list(plan(resolve(preset, [*words, "adapter.reduction=8"]), 1, 2, 80.0))
+    values = each * 3 * (32 * 4 + 4 + 4 * 32 + 32) + WEIGHT
+    sent = f"a round: each client sends {values * 4 / 1e6:.2f} MB"
+    assert any(own.startswith(sent) for own in lines)
+    wire = f"between the 2 slots: {values * (2 * 8 + 4) / 1e6:.2f} MB through MPI"
+    assert any(own.startswith(wire) for own in lines)
 
 
 @pytest.mark.parametrize(("keep", "end"), [("0.5", ""), ("lossless", ", whatever is chosen")])
