@@ -11,6 +11,7 @@ from hpcfed.app.cli import main
 from hpcfed.app.sweep import Sweep
 from hpcfed.errors import UserError
 from hpcfed.settings.resolve import resolve
+from tests import documented
 from tests.support import ROOT
 
 GOLDEN = Path(__file__).parent / "golden" / "sweep.sbatch"
@@ -215,3 +216,13 @@ def test_the_sbatch_text(tmp_path, monkeypatch):
     text = executor._executor._make_submission_file_text("COMMAND", "UID")
     text = text.replace(str(tmp_path), "FOLDER")
     assert re.sub(r"\n+$", "\n", text) == GOLDEN.read_text()
+
+
+def test_a_method_of_ones_own_in_a_grid(tmp_path):
+    """As docs/add-a-method.md says: beside ours, by the name of its file."""
+    documented.write(tmp_path)
+    own = str(tmp_path / "mine.yaml")
+    sweep = Sweep(description(tmp_path, source="demo", grid={"method": [own, "fedsa-lora"]}))
+    first, second = (resolve(line[0], line[1:]).config for line in map(sweep.line, range(2)))
+    assert (first.sharing.rule, second.sharing.rule) == ("only-a", "fedsa")
+    assert first.plugins == (str(tmp_path / "my_method.py"),)
