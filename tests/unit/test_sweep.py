@@ -222,7 +222,7 @@ def test_a_method_of_ones_own_in_a_grid(tmp_path):
     """As docs/add-a-method.md says: beside ours, by the name of its file."""
     documented.write(tmp_path)
     own = str(tmp_path / "mine.yaml")
-    sweep = Sweep(description(tmp_path, source="demo", grid={"method": [own, "fedsa-lora"]}))
+    sweep = Sweep(description(tmp_path, grid={"method": [own, "fedsa-lora"]}))
     first, second = (resolve(line[0], line[1:]).config for line in map(sweep.line, range(2)))
     assert (first.sharing.rule, second.sharing.rule) == ("only-a", "fedsa")
     assert first.plugins == (str(tmp_path / "my_method.py"),)
