@@ -29,7 +29,7 @@ HANGS = [
         for shape in ((2, 1), (1, 2))
         for phase, says in (("select", "choosing the shared layers"),
                             ("exchange", "the exchange of round 2"),
-                            ("evaluate", "evaluating"), ("commit", "committing round 2"))
+                            ("evaluate", "validating round 2"), ("commit", "committing round 2"))
     ),
 ]  # fmt: skip
 
